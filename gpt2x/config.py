@@ -264,7 +264,7 @@ class OptimizerSection:
     lr_scheduler_type: Literal["cosine", "linear", "wsd"] = "cosine"
     """Decay after warmup: cosine, linear, or warmup-stable-decay (arXiv:2405.18392)."""
     warmup_steps: float = 0
-    """Steps of linear warmup; a number below 1 is a share of the budget."""
+    """Steps of linear warmup; a number below 1 is a share of a step or token budget."""
     decay_ratio: float = 0.4
     """With wsd, the share of the budget at its end over which the rate falls linearly."""
     min_lr_ratio: float = 0.1
@@ -324,6 +324,41 @@ class Recipe:
                 f"data.sequence_length ({length}) must not exceed model.max_position_embeddings ({limit}); "
                 f"shorten the one or raise the other."
             )
+        if self.train.max_time_s is not None and 0 < self.optimizer.warmup_steps < 1:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be a number of steps with "
+                f"train.max_time_s, whose clock also runs while the model is compiled; 20 is usual."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecipe:
+    """Continues text: what scripts/generate.py runs. Without a prompt it asks for one after another."""
+
+    model: str = "runs/quickstart"
+    """Directory or Hub id of a model, or the directory of a run."""
+    prompt: str | None = None
+    """The text to continue; null to ask for prompts until end of input."""
+    max_new_tokens: int = 200
+    """Length of a continuation in tokens; end of text ends it earlier."""
+    temperature: float = 0.8
+    """Flattens (above 1) or sharpens (below 1) the distribution; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Only the k likeliest tokens are drawn."""
+    top_p: float | None = 0.95
+    """Only the likeliest tokens that together have this probability are drawn (arXiv:1904.09751)."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens already there become less likely (arXiv:1909.05858)."""
+    seed: int = 1337
+    """The same seed draws the same text."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights and arithmetic."""
+
+    def __post_init__(self) -> None:
+        _check_positive("", max_new_tokens=self.max_new_tokens, top_k=self.top_k, top_p=self.top_p)
+        _check_positive("", repetition_penalty=self.repetition_penalty)
+        if self.temperature < 0:
+            raise ValueError(f"temperature ({self.temperature}) must not be negative; 0 takes the likeliest token.")
 
 
 def _check_positive(prefix: str, **values: float | None) -> None:
@@ -354,7 +389,7 @@ def accumulation_steps(
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
-RecipeType = TypeVar("RecipeType", Recipe, PreparationRecipe, TokenizerRecipe)
+RecipeType = TypeVar("RecipeType", Recipe, PreparationRecipe, TokenizerRecipe, GenerationRecipe)
 
 
 class RecipeParser(ArgumentParser):
@@ -398,7 +433,12 @@ def _sections(keys: Sequence[str]) -> list[str]:
 
 
 def parse_recipe(
-    recipe_class: type[RecipeType], argv: Sequence[str], *, script: str, default_config: Path | None = None
+    recipe_class: type[RecipeType],
+    argv: Sequence[str],
+    *,
+    script: str,
+    default_config: Path | None = None,
+    positional: str | None = None,
 ) -> tuple[RecipeType, Path | None]:
     """Reads a recipe and its overrides from a command line.
 
@@ -409,6 +449,7 @@ def parse_recipe(
         argv: the arguments without the program's name.
         script: the script's file name, for messages.
         default_config: the recipe used where argv names none.
+        positional: a field that may also stand without its flag.
 
     Returns:
         The recipe, and the path of the file it came from (None where everything came from flags).
@@ -418,6 +459,8 @@ def parse_recipe(
     )
     parser.add_argument("--config", action="config", help="The recipe, a YAML file.")
     parser.add_class_arguments(recipe_class, sub_configs=True)
+    if positional is not None and argv and not argv[0].startswith("-"):
+        argv = [f"--{positional}", *argv]
     arguments = _config_first(argv, default_config)
     parsed = parser.parse_args(arguments)
     config_file = Path(arguments[1]) if arguments[:1] == ["--config"] else None

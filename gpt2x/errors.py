@@ -1,5 +1,9 @@
 """The one exception that means: the user can mend this."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a recipe, a file, a token.
@@ -7,3 +11,13 @@ class UserError(ValueError):
     Its message is one line that names the value, the rule it broke and the remedy. Scripts print it without a
     traceback and exit with 1; every other exception is a bug of ours and keeps its traceback.
     """
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turns a UserError of the block into one line on stderr and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

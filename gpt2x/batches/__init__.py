@@ -1,0 +1,1 @@
+"""Token shards to batches: sources, the global order, training and validation batches."""

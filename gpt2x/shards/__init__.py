@@ -1,0 +1,1 @@
+"""Text to token shards: corpora, tokenizers, shard files and their index, preparation."""

@@ -1,0 +1,1 @@
+"""Batches to checkpoints: the loop and what it needs."""

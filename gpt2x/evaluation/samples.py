@@ -1,0 +1,80 @@
+"""Texts that a model writes."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from gpt2x.config import GenerationRecipe
+
+
+def sample_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> list[str]:
+    """Continues each prompt by nucleus sampling (arXiv:1904.09751).
+
+    torch's random state is left as it was, so sampling during a run does not change the run.
+
+    Args:
+        model: a transformers model that generates.
+        tokenizer: its tokenizer; an empty prompt starts from its end-of-text token.
+        prompts: texts to continue.
+        max_new_tokens: length of each continuation in tokens.
+        seed: of the sampling.
+
+    Returns:
+        The continuations, without their prompts.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(seed)
+        texts = [_continue(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+    model.train(was_training)
+    return texts
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
+    input_ids = _encode(model, tokenizer, prompt, max_new_tokens)
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def stream_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: GenerationRecipe
+) -> None:
+    """Prints the continuation of a prompt while it is being written."""
+    input_ids = _encode(model, tokenizer, prompt, options.max_new_tokens)
+    sampling = {"temperature": options.temperature, "top_k": options.top_k or 0, "top_p": options.top_p}
+    model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.temperature > 0,
+        **(sampling if options.temperature > 0 else {}),
+        repetition_penalty=options.repetition_penalty,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+def _encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
+) -> torch.Tensor:
+    """Token ids (1, T) of a prompt, its beginning cut off where prompt and continuation would not fit the model."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    room = max(model.config.max_position_embeddings - max_new_tokens, 1)
+    return torch.tensor([ids[-room:]], device=model.device)

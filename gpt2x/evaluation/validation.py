@@ -1,0 +1,101 @@
+"""Loss, bits per byte, perplexity and token accuracy on the whole held-out set."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a model makes of the held-out documents.
+
+    Attributes:
+        loss: nats per token.
+        bits_per_byte: summed nats over the documents, end-of-text included, / ln 2 / their UTF-8 bytes; comparable
+            across tokenizers.
+        perplexity: exp(loss).
+        token_accuracy: share of tokens that the model ranks first.
+        num_tokens: how many tokens were predicted.
+    """
+
+    loss: float
+    bits_per_byte: float
+    perplexity: float
+    token_accuracy: float
+    num_tokens: int
+
+    def metrics(self) -> dict[str, float]:
+        """The record of metrics.jsonl."""
+        return {
+            "val/loss": self.loss,
+            "val/bits_per_byte": self.bits_per_byte,
+            "val/perplexity": self.perplexity,
+            "val/token_accuracy": self.token_accuracy,
+        }
+
+
+def validate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    num_bytes: int,
+    accelerator: Accelerator,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """Predicts every token of the batches once; the result depends on neither batch size, padding nor ranks.
+
+    Args:
+        model: the prepared model, or a plain one.
+        batches: this rank's share: ``input_ids`` (B, T) and unshifted ``labels`` (B, T), -100 where nothing counts.
+        num_bytes: UTF-8 bytes of the documents, of all ranks.
+        accelerator: for the device and the sum over ranks.
+        is_stopped: asked before each batch; must answer alike on all ranks.
+
+    Returns:
+        The result, the same on all ranks; None where is_stopped ended it.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, hits, tokens
+    # eager: another mode and batch size would compile everything once more
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            if is_stopped():
+                break
+            sums += _batch_sums(model, batch, accelerator.device)
+        else:
+            sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+            model.train(was_training)
+            return _summary(sums, num_bytes)
+    model.train(was_training)
+    return None
+
+
+def _batch_sums(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    input_ids_BT = batch["input_ids"].to(device)
+    targets_BT = batch["labels"][:, 1:].to(device)
+    logits_BTV = model(input_ids=input_ids_BT, use_cache=False).logits
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT, strict=True):  # one row's float32 at a time
+        counted_T = targets_T != -100
+        nats = F.cross_entropy(logits_TV.float(), targets_T, ignore_index=-100, reduction="sum")
+        hits = ((logits_TV.argmax(-1) == targets_T) & counted_T).sum()
+        sums += torch.stack([nats.double(), hits.double(), counted_T.sum().double()])
+    return sums.cpu()
+
+
+def _summary(sums: Tensor, num_bytes: int) -> Validation:
+    nats, hits, tokens = sums.tolist()
+    loss = nats / tokens
+    return Validation(
+        loss=loss,
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        perplexity=math.exp(min(loss, 700.0)),
+        token_accuracy=hits / tokens,
+        num_tokens=int(tokens),
+    )

@@ -1,0 +1,138 @@
+"""Models by recipe: made, continued, loaded and saved."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from gpt2x.config import ModelSection, Recipe
+from gpt2x.errors import UserError
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model a run starts from: random weights by ``recipe.model``, or the weights of ``recipe.init_from``.
+
+    Raises:
+        UserError: where the architecture contradicts itself, the tokenizer or the sequence length.
+    """
+    try:
+        if recipe.init_from is not None:
+            model = GPT2XForCausalLM.from_pretrained(recipe.init_from, dtype=torch.float32)
+        else:
+            torch.manual_seed(recipe.run.seed)
+            model = GPT2XForCausalLM(make_config(recipe.model, tokenizer))
+    except (ValueError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    _check_fit(recipe, model.config, tokenizer)
+    return model
+
+
+def make_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> GPT2XConfig:
+    """GPT2XConfig of a recipe's model section, with the tokenizer's size and special tokens."""
+    fields: dict[str, Any] = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    if fields["vocab_size"] is None:
+        fields["vocab_size"] = len(tokenizer)
+    if fields["rope_parameters"] is None:
+        del fields["rope_parameters"]
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GPT2XConfig(**fields, **special)
+
+
+def _check_fit(recipe: Recipe, config: GPT2XConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model.vocab_size ({config.vocab_size}) must be at least the tokenizer's {len(tokenizer)} tokens; "
+            f"leave it out to take the tokenizer's size."
+        )
+    if recipe.data.sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length ({recipe.data.sequence_length}) must not exceed the model's "
+            f"max_position_embeddings ({config.max_position_embeddings}); shorten it."
+        )
+
+
+def save_model(
+    model: PreTrainedModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+) -> str:
+    """Writes model and tokenizer: as a stock transformers model where a class for it exists, else with gpt2x's code.
+
+    Returns:
+        The model_type that was written.
+    """
+    tokenizer.save_pretrained(directory)
+    try:
+        written = stock_model_type(model.config)
+    except ValueError:
+        model.save_pretrained(directory, state_dict=state_dict)
+        return model.config.model_type
+    model.save_stock(directory, state_dict=state_dict)
+    return written
+
+
+def load_weights(model: PreTrainedModel, directory: Path) -> None:
+    """Reads the weights that save_model wrote into a model of the same shape."""
+    saved = GPT2XForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.load_state_dict(saved.state_dict())
+
+
+def find_model(name_or_path: str) -> str:
+    """The directory of the model that a path means: itself, or a run's final model or newest checkpoint.
+
+    Raises:
+        UserError: where the path is a directory without a model.
+    """
+    directory = Path(name_or_path)
+    if not directory.is_dir():
+        if len(directory.parts) != 2 or directory.is_absolute():
+            raise UserError(
+                f"{name_or_path} does not exist; give a model's directory, a run's, or a Hub id NAME/MODEL."
+            )
+        return name_or_path
+    checkpoints = sorted(directory.glob("checkpoints/step-*[0-9]/model"), reverse=True)
+    for candidate in (directory, directory / "model", directory / "final", *checkpoints):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    raise UserError(
+        f"{directory} holds no model: no config.json in it, in final/ or in checkpoints/; train one first."
+    )
+
+
+def load_for_inference(name_or_path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Any causal language model that transformers loads without remote code, gpt2x's own included."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).eval()
+    except (ValueError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(all parameters, those that take part in matrix products: not embedding tables, unless tied to the head)."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    head = model.get_output_embeddings().weight
+    tables = {
+        id(table): table
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        for table in [module.weight]
+    }
+    lookups = sum(table.numel() for table in tables.values() if table is not head)
+    return total, total - lookups
+
+
+def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
+    """Forward and backward FLOPs per token: 6 per weight in a matrix product, and causal attention's half square.
+
+    The formula is PaLM's (arXiv:2204.02311, appendix B) without embedding lookups and with the masked half of the
+    attention left out.
+    """
+    config = model.config
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sequence_length
+    return 6 * num_parameters(model)[1] + attention

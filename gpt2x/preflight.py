@@ -1,0 +1,51 @@
+"""What can be known before step 1, told before step 1."""
+
+from gpt2x.config import accumulation_steps
+from gpt2x.models import flops_per_token, num_parameters
+from gpt2x.training.devices import describe_device
+from gpt2x.training.job import Job
+from gpt2x.training.state import Progress
+
+
+def describe(job: Job, progress: Progress) -> str:
+    """The plan of a run: model, batch, budget, cost, hardware, files; one fact a line."""
+    recipe, config = job.recipe, job.plain_model.config
+    total, multiplied = num_parameters(job.plain_model)
+    lines = {
+        "run": f"{job.run.path}" + (f", resumed at step {progress.step:,}" if progress.step else ""),
+        "model": f"{total:,} parameters ({multiplied:,} in matrix products): {config.num_hidden_layers} layers x "
+        f"{config.hidden_size}, {config.vocab_size:,} token ids",
+        "data": f"{recipe.data.shards_dir}: {job.batches.num_tokens:,} training tokens, "
+        f"{job.validation_batches.num_targets:,} validation tokens",
+        "step": _batch(job),
+        "budget": _budget(job),
+        "compute": f"{flops_per_token(job.plain_model, recipe.data.sequence_length):.3g} FLOPs per token",
+        "optimizer": f"{recipe.optimizer.name}, {recipe.optimizer.lr_scheduler_type} schedule",
+        "devices": f"{describe_device(job.accelerator)}, mixed precision {recipe.train.mixed_precision}"
+        + (", compiled" if recipe.train.torch_compile else ""),
+    }
+    return "\n".join(f"{name + ':':11s}{text}" for name, text in lines.items())
+
+
+def _batch(job: Job) -> str:
+    train, length, processes = job.recipe.train, job.recipe.data.sequence_length, job.accelerator.num_processes
+    accumulation = accumulation_steps(
+        train.tokens_per_step,
+        micro_batch_size=train.micro_batch_size,
+        sequence_length=length,
+        num_processes=processes,
+    )
+    return (
+        f"{train.tokens_per_step:,} tokens = {train.micro_batch_size} sequences x {length} tokens x "
+        f"{processes} processes x {accumulation} accumulation steps"
+    )
+
+
+def _budget(job: Job) -> str:
+    budget = job.budget
+    if budget.max_steps is None:
+        return f"{budget.max_time_s:g} s of training"
+    tokens = budget.max_steps * job.recipe.train.tokens_per_step
+    flops = tokens * flops_per_token(job.plain_model, job.recipe.data.sequence_length)
+    epochs = tokens / job.batches.num_tokens
+    return f"{budget.max_steps:,} steps = {tokens:,} tokens = {epochs:.2f} epochs = {flops:.3g} FLOPs"

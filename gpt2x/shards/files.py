@@ -1,0 +1,162 @@
+"""Shard files: safetensors with the token ids and where each document starts, written durably, read by memory map.
+
+The format is https://github.com/huggingface/safetensors: eight bytes of header length, a JSON header, the arrays. It
+is written and opened here rather than through the library, because the library loads whole arrays and does not
+promise the order of its metadata, and a preparation that is run again must give the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from gpt2x.errors import UserError
+
+DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+REMEDY = "delete the directory and prepare the data again, or copy the file again"
+MAX_HEADER_BYTES = 1_000_000
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest dtype of a shard that holds every id below vocab_size."""
+    return DTYPES["U16"] if vocab_size <= 2**16 else DTYPES["U32"]
+
+
+def write_durably(file: Path, chunks: Iterable[bytes | memoryview]) -> str:
+    """Writes a file so that a crash leaves either all of it or nothing under its name.
+
+    Returns:
+        The sha256 of the content, in hexadecimal.
+    """
+    partial, digest = file.with_name(file.name + ".tmp"), hashlib.sha256()
+    with partial.open("wb") as stream:
+        for chunk in chunks:
+            stream.write(chunk)
+            digest.update(chunk)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+    _sync_directory(file.parent)
+    return digest.hexdigest()
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_shard(file: Path, *, tokens: np.ndarray, documents: np.ndarray, metadata: dict[str, str]) -> str:
+    """Writes one shard.
+
+    Args:
+        file: where to.
+        tokens: (num_tokens,) uint16 or uint32.
+        documents: (num_documents + 1,) int64, where each document starts, and the end.
+        metadata: goes into the header; must not depend on when or where the shard is made.
+
+    Returns:
+        The sha256 of the file.
+    """
+    # The wider dtype first, so that both arrays are aligned.
+    arrays = {"documents": documents.astype(DTYPES["I64"], copy=False), "tokens": tokens}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for name, array in arrays.items():
+        dtype = next(key for key, value in DTYPES.items() if value == array.dtype)
+        header[name] = {"dtype": dtype, "shape": [array.size], "data_offsets": [start, start + array.nbytes]}
+        start += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    buffers = [memoryview(np.ascontiguousarray(array)).cast("B") for array in arrays.values()]
+    return write_durably(file, [struct.pack("<Q", len(text)), text, *buffers])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """An open shard file. Its arrays are memory maps: nothing is read before it is used.
+
+    Attributes:
+        file: where it is.
+        tokens: (num_tokens,) uint16 or uint32.
+        documents: (num_documents + 1,) int64, where each document starts, and the end.
+        metadata: the header's.
+    """
+
+    file: Path
+    tokens: np.ndarray
+    documents: np.ndarray
+    metadata: dict[str, str]
+
+    @cached_property
+    def max_token_id(self) -> int:
+        """The largest id; reads the whole shard, once."""
+        return int(self.tokens.max())
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Refuses a shard with an id that a vocabulary of this size does not have.
+
+        Raises:
+            UserError: names the file, the first such position and its id.
+        """
+        if self.max_token_id >= vocab_size:
+            position = int(np.argmax(self.tokens >= vocab_size))
+            raise UserError(
+                f"{self.file}: token id {self.tokens[position]} at position {position} is outside the vocabulary of "
+                f"{vocab_size}; use the tokenizer that the shards were made with, or prepare the data again."
+            )
+
+
+def open_shard(file: Path) -> Shard:
+    """Opens a shard and checks that its size, dtypes and document bounds are what its header says.
+
+    Raises:
+        UserError: names the file, what was expected and what was found.
+    """
+    header, data_start = _read_header(file)
+    arrays = {name: _mapped(file, header, name, data_start) for name in ("tokens", "documents")}
+    tokens, starts = arrays["tokens"], arrays["documents"]
+    if tokens.dtype == DTYPES["I64"] or starts.dtype != DTYPES["I64"]:
+        raise UserError(f"{file}: tokens must be U16 or U32 and documents I64; {REMEDY}.")
+    if starts.size < 2 or starts[0] != 0 or starts[-1] != tokens.size or (np.diff(starts) <= 0).any():
+        raise UserError(f"{file}: documents must start at 0, grow and end at {tokens.size}; {REMEDY}.")
+    return Shard(file=file, tokens=tokens, documents=starts, metadata=header.get("__metadata__", {}))
+
+
+def _read_header(file: Path) -> tuple[dict, int]:
+    """The header of a safetensors file and where its arrays begin; the file's size is checked against it."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing; {REMEDY}.")
+    found = file.stat().st_size
+    with file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
+        if length > min(found - 8, MAX_HEADER_BYTES):
+            raise UserError(f"{file}: its {found} bytes end inside the header, or it is no token shard; {REMEDY}.")
+        try:
+            header = json.loads(stream.read(length))
+            expected = 8 + length + max(int(header[name]["data_offsets"][1]) for name in ("tokens", "documents"))
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise UserError(f"{file}: its header is not that of a token shard; {REMEDY}.") from None
+    if found != expected:
+        raise UserError(f"{file}: expected {expected} bytes, found {found}; {REMEDY}.")
+    return header, 8 + length
+
+
+def _mapped(file: Path, header: dict, name: str, data_start: int) -> np.ndarray:
+    try:
+        dtype, (size,), (start, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+        fits = size > 0 and 0 <= start and end - start == size * DTYPES[dtype].itemsize
+    except (ValueError, KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{file}: {header.get(name)} does not describe an array of {name}; {REMEDY}.")
+    # np.asarray: slices of a memmap object cost three times those of an array.
+    return np.asarray(np.memmap(file, DTYPES[dtype], mode="r", offset=data_start + start, shape=(size,)))

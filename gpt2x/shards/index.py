@@ -1,0 +1,133 @@
+"""index.json: what a directory of token shards holds. It is written last, so where it is, the data is whole."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt2x.errors import UserError
+from gpt2x.shards.files import REMEDY, Shard, open_shard, write_durably
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+INDEX_FILE = "index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard of a split, as the index lists it."""
+
+    file: str
+    """Name inside the split's directory."""
+    num_tokens: int
+    """Tokens, the end of text after every document included."""
+    num_documents: int
+    """Documents."""
+    num_bytes: int
+    """UTF-8 bytes of the documents."""
+    sha256: str
+    """Of the file, in hexadecimal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """The content of index.json."""
+
+    directory: Path
+    """Where the shards are; not part of the file."""
+    splits: Mapping[str, Sequence[ShardEntry]]
+    """The shards of train and of validation, in order."""
+    tokenizer_fingerprint: str
+    """Of the tokenizer that made the ids."""
+    vocab_size: int
+    """Every id is below it."""
+    eos_token_id: int
+    """The id that ends every document."""
+    recipe: Mapping[str, Any]
+    """What the data was made of: corpus, split seed and fraction, tokens per shard."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Documents that were left out, by reason."""
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer, kept beside the shards that it made."""
+        return self.directory / "tokenizer"
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 over every shard's and the tokenizer's: the same wherever the same data lies."""
+        hashes = [entry.sha256 for split in SPLITS for entry in self.splits[split]]
+        return hashlib.sha256(" ".join([self.tokenizer_fingerprint, *hashes]).encode()).hexdigest()
+
+    def total(self, split: str, count: str) -> int:
+        """The sum of num_tokens, num_documents or num_bytes over a split's shards."""
+        return sum(getattr(entry, count) for entry in self.splits[split])
+
+    def open_split(self, split: str) -> list[Shard]:
+        """Opens a split's shards and checks each against its entry.
+
+        Raises:
+            UserError: for a split without shards, and for a shard that is not the one the index lists.
+        """
+        if not self.splits[split]:
+            raise UserError(
+                f"{self.directory} holds no {split} tokens; prepare it again with corpus.validation_fraction above 0."
+            )
+        return [self._open(split, entry) for entry in self.splits[split]]
+
+    def _open(self, split: str, entry: ShardEntry) -> Shard:
+        file = self.directory / split / entry.file
+        if file.is_symlink():
+            raise UserError(f"{file} must not be a link; copy the shard itself there.")
+        shard = open_shard(file)
+        found = (shard.tokens.size, shard.documents.size - 1, shard.metadata.get("tokenizer_fingerprint"))
+        if found != (entry.num_tokens, entry.num_documents, self.tokenizer_fingerprint):
+            raise UserError(
+                f"{file}: {INDEX_FILE} lists {entry.num_tokens} tokens and {entry.num_documents} documents of "
+                f"tokenizer {self.tokenizer_fingerprint[:8]}, the file has {found[0]}, {found[1]} and "
+                f"{str(found[2])[:8]}; {REMEDY}."
+            )
+        return shard
+
+
+def write_index(index: Index) -> None:
+    """Writes index.json."""
+    content: dict[str, Any] = {"format_version": FORMAT_VERSION, **dataclasses.asdict(index)}
+    del content["directory"]
+    write_durably(index.directory / INDEX_FILE, [(json.dumps(content, indent=1, sort_keys=True) + "\n").encode()])
+
+
+def load_index(directory: Path) -> Index:
+    """Reads and checks index.json; opens no shard.
+
+    Raises:
+        UserError: where it is missing, broken, of another format version, or names a file outside its directory.
+    """
+    file = directory / INDEX_FILE
+    if not file.is_file():
+        raise UserError(f"'{directory}' holds no token shards ({INDEX_FILE}); make them by scripts/prepare_data.py.")
+    try:
+        content = json.loads(file.read_bytes())
+        if content.pop("format_version") != FORMAT_VERSION:
+            raise UserError(f"{file} is not of format version {FORMAT_VERSION}; prepare the data again.")
+        splits = content.pop("splits")
+        entries = {split: tuple(ShardEntry(**entry) for entry in splits[split]) for split in SPLITS}
+        index = Index(directory=directory, splits=entries, **content)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is broken; delete it and prepare the data again.") from None
+    for split in SPLITS:
+        _check_names(file, [entry.file for entry in entries[split]])
+    return index
+
+
+def _check_names(index_file: Path, names: Sequence[str]) -> None:
+    """An index may come from a stranger: it must not reach outside its directory."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in (".", ".."):
+            raise UserError(f"{index_file}: {name!r} must be a plain file name; delete the index and prepare again.")
+        if names.count(name) > 1:
+            raise UserError(f"{index_file}: {name!r} is listed twice; delete the index and prepare the data again.")

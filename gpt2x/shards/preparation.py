@@ -1,0 +1,297 @@
+"""Preparation: text to token shards.
+
+A preparation is a number of independent tasks, each of which reads every num_tasks-th document, and a last step that
+writes the index. A finished task is not run again; one that was killed is, to the same bytes. So processes, cluster
+arrays and a loop run the same function.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
+from gpt2x.errors import UserError
+from gpt2x.shards.corpus import Document, documents, is_validation
+from gpt2x.shards.files import token_dtype, write_durably, write_shard
+from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index, write_index
+from gpt2x.shards.tokenizer import (
+    is_saved,
+    load_tokenizer,
+    save_tokenizer,
+    text_encoder,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
+
+# What is given to the tokenizer at once: enough for its threads, little beside a shard.
+CHARACTERS_PER_BATCH = 4_000_000
+
+
+def prepare(recipe: PreparationRecipe, *, num_tasks: int = 1) -> Index:
+    """Makes the token shards of a recipe: the tokenizer where it is to be trained, every task, the index.
+
+    Data that is finished is left alone.
+
+    Raises:
+        UserError: where output_dir holds data of another recipe; and what the steps raise.
+    """
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    if (recipe.output_dir / INDEX_FILE).is_file():
+        return _finished(recipe)
+    for task in range(num_tasks):
+        prepare_task(recipe, task, num_tasks=num_tasks)
+    return finalize(recipe, num_tasks=num_tasks)
+
+
+def prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer, after training it on the corpus' training documents where vocab_size asks for that.
+
+    Raises:
+        UserError: where the saved one has another vocabulary size; and what training and loading raise.
+    """
+    if section.vocab_size is not None and not is_saved(section.path):
+        texts = (text for _, text in documents(corpus) if not is_validation(text, corpus))
+        progress = tqdm(texts, desc="training the tokenizer", unit=" documents", disable=None)
+        save_tokenizer(train_tokenizer(progress, section), Path(section.path))
+    tokenizer = load_tokenizer(section.path)
+    if section.vocab_size not in (None, vocabulary_size(tokenizer)):
+        raise UserError(
+            f"tokenizer.vocab_size is {section.vocab_size}, but the tokenizer saved in '{section.path}' has "
+            f"{vocabulary_size(tokenizer)}; set another tokenizer.path, or delete that directory."
+        )
+    return tokenizer
+
+
+def prepare_task(recipe: PreparationRecipe, task: int, *, num_tasks: int = 1) -> None:
+    """Tokenizes the documents task, task + num_tasks, ... of the corpus into shards and records them.
+
+    The shards of task t are numbered t, t + num_tasks, ..., so tasks need not know of each other. A shard ends before
+    the document that would make it longer than tokens_per_shard. Memory: one shard and the longest document.
+
+    Raises:
+        UserError: for a corpus or tokenizer that cannot be read.
+    """
+    tokenizer = load_tokenizer(recipe.tokenizer.path)
+    made_of = {**_made_of(recipe, tokenizer), "num_tasks": num_tasks}
+    if _recorded(recipe.output_dir, task, made_of) is not None:
+        return
+    _forget_other_preparations(recipe.output_dir, made_of)
+    dropped: Counter[str] = Counter()
+    writers = {split: ShardWriter(recipe, tokenizer, split, range(task, 10**9, num_tasks)) for split in SPLITS}
+    chosen = islice(documents(recipe.corpus, dropped=dropped), task, None, num_tasks)
+    progress = tqdm(chosen, desc=f"tokenizing (task {task + 1} of {num_tasks})", unit=" documents", disable=None)
+    for document, ids in _tokenized(progress, tokenizer):
+        split = "validation" if is_validation(document.text, recipe.corpus) else "train"
+        writers[split].add(document, ids)
+    splits = {split: [dataclasses.asdict(entry) for entry in writer.close()] for split, writer in writers.items()}
+    record = {"made_of": made_of, "splits": splits, "dropped": dict(dropped)}
+    write_durably(_record_file(recipe.output_dir, task), [json.dumps(record).encode()])
+
+
+def finalize(recipe: PreparationRecipe, *, num_tasks: int = 1) -> Index:
+    """Collects the tasks' records into the index.
+
+    Raises:
+        UserError: where a task is not finished, and where a split that should have documents has none.
+    """
+    tokenizer = load_tokenizer(recipe.tokenizer.path)
+    made_of = _made_of(recipe, tokenizer)
+    records = [_recorded(recipe.output_dir, task, {**made_of, "num_tasks": num_tasks}) for task in range(num_tasks)]
+    missing = [task for task, record in enumerate(records) if record is None]
+    if missing:
+        raise UserError(f"tasks {missing} of {num_tasks} are not finished in '{recipe.output_dir}'; run them first.")
+    splits = {split: _in_order(ShardEntry(**e) for r in records if r for e in r["splits"][split]) for split in SPLITS}
+    _check_split(recipe, {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS})
+    assert records[0] is not None
+    index = Index(
+        directory=recipe.output_dir,
+        splits=splits,
+        tokenizer_fingerprint=made_of["tokenizer_fingerprint"],
+        vocab_size=vocabulary_size(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        recipe=made_of,
+        dropped=records[0]["dropped"],
+    )
+    if not is_saved(index.tokenizer_dir):
+        save_tokenizer(tokenizer, index.tokenizer_dir)
+    write_index(index)
+    shutil.rmtree(recipe.output_dir / "tasks")
+    return index
+
+
+def statistics(index: Index) -> str:
+    """What a directory of token shards holds, a line per split and one for what was left out."""
+    lines = []
+    for split in SPLITS:
+        tokens, num_bytes = index.total(split, "num_tokens"), index.total(split, "num_bytes")
+        lines.append(
+            f"{split}: {index.total(split, 'num_documents'):,} documents, {num_bytes:,} bytes, {tokens:,} tokens "
+            f"in {len(index.splits[split])} shards, {num_bytes / max(tokens, 1):.3f} bytes per token"
+        )
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(index.dropped.items())) or "nothing"
+    return "\n".join([*lines, f"left out: {dropped}"])
+
+
+class ShardWriter:
+    """Collects a split's documents into one shard's worth of memory and writes it out when full."""
+
+    def __init__(
+        self, recipe: PreparationRecipe, tokenizer: PreTrainedTokenizerFast, split: str, numbers: Iterable[int]
+    ) -> None:
+        self.directory = recipe.output_dir / split
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.numbers = iter(numbers)
+        self.vocab_size, self.eos_token_id = vocabulary_size(tokenizer), tokenizer.eos_token_id
+        self.metadata = {
+            "format": "gpt2x.tokens.1",
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "vocab_size": str(self.vocab_size),
+            "eos_token_id": str(self.eos_token_id),
+        }
+        # Memory is taken by the pages that are written to, so a small corpus does not cost a whole shard.
+        self.tokens = np.empty(recipe.tokens_per_shard, token_dtype(self.vocab_size))
+        self.entries: list[ShardEntry] = []
+        self._start_shard()
+
+    def _start_shard(self) -> None:
+        self.ends, self.num_bytes = [0], 0
+
+    def add(self, document: Document, ids: np.ndarray) -> None:
+        """Appends a document's ids, (num_tokens,) int64, and the end of text.
+
+        Raises:
+            UserError: for an id outside the vocabulary, which the cast to the shard's dtype would wrap silently.
+        """
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise UserError(
+                f"{document.name}: the tokenizer gives id {outside[0]}, outside its vocabulary of {self.vocab_size}; "
+                f"repair the tokenizer or use another."
+            )
+        start, end = self.ends[-1], self.ends[-1] + ids.size + 1
+        if end > self.tokens.size and start > 0:
+            self._write()
+            start, end = 0, ids.size + 1
+        if end > self.tokens.size:  # a document longer than a shard gets one to itself
+            self.tokens = np.empty(end, self.tokens.dtype)
+        self.tokens[start : end - 1], self.tokens[end - 1] = ids, self.eos_token_id
+        self.ends.append(end)
+        self.num_bytes += len(document.text.encode())
+
+    def close(self) -> list[ShardEntry]:
+        """Writes what is left and returns the entries of all shards."""
+        if len(self.ends) > 1:
+            self._write()
+        return self.entries
+
+    def _write(self) -> None:
+        name, num_tokens = f"tokens_part_{next(self.numbers):05d}.safetensors", self.ends[-1]
+        sha256 = write_shard(
+            self.directory / name,
+            tokens=self.tokens[:num_tokens],
+            documents=np.array(self.ends, np.int64),
+            metadata=self.metadata,
+        )
+        entry = ShardEntry(
+            file=name,
+            num_tokens=num_tokens,
+            num_documents=len(self.ends) - 1,
+            num_bytes=self.num_bytes,
+            sha256=sha256,
+        )
+        self.entries.append(entry)
+        self._start_shard()
+
+
+def _tokenized(
+    chosen: Iterable[Document], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[Document, np.ndarray]]:
+    encoder = text_encoder(tokenizer)
+    for batch in _batches(chosen):
+        encodings = encoder.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+        for document, encoding in zip(batch, encodings, strict=True):
+            yield document, np.array(encoding.ids, np.int64)
+
+
+def _batches(chosen: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in chosen:
+        batch.append(document)
+        size += len(document.text)
+        if size >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _made_of(recipe: PreparationRecipe, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What determines the shards, as JSON gives it back."""
+    return {
+        **dataclasses.asdict(recipe.corpus),
+        "tokens_per_shard": recipe.tokens_per_shard,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
+
+
+def _finished(recipe: PreparationRecipe) -> Index:
+    """The data in output_dir, if it is this recipe's."""
+    index = load_index(recipe.output_dir)
+    wanted = _made_of(recipe, load_tokenizer(recipe.tokenizer.path))
+    changed = [
+        f"{key} {index.recipe.get(key)!r} -> {wanted[key]!r}" for key in wanted if index.recipe.get(key) != wanted[key]
+    ]
+    if changed:
+        raise UserError(
+            f"'{recipe.output_dir}' holds data of another recipe ({', '.join(changed)}); "
+            f"set another output_dir, or delete that directory."
+        )
+    return index
+
+
+def _record_file(output_dir: Path, task: int) -> Path:
+    return output_dir / "tasks" / f"task_{task:05d}.json"
+
+
+def _recorded(output_dir: Path, task: int, made_of: dict[str, Any]) -> dict[str, Any] | None:
+    """What a finished task made, or None where it is not finished or was another preparation's."""
+    file = _record_file(output_dir, task)
+    record = json.loads(file.read_bytes()) if file.is_file() else {}
+    return record if record.get("made_of") == made_of else None
+
+
+def _forget_other_preparations(output_dir: Path, made_of: dict[str, Any]) -> None:
+    """A preparation that was changed half-way must not be finished with the shards of before."""
+    (output_dir / "tasks").mkdir(parents=True, exist_ok=True)
+    for file in (output_dir / "tasks").glob("task_*.json"):
+        if json.loads(file.read_bytes())["made_of"] != made_of:
+            file.unlink()
+
+
+def _in_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:
+    """By number, which is no longer the order of the names once a number has six digits."""
+    return tuple(sorted(entries, key=lambda entry: (len(entry.file), entry.file)))
+
+
+def _check_split(recipe: PreparationRecipe, num_documents: dict[str, int]) -> None:
+    total, fraction = sum(num_documents.values()), recipe.corpus.validation_fraction
+    if total == 0:
+        raise UserError(
+            f"the corpus ({recipe.corpus.paths or recipe.corpus.kind}) has no document; give it some text."
+        )
+    for split in SPLITS if fraction else ("train",):
+        if num_documents[split] == 0:
+            raise UserError(
+                f"none of the corpus' {total} documents falls into {split} (validation_fraction {fraction}); split "
+                f"the text into more documents, or set another corpus.split_seed or corpus.validation_fraction."
+            )

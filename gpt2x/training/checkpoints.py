@@ -1,0 +1,228 @@
+"""Checkpoints: at once an exactly resumable state and a stock Hugging Face model.
+
+    checkpoints/step-000100/
+        model/          the weights as a transformers model, float32, with the tokenizer
+        state/          optimizer.safetensors and trainer.json
+        manifest.json   size and sha256 of every file above, written last
+
+A checkpoint is made in a temporary sibling, flushed to the disk and renamed; only then are older ones deleted. A
+directory without a manifest that fits is never resumed from. Nothing here is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gpt2x.errors import UserError
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+# --- the optimizer's state as tensors --------------------------------------------------------------------------------
+
+
+def optimizer_tensors(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> dict[str, Tensor]:
+    """The state of the optimizers, keyed ``parameter name/state name``.
+
+    Args:
+        optimizers: the optimizers, whose parameters are disjoint.
+        names: the name of each parameter by its ``id``.
+    """
+    return {
+        f"{names[id(parameter)]}/{key}": value.detach().cpu()
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizers: Iterable[Optimizer], names: Mapping[int, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Puts saved state back into freshly made optimizers.
+
+    Raises:
+        UserError: where the saved state belongs to other parameters.
+    """
+    saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name, _, state_name = key.rpartition("/")
+        saved[name][state_name] = tensor
+    for optimizer in optimizers:
+        parameters = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        missing = [name for name in parameters if name not in saved]
+        if missing:
+            raise UserError(
+                f"the checkpoint has no optimizer state for {missing[0]}; resume with the recipe that made it."
+            )
+        state = {position: saved.pop(name) for position, name in enumerate(parameters)}
+        # torch places the state beside its parameter, except where an optimizer wants a step count on the host
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if saved:
+        raise UserError(
+            f"the checkpoint has optimizer state for {next(iter(saved))}, which this run does not train; "
+            f"resume with the recipe that made it."
+        )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    target: Path,
+    *,
+    write_model: Callable[[Path], None],
+    optimizer: dict[str, Tensor],
+    trainer: Mapping[str, Any],
+) -> None:
+    """Writes a whole checkpoint, or nothing that could be mistaken for one.
+
+    Args:
+        target: the directory of the checkpoint; an older one of that name is replaced.
+        write_model: writes model and tokenizer into the directory it is given.
+        optimizer: tensors of the optimizer's state.
+        trainer: what else a resumed run needs, as JSON.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        (temporary / "state").mkdir(parents=True)
+        write_model(temporary / "model")
+        save_file(optimizer, temporary / "state" / "optimizer.safetensors")
+        _write_json(temporary / "state" / "trainer.json", trainer)
+        _write_json(temporary / MANIFEST, {"files": _describe_files(temporary)})
+        _flush_directory(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _fsync(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def prune_checkpoints(run_dir: Path, *, keep: int | None) -> None:
+    """Deletes all but the newest ``keep`` valid checkpoints, and what killed saves left behind."""
+    parent = run_dir / "checkpoints"
+    for leftover in parent.glob("step-*.tmp-*"):
+        shutil.rmtree(leftover)
+    if keep is not None:
+        for checkpoint in list_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(checkpoint)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST)
+
+
+def _describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in _files(directory)
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_directory(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        _fsync(path)
+    _fsync(directory)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first: those whose manifest names files of the right sizes."""
+    candidates = (path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in candidates if _has_its_files(path)), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    found = _NAME.fullmatch(checkpoint.name)
+    assert found is not None
+    return int(found[1])
+
+
+def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
+    """What the manifest says of each file; None where it is missing or torn."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return None
+    return files
+
+
+def _has_its_files(checkpoint: Path) -> bool:
+    files = _manifest(checkpoint)
+    return files is not None and all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == facts["size"]
+        for name, facts in files.items()
+    )
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every byte is as it was written.
+
+    Returns:
+        Its directory (None where there is none), and a line for each newer one that was passed over.
+    """
+    passed_over = []
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        files = _manifest(checkpoint) or {}
+        damaged = [name for name, facts in files.items() if _sha256(checkpoint / name) != facts["sha256"]]
+        if not damaged:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint} is damaged ({damaged[0]} differs from its manifest); using an older one.")
+    return None, passed_over
+
+
+def read_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's tensors and the trainer's JSON of a checkpoint."""
+    trainer = json.loads((checkpoint / "state" / "trainer.json").read_text(encoding="utf-8"))
+    return load_file(checkpoint / "state" / "optimizer.safetensors"), trainer
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """The name of each parameter by its ``id``; a tied one has its first name."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def copy_weights(model: nn.Module, source: nn.Module) -> None:
+    """Copies every parameter and buffer of ``source`` into ``model``, which keeps its own tensors."""
+    with torch.no_grad():
+        model.load_state_dict(source.state_dict())

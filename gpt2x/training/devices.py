@@ -1,0 +1,71 @@
+"""What the run computes on: the accelerator, its threads and its peak."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from gpt2x.config import Recipe
+from gpt2x.errors import UserError
+
+# Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "B200": 2250e12,
+}
+
+
+def make_accelerator(recipe: Recipe, *, local_world_size: int) -> Accelerator:
+    """The accelerator of a run, its threads set and its random numbers seeded.
+
+    Args:
+        recipe: precision, trackers, threads and seed.
+        local_world_size: processes on this machine, which share its cores.
+
+    Raises:
+        UserError: for fp16 without a GPU.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and recipe.train.mixed_precision == "fp16":
+        raise UserError("train.mixed_precision (fp16) needs a GPU, and there is none; use bf16 or no.")
+    if on_cpu:
+        # accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU
+        torch.set_num_threads(recipe.train.num_threads or usable_cores(local_world_size))
+        torch.set_flush_denormal(True)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=recipe.train.mixed_precision,
+        log_with=recipe.run.report_to or None,
+        project_dir=recipe.run.dir,
+    )
+    set_seed(recipe.run.seed)
+    return accelerator
+
+
+def usable_cores(local_world_size: int) -> int:
+    """Cores this process may use, when the machine's are shared fairly among its processes."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(available // local_world_size, 1)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of the device; None where its data sheet is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
+
+
+def describe_device(accelerator: Accelerator) -> str:
+    """The hardware in words: how many of what, with how many threads."""
+    if accelerator.device.type == "cuda":
+        what = torch.cuda.get_device_name(accelerator.device)
+    else:
+        what = f"{accelerator.device.type} with {torch.get_num_threads()} threads"
+    return f"{accelerator.num_processes} x {what}"

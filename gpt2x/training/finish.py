@@ -1,0 +1,55 @@
+"""What a finished run leaves: the final model, the run in numbers, the plots."""
+
+import json
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from gpt2x.evaluation import Validation
+from gpt2x.models import flops_per_token, num_parameters, save_model
+from gpt2x.reporting import column, read_metrics, write_plots
+from gpt2x.training.devices import describe_device
+from gpt2x.training.job import Job
+from gpt2x.training.run_directory import RunDirectory
+from gpt2x.training.state import Progress
+
+
+def finish(job: Job, progress: Progress, validation: Validation) -> None:
+    """Writes final/, stats.json, losses.npy and the plots; the main process alone."""
+    if job.accelerator.is_main_process:
+        model_type = save_model(job.plain_model, job.run.final_dir, job.tokenizer)
+        write_curves(job.run)
+        stats = _stats(job, progress) | validation.metrics() | {"model_type": model_type}
+        job.run.stats_file.write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
+    job.accelerator.wait_for_everyone()
+
+
+def write_curves(run: RunDirectory) -> None:
+    """losses.npy, the recorded training losses in order, and the plots."""
+    _, losses = column(read_metrics(run.path), "train/loss")
+    np.save(run.path / "losses.npy", losses)
+    write_plots(run.path)
+
+
+def _stats(job: Job, progress: Progress) -> dict[str, Any]:
+    total, _ = num_parameters(job.plain_model)
+    flops = flops_per_token(job.plain_model, job.recipe.data.sequence_length)
+    return {
+        "finished": True,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "elapsed_s": progress.elapsed_s,
+        "tokens_per_s": progress.tokens / progress.elapsed_s,
+        "parameters": total,
+        "flops": flops * progress.tokens,
+        "devices": describe_device(job.accelerator),
+        "data_fingerprint": job.data_fingerprint,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

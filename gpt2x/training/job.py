@@ -1,0 +1,52 @@
+"""A job: everything that a run works with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gpt2x.batches import TrainingBatches, ValidationBatches
+from gpt2x.config import Recipe
+from gpt2x.training.budget import Budget
+from gpt2x.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a run works with, made once before step 1.
+
+    Attributes:
+        recipe: what to do.
+        run: where to write.
+        accelerator: devices, precision and collectives.
+        model: as ``accelerator.prepare`` returned it.
+        optimizers: likewise.
+        parameter_names: name of each parameter by its ``id``.
+        tokenizer: for samples, and saved with every model.
+        batches: the micro-batches of any step.
+        validation_batches: this rank's share of the held-out set.
+        prompts: what the samples continue.
+        budget: when to end.
+        data_fingerprint: identity of the token shards.
+    """
+
+    recipe: Recipe
+    run: RunDirectory
+    accelerator: Accelerator
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    parameter_names: Mapping[int, str]
+    tokenizer: PreTrainedTokenizerBase
+    batches: TrainingBatches
+    validation_batches: ValidationBatches
+    prompts: Sequence[str]
+    budget: Budget
+    data_fingerprint: str
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The transformers model inside what accelerate made of it."""
+        return self.accelerator.unwrap_model(self.model)

@@ -1,0 +1,203 @@
+"""The training loop: batches in, checkpoints out."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from gpt2x.evaluation import Validation, sample_texts, validate
+from gpt2x.models import save_model
+from gpt2x.training.checkpoints import (
+    checkpoint_dir,
+    optimizer_tensors,
+    prune_checkpoints,
+    write_checkpoint,
+)
+from gpt2x.training.job import Job
+from gpt2x.training.optimizers import set_learning_rates
+from gpt2x.training.recording import Recorder, append_record
+from gpt2x.training.schedules import learning_rate_factor
+from gpt2x.training.signals import StopRequest
+from gpt2x.training.state import Progress, seed_step
+
+MicroBatch = Mapping[str, Tensor]
+
+
+def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> Validation | None:
+    """Trains until the budget is spent or a signal asks to stop; saves either way.
+
+    Args:
+        job: what to train.
+        progress: where the run stands; advanced in place.
+        recorder: takes the metrics.
+        stop: the signals received by this process.
+
+    Returns:
+        The final validation; None where the run was stopped before its end.
+    """
+    recipe, accelerator = job.recipe, job.accelerator
+    evaluation, saves = recipe.evaluation, recipe.train.save_steps
+    job.model.train()
+    while not job.budget.is_spent(progress):
+        started = time.perf_counter()
+        metrics = optimizer_step(job, progress)
+        seconds, stopped = agree(accelerator, time.perf_counter() - started, stop.signal_number is not None)
+        progress.advance(tokens=recipe.train.tokens_per_step, seconds=seconds)
+        metrics["tokens_per_s"] = recipe.train.tokens_per_step / seconds
+
+        recorder.show(progress, metrics)
+        if _is_due(progress, recipe.train.logging_steps):
+            recorder.record(progress, metrics)
+        if stopped:
+            save_checkpoint(job, progress)
+            return None
+        if _is_due(progress, evaluation.eval_steps) and not job.budget.is_spent(progress):
+            evaluate(job, progress, recorder, stop)
+        if _is_due(progress, evaluation.sample_steps) and not job.budget.is_spent(progress):
+            write_samples(job, progress, recorder)
+        if _is_due(progress, saves):
+            save_checkpoint(job, progress)
+
+    save_checkpoint(job, progress)
+    validation = evaluate(job, progress, recorder, stop)
+    write_samples(job, progress, recorder)
+    return validation
+
+
+def optimizer_step(job: Job, progress: Progress) -> dict[str, float]:
+    """One update of the weights from all micro-batches of a step.
+
+    The loss is the sum of the cross-entropies of the whole step, over micro-batches and ranks, divided by the step's
+    valid tokens, so that the gradient does not depend on how the step is cut.
+
+    Returns:
+        The step's metrics, the same on all ranks.
+    """
+    accelerator, model = job.accelerator, job.model
+    seed_step(job.recipe.run.seed, step=progress.step, rank=accelerator.process_index)
+    factor = learning_rate_factor(
+        job.recipe.optimizer, warmup=job.budget.warmup(progress), progress=job.budget.decay(progress)
+    )
+    set_learning_rates(job.optimizers, factor)
+    micro_batches = job.batches.step(progress.step)
+    loss = accumulate_gradients(accelerator, model, micro_batches)
+    grad_norm = clip_gradients(accelerator, model, job.recipe.train.max_grad_norm)
+    for optimizer in job.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {
+        "train/loss": loss.item(),
+        "learning_rate": job.optimizers[0].param_groups[0]["lr"],
+        "grad_norm": grad_norm,
+    }
+
+
+def accumulate_gradients(accelerator: Accelerator, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Adds up the gradients of a step's micro-batches; ranks exchange them once, after the last.
+
+    Data-parallel wrappers average over ranks, so each rank divides its sum by the valid tokens per rank.
+
+    Returns:
+        The step's mean cross-entropy over all ranks, a scalar.
+    """
+    valid = torch.stack([count_targets(batch["labels"]) for batch in micro_batches]).sum().to(accelerator.device)
+    tokens_per_rank = accelerator.reduce(valid, reduction="sum") / accelerator.num_processes
+    total = torch.zeros((), device=accelerator.device)
+    for position, batch in enumerate(micro_batches):
+        is_last = position == len(micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            loss = model(
+                **{key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()},
+                num_items_in_batch=tokens_per_rank,
+                return_logits=False,
+                use_cache=False,
+            ).loss
+            accelerator.backward(loss)
+        total += loss.detach()
+    return accelerator.reduce(total, reduction="mean")
+
+
+def count_targets(labels_BT: Tensor) -> Tensor:
+    """How many tokens of unshifted labels are predicted: the model shifts, so a row's first never is."""
+    return (labels_BT[:, 1:] != -100).sum()
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> float:
+    """Scales the gradients down to ``max_norm`` and returns their norm before that."""
+    return float(accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm))
+
+
+def agree(accelerator: Accelerator, seconds: float, stopped: bool) -> tuple[float, bool]:
+    """Rank 0's clock and anyone's wish to stop, the same on all ranks."""
+    if accelerator.num_processes == 1:
+        return seconds, stopped
+    own_clock = seconds if accelerator.is_main_process else 0.0
+    both = accelerator.reduce(torch.tensor([own_clock, float(stopped)], device=accelerator.device), reduction="sum")
+    return float(both[0]), bool(both[1] > 0)
+
+
+def evaluate(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> Validation | None:
+    """Validates on the whole held-out set and records the result; None where a signal asked to stop."""
+    validation = validate(
+        job.model,
+        job.validation_batches,
+        num_bytes=job.validation_batches.num_bytes,
+        accelerator=job.accelerator,
+        is_stopped=lambda: agree(job.accelerator, 0.0, stop.signal_number is not None)[1],
+    )
+    if validation is not None:
+        recorder.record(progress, validation.metrics())
+        recorder.say(
+            f"step {progress.step}: validation loss {validation.loss:.4f}, {validation.bits_per_byte:.4f} bits per "
+            f"byte, perplexity {validation.perplexity:.2f}, token accuracy {validation.token_accuracy:.1%}"
+        )
+    return validation
+
+
+def write_samples(job: Job, progress: Progress, recorder: Recorder) -> None:
+    """Continues the prompts, prints the texts and appends them to samples.jsonl."""
+    texts = sample_texts(
+        job.plain_model,
+        job.tokenizer,
+        job.prompts,
+        max_new_tokens=job.recipe.evaluation.max_new_tokens,
+        seed=job.recipe.run.seed,
+    )
+    for prompt, text in zip(job.prompts, texts, strict=True):
+        recorder.say(f"--- sample at step {progress.step} ---\n{prompt}>>>{text}")
+        if job.accelerator.is_main_process:
+            append_record(job.run.samples_file, {"step": progress.step, "prompt": prompt, "text": text})
+
+
+def save_checkpoint(job: Job, progress: Progress) -> Path:
+    """Writes a checkpoint of where the run stands, then deletes those that are no longer kept."""
+    target = checkpoint_dir(job.run.path, progress.step)
+    if job.accelerator.is_main_process and not target.exists():
+        write_checkpoint(
+            target,
+            write_model=lambda directory: _write_model(job, directory),
+            optimizer=optimizer_tensors(job.optimizers, job.parameter_names),
+            trainer={
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "elapsed_s": progress.elapsed_s,
+                "last_step_s": progress.last_step_s,
+                "seed": job.recipe.run.seed,
+                "data_fingerprint": job.data_fingerprint,
+            },
+        )
+        prune_checkpoints(job.run.path, keep=job.recipe.train.save_total_limit)
+    job.accelerator.wait_for_everyone()
+    return target
+
+
+def _write_model(job: Job, directory: Path) -> None:
+    save_model(job.plain_model, directory, job.tokenizer)
+
+
+def _is_due(progress: Progress, interval: int | None) -> bool:
+    return interval is not None and progress.step % interval == 0

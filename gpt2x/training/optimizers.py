@@ -1,0 +1,152 @@
+"""Optimizers: AdamW with decay groups, and Muon for the matrices of the layers."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from gpt2x.config import OptimizerSection
+
+
+def make_optimizers(model: nn.Module, section: OptimizerSection, *, fused: bool = True) -> list[Optimizer]:
+    """The optimizers of a recipe, every trainable parameter in exactly one of them.
+
+    Args:
+        model: any causal language model of transformers.
+        section: which optimizer, and its hyper-parameters.
+        fused: whether AdamW runs as one kernel.
+
+    Returns:
+        AdamW alone, or Muon and the AdamW for what Muon does not take. Each group carries its peak learning rate as
+        ``peak_lr``, from which the loop sets ``lr``.
+    """
+    matrices, embeddings, vectors = split_parameters(model)
+    adamw = {
+        "lr": section.learning_rate,
+        "betas": (section.adam_beta1, section.adam_beta2),
+        "eps": section.adam_epsilon,
+        "fused": fused,
+    }
+    undecayed = {"params": vectors, "weight_decay": 0.0}
+    if section.name == "adamw":
+        decayed = {"params": matrices + embeddings, "weight_decay": section.weight_decay}
+        optimizers: list[Optimizer] = [AdamW(_filled(decayed, undecayed), **adamw)]
+    else:
+        undecayed["params"] = embeddings + vectors
+        optimizers = [
+            Muon(
+                matrices,
+                lr=section.muon_learning_rate,
+                momentum=section.muon_momentum,
+                weight_decay=section.weight_decay,
+            ),
+            AdamW(_filled(undecayed), **adamw),
+        ]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Trainable parameters as (matrices of the layers, embeddings and head, vectors); a tied one counts once."""
+    tables = {id(parameter) for module in _tables(model) for parameter in module.parameters() if parameter.ndim == 2}
+    matrices, embeddings, vectors = [], [], []
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        else:
+            (embeddings if id(parameter) in tables else matrices).append(parameter)
+    return matrices, embeddings, vectors
+
+
+def _tables(model: nn.Module) -> Iterator[nn.Module]:
+    yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
+    head = model.get_output_embeddings()
+    if head is not None:
+        yield head
+
+
+def _filled(*groups: dict) -> list[dict]:
+    return [group for group in groups if group["params"]]
+
+
+def set_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
+    """Sets every group to ``factor`` times its peak."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak_lr"] * factor
+
+
+class Muon(Optimizer):
+    """Momentum orthogonalized by Newton-Schulz (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    Matrices of one shape are orthogonalized as one batch, so a step costs a few batched products instead of several
+    small ones per matrix.
+
+    Args:
+        params: matrices.
+        lr: learning rate; an update has a root mean square of about ``lr`` times 1 / sqrt(columns).
+        momentum: of the Nesterov momentum.
+        weight_decay: decoupled; a step shrinks a weight by ``lr * weight_decay``.
+        ns_steps: Newton-Schulz iterations.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float, ns_steps: int = 5
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every matrix that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, group)
+
+    def _update(self, parameters: list[Tensor], group: dict) -> None:
+        momentum, lr = group["momentum"], group["lr"]
+        gradients = [parameter.grad for parameter in parameters]
+        buffers = [self._buffer(parameter) for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        nesterov = torch._foreach_lerp(gradients, buffers, momentum)
+        orthogonal = orthogonalize(torch.stack(nesterov), steps=group["ns_steps"])
+        rows, columns = parameters[0].shape
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(parameters, list(orthogonal.unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+
+# The quintic's coefficients maximize the slope at zero; singular values end in about [0.7, 1.2] (Jordan et al. 2024).
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices_NRC: Tensor, *, steps: int) -> Tensor:
+    """The nearest semi-orthogonal matrices, approximately, by a quintic Newton-Schulz iteration in bfloat16.
+
+    Args:
+        matrices_NRC: a batch of matrices, float32.
+        steps: iterations.
+
+    Returns:
+        A batch of the same shape and type whose singular values lie around 1.
+    """
+    a, b, c = _QUINTIC
+    x_NRC = matrices_NRC.bfloat16()
+    tall = x_NRC.size(-2) > x_NRC.size(-1)
+    if tall:  # the Gram matrix is built on the shorter side
+        x_NRC = x_NRC.mT
+    x_NRC = x_NRC / (x_NRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x_NRC @ x_NRC.mT
+        x_NRC = torch.baddbmm(x_NRC, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x_NRC, beta=a)
+    return (x_NRC.mT if tall else x_NRC).to(matrices_NRC.dtype)

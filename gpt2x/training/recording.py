@@ -1,0 +1,87 @@
+"""What a run records: metrics, samples, the progress bar and the trackers."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gpt2x.models import flops_per_token
+from gpt2x.training.devices import peak_flops
+from gpt2x.training.job import Job
+from gpt2x.training.state import Progress
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one JSON object as a line, written in one piece so that a killed run tears at most the last."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class Recorder:
+    """Writes a job's metrics on the main process, and shows them."""
+
+    def __init__(self, job: Job) -> None:
+        self.run, self.accelerator, self.budget = job.run, job.accelerator, job.budget
+        peak = peak_flops(job.accelerator.device)
+        flops = flops_per_token(job.plain_model, job.recipe.data.sequence_length)
+        self.utilization_per_token_rate = flops / (peak * job.accelerator.num_processes) if peak else None
+        budget, accelerator = job.budget, job.accelerator
+        accelerator.init_trackers("gpt2x", config=_scalars(dataclasses.asdict(job.recipe)))
+        total = budget.max_steps if budget.max_steps is not None else budget.max_time_s
+        unit = "step" if budget.max_steps is not None else "s"
+        layout = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}{postfix}]"
+        self.bar = tqdm(
+            total=total, unit=unit, bar_format=layout, disable=not accelerator.is_main_process, dynamic_ncols=True
+        )
+        self._shown = 0.0
+
+    def record(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Appends one line to metrics.jsonl and sends it to the trackers."""
+        if self.accelerator.is_main_process:
+            line = {"step": progress.step, "tokens": progress.tokens, "elapsed_s": round(progress.elapsed_s, 3)}
+            append_record(self.run.metrics_file, line | dict(metrics))
+        self.accelerator.log(dict(metrics), step=progress.step)
+
+    def show(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Moves the progress bar, at most five times a second."""
+        if self.bar.disable or time.monotonic() - self._shown < 0.2:
+            return
+        self._shown = time.monotonic()
+        self.bar.n = progress.step if self.budget.max_steps is not None else progress.elapsed_s
+        self.bar.set_postfix_str(self._summary(progress, metrics), refresh=True)
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar, on the main process."""
+        if self.accelerator.is_main_process:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        """Ends the progress bar and the trackers."""
+        self.bar.close()
+        self.accelerator.end_training()
+
+    def _summary(self, progress: Progress, metrics: Mapping[str, float]) -> str:
+        shown = [
+            f"loss {metrics['train/loss']:.3f}",
+            f"lr {metrics['learning_rate']:.2e}",
+            f"norm {metrics['grad_norm']:.2f}",
+            f"{metrics['tokens_per_s']:,.0f} tok/s",
+        ]
+        if self.utilization_per_token_rate is not None:
+            shown.append(f"MFU {metrics['tokens_per_s'] * self.utilization_per_token_rate:.1%}")
+        return ", ".join([*shown, f"{self.budget.remaining_s(progress):.0f} s left"])
+
+
+def _scalars(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves that every tracker can hold, by dotted name."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _scalars(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return leaves

@@ -1,0 +1,158 @@
+"""From a recipe to a job: everything that is made once, before step 1."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gpt2x.batches import SampleOrder, ShardSource, TrainingBatches, ValidationBatches
+from gpt2x.config import Recipe, accumulation_steps
+from gpt2x.errors import UserError
+from gpt2x.models import load_weights, make_model
+from gpt2x.shards import ShardIndex, load_tokenizer, prepare, read_index, tokenizer_fingerprint
+from gpt2x.training.budget import make_budget
+from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
+from gpt2x.training.job import Job
+from gpt2x.training.optimizers import make_optimizers
+from gpt2x.training.run_directory import RunDirectory, clear, truncate_records
+from gpt2x.training.state import Progress
+
+
+def open_data(recipe: Recipe, accelerator: Accelerator) -> tuple[ShardIndex, PreTrainedTokenizerBase]:
+    """The token shards and their tokenizer; the shards are prepared first where they are missing and the recipe can.
+
+    Raises:
+        UserError: where shards or tokenizer are missing or do not belong together.
+    """
+    shards_dir, preparation = recipe.data.shards_dir, recipe.data.preparation
+    if preparation is not None and not (shards_dir / "index.json").exists() and accelerator.is_main_process:
+        prepare(preparation)
+    accelerator.wait_for_everyone()
+    index = read_index(shards_dir)
+    tokenizer = load_tokenizer(index.tokenizer_path)
+    if tokenizer_fingerprint(tokenizer) != index.tokenizer_fingerprint:
+        raise UserError(
+            f"the tokenizer at {index.tokenizer_path} is not the one that made {shards_dir}; "
+            f"prepare the shards again or restore the tokenizer."
+        )
+    return index, tokenizer
+
+
+def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tuple[Job, Progress]:
+    """Everything a run works with, and where it stands: at the start, or at its newest checkpoint.
+
+    Raises:
+        UserError: for whatever can be known to go wrong before step 1.
+    """
+    index, tokenizer = open_data(recipe, accelerator)
+    batches, validation_batches = _make_batches(recipe, index, accelerator)
+    model = make_model(recipe, tokenizer)
+    _check_ids(index, model)
+    checkpoint, passed_over = newest_checkpoint(run.path)
+    for line in passed_over:
+        accelerator.print(line)
+    if checkpoint is not None:
+        load_weights(model, checkpoint / "model")
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizers = make_optimizers(model, recipe.optimizer)
+    names = parameter_names(model)
+    if recipe.train.torch_compile:
+        compile_layers(model)
+    prepared, *optimizers = accelerator.prepare(model, *optimizers)
+    progress = Progress() if checkpoint is None else _restore(checkpoint, index, optimizers, names)
+    if accelerator.is_main_process:
+        _settle_records(run, checkpoint, progress)
+    accelerator.wait_for_everyone()
+    job = Job(
+        recipe=recipe,
+        run=run,
+        accelerator=accelerator,
+        model=prepared,
+        optimizers=optimizers,
+        parameter_names=names,
+        tokenizer=tokenizer,
+        batches=batches,
+        validation_batches=validation_batches,
+        prompts=_prompts(recipe, tokenizer, validation_batches),
+        budget=make_budget(recipe.train, recipe.optimizer),
+        data_fingerprint=index.fingerprint,
+    )
+    return job, progress
+
+
+def _make_batches(
+    recipe: Recipe, index: ShardIndex, accelerator: Accelerator
+) -> tuple[TrainingBatches, ValidationBatches]:
+    train, length = recipe.train, recipe.data.sequence_length
+    try:
+        accumulation_steps(
+            train.tokens_per_step,
+            micro_batch_size=train.micro_batch_size,
+            sequence_length=length,
+            num_processes=accelerator.num_processes,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    source = ShardSource(index, split="train", sequence_length=length)
+    batches = TrainingBatches(
+        SampleOrder([source], seed=recipe.run.seed),
+        [source],
+        sequences_per_step=train.tokens_per_step // length,
+        micro_batch_size=train.micro_batch_size,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    validation_batches = ValidationBatches(
+        index,
+        sequence_length=length,
+        batch_size=recipe.evaluation.batch_size,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    return batches, validation_batches
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compiles the repeated layers in place, all by the code of the first; names and checkpoints do not change."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                layer.compile(dynamic=False)
+
+
+def _check_ids(index: ShardIndex, model: PreTrainedModel) -> None:
+    if index.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"model.vocab_size ({model.config.vocab_size}) must be at least the shards' {index.vocab_size} token ids; "
+            f"leave it out to take the tokenizer's size."
+        )
+
+
+def _restore(checkpoint: Path, index: ShardIndex, optimizers: list[Any], names: dict[int, str]) -> Progress:
+    tensors, trainer = read_state(checkpoint)
+    if trainer["data_fingerprint"] != index.fingerprint:
+        then, now = trainer["data_fingerprint"][:12], index.fingerprint[:12]
+        raise UserError(
+            f"the token shards have changed since {checkpoint} was made (fingerprint {then}, now {now}); "
+            f"restore them, or start a new run with --run.name NAME."
+        )
+    load_optimizer_tensors(optimizers, names, tensors)
+    return Progress(**{key: trainer[key] for key in ("step", "tokens", "elapsed_s", "last_step_s")})
+
+
+def _settle_records(run: RunDirectory, checkpoint: Path | None, progress: Progress) -> None:
+    """Nothing recorded may be later than the weights."""
+    if checkpoint is None:
+        clear(run)
+    else:
+        truncate_records(run, step=progress.step)
+
+
+def _prompts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, validation_batches: ValidationBatches
+) -> tuple[str, ...]:
+    beginnings = validation_batches.document_beginnings(recipe.evaluation.num_validation_prompts, length=32)
+    return (*recipe.evaluation.prompts, *(tokenizer.decode(ids) for ids in beginnings))

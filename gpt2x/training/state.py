@@ -1,0 +1,41 @@
+"""Where a run stands: the few numbers that, beside weights and optimizer state, are all there is to resume."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Progress:
+    """What the loop has done so far.
+
+    The data order, the learning rates and the random numbers of a step are pure functions of this and of the recipe,
+    so neither an iterator, nor a scheduler, nor a generator's state is ever saved.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens: tokens read.
+        elapsed_s: seconds spent in steps; validation, samples and saving are not counted.
+        last_step_s: seconds the last step took.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    last_step_s: float = 0.0
+
+    def advance(self, *, tokens: int, seconds: float) -> None:
+        """Counts one finished optimizer step."""
+        self.step += 1
+        self.tokens += tokens
+        self.elapsed_s += seconds
+        self.last_step_s = seconds
+
+
+def seed_step(seed: int, *, step: int, rank: int) -> None:
+    """Seeds torch's generators for one step of one rank.
+
+    With this, dropout in a step depends on (seed, step, rank) alone: not on what was sampled or evaluated before, and
+    not on whether the run was resumed.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)

@@ -1,0 +1,23 @@
+"""The GPT2X model for transformers: importing it registers the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_gpt2x import GPT2XConfig
+from .loss_gpt2x import chunked_linear_cross_entropy
+from .modeling_gpt2x import GPT2XForCausalLM, GPT2XModel, GPT2XPreTrainedModel
+
+AutoConfig.register("gpt2x", GPT2XConfig)
+AutoModel.register(GPT2XConfig, GPT2XModel)
+AutoModelForCausalLM.register(GPT2XConfig, GPT2XForCausalLM)
+# What makes save_pretrained copy this code beside the weights.
+GPT2XConfig.register_for_auto_class()
+GPT2XModel.register_for_auto_class("AutoModel")
+GPT2XForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "GPT2XConfig",
+    "GPT2XForCausalLM",
+    "GPT2XModel",
+    "GPT2XPreTrainedModel",
+    "chunked_linear_cross_entropy",
+]

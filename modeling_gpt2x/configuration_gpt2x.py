@@ -1,0 +1,270 @@
+"""The options of a GPT2X model. Defaults are GPT-2 124M exactly; every modern part is one option."""
+
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+
+CHOICES = {
+    "position_embedding": ("learned", "rope"),
+    "norm": ("layer_norm", "rms_norm", "rms_norm_weightless"),
+    "qk_norm": ("none", "weight", "weightless"),
+    "residual_init": ("scaled", "zero"),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# Keys which transformers reads or writes although they are no dataclass fields of PreTrainedConfig.
+TRANSFORMERS_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "is_causal",
+    "model_type",
+    "partial_rotary_factor",
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_last_hidden_states",
+}
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+
+
+@strict
+class GPT2XConfig(PreTrainedConfig):
+    r"""Configuration of `GPT2XModel` and `GPT2XForCausalLM`.
+
+    Without arguments it describes GPT-2 124M (Radford et al., 2019), dropouts 0. GPT-2's own names (`n_embd`,
+    `n_layer`, `resid_pdrop`, ...) are understood too.
+
+    Args:
+        vocab_size: number of tokens; rows of the embedding and of the head.
+        hidden_size: width C of the residual stream.
+        intermediate_size: width of the MLP; `None` means 4 * hidden_size.
+        num_hidden_layers: number of decoder layers.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key/value heads (grouped-query attention, arXiv:2305.13245); `None` means as
+            many as query heads.
+        head_dim: width of one head; `None` means hidden_size / num_attention_heads.
+        max_position_embeddings: longest sequence of learned positions; with RoPE the training length.
+        position_embedding: `learned` (GPT-2) or `rope` (arXiv:2104.09864).
+        norm: `layer_norm` (arXiv:1607.06450), `rms_norm` (arXiv:1910.07467) or `rms_norm_weightless` (NanoChat).
+        norm_eps: epsilon of every norm.
+        hidden_act: a name of transformers' ACT2FN: `gelu_new`, `silu`, `relu2` (arXiv:2109.08668), ...
+        gated_mlp: whether the MLP is act(gate(x)) * up(x) (arXiv:2002.05202).
+        attention_bias: whether the four projections of attention have biases.
+        mlp_bias: whether the projections of the MLP have biases.
+        qk_norm: RMSNorm of queries and keys per head, `weight` (Qwen3, arXiv:2505.09388), `weightless` (NanoChat) or
+            `none`.
+        embedding_norm: whether the embeddings are normalized before the first layer.
+        final_logit_softcapping: cap c in c * tanh(logits / c) (arXiv:2408.00118); `None` is off.
+        tie_word_embeddings: whether the head shares the embedding's weight (arXiv:1608.05859).
+        layer_types: `full_attention` or `sliding_attention` per layer; `None` is full attention everywhere.
+        sliding_window: positions which a token of a `sliding_attention` layer sees, itself included.
+        rope_parameters: transformers' RoPE dict (`rope_type`, `rope_theta`, ...); exists only when
+            `position_embedding` is `rope`.
+        attention_dropout: dropout of the attention weights.
+        hidden_dropout: dropout of what attention and MLP add to the residual stream.
+        embedding_dropout: dropout of the embeddings.
+        initializer_range: standard deviation of the initial weights.
+        residual_init: initial `o_proj` and `down_proj`: `scaled` (GPT-2's 1 / sqrt(2 * num_hidden_layers)) or `zero`
+            (each layer starts as the identity).
+        use_cache: whether the model returns a cache by default.
+
+    Raises:
+        ValueError: for options which contradict each other; the message names the rule and the remedy.
+    """
+
+    model_type = "gpt2x"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+        "n_ctx": "max_position_embeddings",
+        "n_inner": "intermediate_size",
+        "activation_function": "hidden_act",
+        "layer_norm_epsilon": "norm_eps",
+        "rms_norm_eps": "norm_eps",
+        "attn_pdrop": "attention_dropout",
+        "resid_pdrop": "hidden_dropout",
+        "embd_pdrop": "embedding_dropout",
+    }
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+    position_embedding: str = "learned"
+    norm: str = "layer_norm"
+    norm_eps: float = 1e-5
+    hidden_act: str = "gelu_new"
+    gated_mlp: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: str = "none"
+    embedding_norm: bool = False
+    final_logit_softcapping: float | int | None = None
+    tie_word_embeddings: bool = True
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    residual_init: str = "scaled"
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for old_name in [name for name in kwargs if name in self.attribute_map]:
+            setattr(self, old_name, kwargs.pop(old_name))
+        self._fill_sizes()
+        self._check_choices()
+        self._check_sizes()
+        self._check_windows()
+        self._take_rope_parameters(kwargs)
+        _warn_about_unknown_keys(kwargs, known=_known_keys(type(self)))
+        super().__post_init__(**kwargs)
+        self._check_rope_parameters()
+
+    def _fill_sizes(self) -> None:
+        """Replaces the `None` sizes by the values they stand for."""
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads != 0:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
+                    f"({self.num_attention_heads}); set head_dim or change one of them."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+
+    def _check_choices(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}{_nearest(value, choices)}.")
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1; set it to a positive number.")
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads}); change one of them, or drop num_key_value_heads."
+            )
+        if self.position_embedding == "rope" and self.head_dim % 2 != 0:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) must be even, as RoPE turns pairs; change head_dim or use "
+                "position_embedding='learned'."
+            )
+        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
+            raise ValueError(
+                f"final_logit_softcapping ({self.final_logit_softcapping}) must be positive; use None to switch it off."
+            )
+
+    def _check_windows(self) -> None:
+        layer_types = self.layer_types or []
+        unknown = [name for name in layer_types if name not in LAYER_TYPES]
+        if unknown:
+            raise ValueError(f"layer_types contains {unknown[0]!r}; each entry must be one of {', '.join(LAYER_TYPES)}.")
+        if layer_types and len(layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(layer_types)} entries but num_hidden_layers is {self.num_hidden_layers}; "
+                "give one entry per layer."
+            )
+        slides = "sliding_attention" in layer_types
+        if slides and (self.sliding_window is None or self.sliding_window < 1):
+            raise ValueError(
+                f"sliding_window ({self.sliding_window}) must be at least 1 where layer_types has "
+                "'sliding_attention'; set sliding_window."
+            )
+        if self.sliding_window is not None and not slides:
+            raise ValueError(
+                f"sliding_window ({self.sliding_window}) has no effect without a 'sliding_attention' entry in "
+                "layer_types; add one or drop sliding_window."
+            )
+
+    def _take_rope_parameters(self, kwargs: dict[str, Any]) -> None:
+        """Sets `rope_parameters` if RoPE is on. transformers fills in a default wherever the attribute exists."""
+        if self.position_embedding == "rope":
+            self.rope_parameters = dict(kwargs.pop("rope_parameters", None) or {})
+            return
+        for name in ROPE_KEYS:
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(
+                    f"{name} needs position_embedding='rope', but position_embedding is "
+                    f"{self.position_embedding!r}; set it, or drop {name}."
+                )
+
+    def _check_rope_parameters(self) -> None:
+        if self.position_embedding != "rope":
+            return
+        factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if factor != 1.0:
+            raise ValueError(
+                f"rope_parameters.partial_rotary_factor ({factor}) must be 1, as GPT2X turns whole heads; drop it."
+            )
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """Names of all options which a recipe may set, in the order of their definition."""
+        own = [field.name for field in dataclasses.fields(cls) if field.name in GPT2XConfig.__annotations__]
+        return (*own, "rope_parameters")
+
+
+def _known_keys(config_class: type[GPT2XConfig]) -> set[str]:
+    """Everything that GPT2XConfig or transformers understands in a config."""
+    # transformers still accepts generation parameters in old configs, and drops them.
+    return {*dir(config_class), *config_class.__dataclass_fields__, *GenerationConfig().to_dict(), *TRANSFORMERS_KEYS}
+
+
+def _warn_about_unknown_keys(kwargs: dict[str, Any], known: set[str]) -> None:
+    """Warns about keys without meaning, which transformers would keep silently."""
+    for name in kwargs:
+        if name.startswith("_") or name in known:
+            continue
+        names = (*GPT2XConfig.option_names(), *GPT2XConfig.attribute_map)
+        message = f"GPT2XConfig has no option {name!r}; it has no effect{_nearest(name, names)}."
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _nearest(name: Any, names: Iterable[str]) -> str:
+    """A hint for an error message: the valid name closest to `name`, or nothing."""
+    matches = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+__all__ = ["GPT2XConfig"]

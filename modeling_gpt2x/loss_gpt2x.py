@@ -1,0 +1,129 @@
+"""The next-token loss straight from the hidden states: head and cross-entropy in chunks of tokens.
+
+Shapes: N tokens, C hidden size, V vocabulary, R rows of one chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+
+
+def shift_labels_left(labels: torch.Tensor) -> torch.Tensor:
+    """The label of each position's next token, (B, T); the last position of a row predicts nothing."""
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def chunked_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    chunk_size: int | None = None,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of `hidden @ weight.T` against `labels`, without ever holding all logits.
+
+    The gradients with respect to `hidden` and `weight` are computed together with the loss, chunk by chunk, so that
+    there are three matrix products in all and nothing is recomputed. The products run in the autocast dtype, the
+    softmax and all sums in float32. Not twice differentiable.
+
+    Args:
+        hidden: (..., C), the output of the final norm.
+        weight: (V, C), the head's weight.
+        labels: (...), the token which each row of `hidden` predicts (already shifted); -100 is ignored.
+        softcap: cap c of c * tanh(logits / c), arXiv:2408.00118.
+        num_items_in_batch: what the summed loss is divided by; `None` divides by the number of labels not ignored.
+        chunk_size: rows per chunk; `None` chooses one.
+        vocab_size: rows of `weight` that are tokens; the padding rows behind them get neither probability nor
+            gradient.
+
+    Returns:
+        The loss, a float32 scalar. It is 0 if all labels are ignored.
+    """
+    hidden_NC = hidden.reshape(-1, hidden.shape[-1])
+    labels_N = labels.reshape(-1).to(hidden.device)
+    valid_N = labels_N != IGNORE_INDEX
+    if num_items_in_batch is None:
+        num_items_in_batch = valid_N.sum().clamp(min=1)
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(hidden.device)
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    loss_sum = _ChunkedLinearCrossEntropy.apply(
+        hidden_NC, weight, labels_N, softcap, chunk_size or _rows_per_chunk(vocab_size), vocab_size, needs_gradient
+    )
+    return loss_sum / num_items_in_batch
+
+
+def _rows_per_chunk(vocab_size: int) -> int:
+    return max(64, 2**23 // vocab_size)
+
+
+def _matmul_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast would multiply `tensor`."""
+    device_type = tensor.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies; its forward computes the gradients as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NC: torch.Tensor,
+        weight_VC: torch.Tensor,
+        labels_N: torch.Tensor,
+        softcap: float | None,
+        chunk_size: int,
+        vocab_size: int,
+        needs_gradient: bool,
+    ) -> torch.Tensor:
+        dtype = _matmul_dtype(hidden_NC)
+        h_NC, w_VC = hidden_NC.to(dtype), weight_VC[:vocab_size].to(dtype)
+        valid_N1 = (labels_N != IGNORE_INDEX).unsqueeze(1)
+        target_N1 = labels_N.unsqueeze(1).masked_fill(~valid_N1, 0)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
+        grad_h_chunks = []
+        grad_w_VC = torch.zeros_like(w_VC, dtype=torch.float32) if needs_gradient else None
+        for start in range(0, h_NC.shape[0], chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits_RV = _capped((h_NC[rows] @ w_VC.T).float(), softcap)
+            log_p_RV = torch.log_softmax(logits_RV, dim=-1)
+            loss -= torch.where(valid_N1[rows], log_p_RV.gather(1, target_N1[rows]), 0.0).sum()
+            if grad_w_VC is None:
+                continue
+            # d loss / d logits = softmax - one-hot; rows of ignored labels are zeroed on the C-wide side below.
+            grad_RV = log_p_RV.exp_().scatter_add_(1, target_N1[rows], -torch.ones_like(target_N1[rows], dtype=torch.float32))
+            if softcap is not None:
+                grad_RV.mul_(1 - (logits_RV / softcap).square_())
+            grad_RV = grad_RV.to(dtype)
+            grad_h_chunks.append((grad_RV @ w_VC).mul_(valid_N1[rows]))
+            grad_w_VC += grad_RV.T @ (h_NC[rows] * valid_N1[rows])
+        if grad_w_VC is not None:
+            ctx.save_for_backward(torch.cat(grad_h_chunks), grad_w_VC)
+        ctx.num_padding_rows = weight_VC.shape[0] - vocab_size
+        ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grad_h_NC, grad_w_VC = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        grad_hidden = (grad_h_NC * grad_output).to(hidden_dtype)
+        grad_weight = (grad_w_VC * grad_output).to(weight_dtype)
+        if ctx.num_padding_rows:
+            grad_weight = F.pad(grad_weight, (0, 0, 0, ctx.num_padding_rows))
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+__all__ = ["chunked_linear_cross_entropy", "shift_labels_left"]

@@ -1,0 +1,50 @@
+"""Continues text: `python scripts/generate.py MODEL [--prompt TEXT] [--FIELD VALUE ...]`.
+
+MODEL is a directory or Hub id of any causal language model, or the directory of a run. Without a prompt it asks for
+one after another until end of input.
+"""
+
+import sys
+from collections.abc import Iterator
+
+from gpt2x.config import GenerationRecipe, parse_recipe
+from gpt2x.errors import exit_on_user_error
+
+
+def main(recipe: GenerationRecipe) -> None:
+    """Streams the continuation of each prompt to stdout."""
+    import torch
+
+    from gpt2x.evaluation import stream_text
+    from gpt2x.models import find_model, load_for_inference
+    from gpt2x.shards import load_tokenizer
+
+    # 1. The model
+    directory = find_model(recipe.model)
+    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype))
+    tokenizer = load_tokenizer(directory)
+
+    # 2. The texts
+    torch.manual_seed(recipe.seed)
+    for prompt in prompts(recipe):
+        print(prompt, end="", flush=True)
+        stream_text(model, tokenizer, prompt, recipe)
+
+
+def prompts(recipe: GenerationRecipe) -> Iterator[str]:
+    """The recipe's prompt, or what the user types line by line; an escaped newline is one."""
+    if recipe.prompt is not None:
+        yield recipe.prompt
+        return
+    while True:
+        try:
+            yield input(">>> ").replace("\\n", "\n")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+if __name__ == "__main__":
+    parsed, _ = parse_recipe(GenerationRecipe, sys.argv[1:], script="generate.py", positional="model")
+    with exit_on_user_error():
+        main(parsed)

@@ -15,7 +15,7 @@ def describe(job: Job, progress: Progress) -> str:
         "run": f"{job.run.path}" + (f", resumed at step {progress.step:,}" if progress.step else ""),
         "model": f"{total:,} parameters ({multiplied:,} in matrix products): {config.num_hidden_layers} layers x "
         f"{config.hidden_size}, {config.vocab_size:,} token ids",
-        "data": f"{recipe.data.shards_dir}: {job.batches.num_tokens:,} training tokens, "
+        "data": f"{recipe.data.shards_dir}: {_training_tokens(job):,} training tokens, "
         f"{job.validation_batches.num_targets:,} validation tokens",
         "step": _batch(job),
         "budget": _budget(job),
@@ -47,5 +47,9 @@ def _budget(job: Job) -> str:
         return f"{budget.max_time_s:g} s of training"
     tokens = budget.max_steps * job.recipe.train.tokens_per_step
     flops = tokens * flops_per_token(job.plain_model, job.recipe.data.sequence_length)
-    epochs = tokens / job.batches.num_tokens
+    epochs = tokens / _training_tokens(job)
     return f"{budget.max_steps:,} steps = {tokens:,} tokens = {epochs:.2f} epochs = {flops:.3g} FLOPs"
+
+
+def _training_tokens(job: Job) -> int:
+    return sum(source.num_tokens for source in job.batches.sources)

@@ -3,6 +3,13 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_gpt2x import GPT2XConfig
+from .conversion_gpt2x import (
+    from_stock_config,
+    from_stock_state_dict,
+    stock_model_type,
+    to_stock_config,
+    to_stock_state_dict,
+)
 from .loss_gpt2x import chunked_linear_cross_entropy
 from .modeling_gpt2x import GPT2XForCausalLM, GPT2XModel, GPT2XPreTrainedModel
 
@@ -20,4 +27,9 @@ __all__ = [
     "GPT2XModel",
     "GPT2XPreTrainedModel",
     "chunked_linear_cross_entropy",
+    "from_stock_config",
+    "from_stock_state_dict",
+    "stock_model_type",
+    "to_stock_config",
+    "to_stock_state_dict",
 ]

@@ -12,13 +12,14 @@ Tensors wear their shape as a suffix, so that q_BTHD is a tensor of shape (B, T,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -36,8 +37,25 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2x import GPT2XConfig
+from .conversion_gpt2x import (
+    check_model_type,
+    from_stock_config,
+    from_stock_state_dict,
+    to_stock_config,
+    to_stock_state_dict,
+)
 from .loss_gpt2x import chunked_linear_cross_entropy, shift_labels_left
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_gpt2x.GPT2XConfig",
+    "AutoModel": "modeling_gpt2x.GPT2XModel",
+    "AutoModelForCausalLM": "modeling_gpt2x.GPT2XForCausalLM",
+}
+# Arguments of from_pretrained that say where a checkpoint lies.
+HUB_KWARGS = (
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    *("use_safetensors", "variant", "weights_only"),
+)
 
 # ---------------------------------------------------------------------------------------------------------- norm
 class GPT2XRMSNorm(nn.Module):
@@ -308,6 +326,61 @@ class GPT2XPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | PathLike | None = None,
+        **kwargs: Any,
+    ) -> "GPT2XPreTrainedModel":
+        """Loads a gpt2x model, or converts a stock one of type gpt2, llama, qwen3 or nanochat.
+
+        Arguments are those of transformers; options of GPT2XConfig may be among them.
+
+        Raises:
+            ValueError: for any other model type, for options of the stock model which GPT2X lacks, and for stock
+                checkpoints with missing weights.
+        """
+        if pretrained_model_name_or_path is not None and config is None:
+            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+            config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+            if config_dict.get("model_type") != cls.config_class.model_type:
+                check_model_type(config_dict.get("model_type"))
+                return cls._from_stock(pretrained_model_name_or_path, hub_kwargs, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @classmethod
+    def _from_stock(
+        cls, name_or_path: str | PathLike, hub_kwargs: dict[str, Any], **kwargs: Any
+    ) -> "GPT2XPreTrainedModel":
+        """Loads the stock class and hands its converted weights to a GPT2X model, both on the CPU."""
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
+        stock, loading = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, output_loading_info=True, **hub_kwargs
+        )
+        if loading["missing_keys"]:
+            raise ValueError(
+                f"{name_or_path} lacks {sorted(loading['missing_keys'])[0]}, which a {stock.config.model_type} model "
+                "needs; use a complete checkpoint."
+            )
+        rest = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
+        options = from_stock_config(stock.config).to_dict()
+        config, rest = cls.config_class.from_dict(options, return_unused_kwargs=True, **rest)
+        state_dict = from_stock_state_dict(stock.state_dict(), from_stock_config(stock.config))
+        model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=stock.dtype, **rest)
+        converted = model[0] if isinstance(model, tuple) else model
+        converted.config.name_or_path = str(name_or_path)
+        if converted.can_generate():
+            converted.generation_config = stock.generation_config
+        return model
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
+        """Saves the gpt2x form with its code; arguments are those of transformers. See also `save_stock`."""
+        # transformers writes the entry of the saved class only; vLLM and SGLang build through AutoModel.
+        self.config.auto_map = {**AUTO_MAP, **(getattr(self.config, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, **kwargs)
+
 
 class GPT2XModel(GPT2XPreTrainedModel):
     """The decoder without its head: token ids to hidden states."""
@@ -468,6 +541,30 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def save_stock(
+        self,
+        save_directory: str | PathLike,
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Writes config.json, model.safetensors and generation_config.json of the stock class, free of our code.
+
+        Args:
+            save_directory: where to; created if missing.
+            state_dict: the whole model's weights, for a trainer that gathered them; `None` takes the model's own.
+            dtype: of the weights in the file.
+
+        Raises:
+            ValueError: if no stock class expresses the model; it names the options that prevent it.
+        """
+        stock_config = to_stock_config(self.config)
+        weights = to_stock_state_dict(self.state_dict() if state_dict is None else state_dict, self.config)
+        with torch.device("meta"):
+            stock = AutoModelForCausalLM.from_config(stock_config, dtype=dtype)
+        stock.generation_config = self.generation_config
+        stock.save_pretrained(save_directory, state_dict={name: w.to(dtype) for name, w in weights.items()})
 
     def _logits(self, hidden_BTC: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) with the soft cap (arXiv:2408.00118); padding rows of the head are cut off."""

@@ -17,7 +17,7 @@ def main(recipe: GenerationRecipe) -> None:
 
     from gpt2x.evaluation import stream_text
     from gpt2x.models import find_model, load_for_inference
-    from gpt2x.shards import load_tokenizer
+    from gpt2x.shards.tokenizer import load_tokenizer
 
     # 1. The model
     directory = find_model(recipe.model)

@@ -61,7 +61,7 @@ PLOTS = (
     Plot(
         name="token_accuracy",
         title="Validation token accuracy",
-        y_label="next tokens predicted (% of tokens)",
+        y_label="next tokens predicted exactly",
         y_format="percent",
         curves=(Curve(key="val/token_accuracy", label="validation", color=ORANGE),),
     ),
@@ -143,8 +143,8 @@ def _draw_curve(
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Exponential moving average whose window is a twentieth of the curve so far.
 
-    A window that grows has no lag where a curve falls steeply, at its start. A value that is not finite is passed over:
-    one such record must not blank the rest of the curve.
+    A window that grows has no lag where a curve falls steeply, at its start. A value that is not finite is
+    passed over: one such record must not blank the rest of the curve.
     """
     smoothed, average = np.empty_like(values), np.nan
     for index, value in enumerate(values):

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -55,9 +56,15 @@ def is_validation(text: str, corpus: CorpusSection) -> bool:
 
 def _stdlib_texts() -> Iterator[tuple[str, str | None]]:
     root = Path(sysconfig.get_path("stdlib"))
-    for name in sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py")):
-        if NOT_LIBRARY_SOURCES.isdisjoint(Path(name).parts):
-            yield name, _decoded((root / name).read_bytes())
+    for name in sorted(file.relative_to(root).as_posix() for file in _python_files(root)):
+        yield name, _decoded((root / name).read_bytes())
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for directory, subdirectories, names in os.walk(root):
+        # In place, so that site-packages is not even walked through.
+        subdirectories[:] = [name for name in subdirectories if name not in NOT_LIBRARY_SOURCES]
+        yield from (Path(directory, name) for name in names if name.endswith(".py"))
 
 
 def _file_texts(corpus: CorpusSection) -> Iterator[tuple[str, str | None]]:

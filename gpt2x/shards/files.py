@@ -13,12 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gpt2x.errors import UserError
 
-DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 REMEDY = "delete the directory and prepare the data again, or copy the file again"
 MAX_HEADER_BYTES = 1_000_000
 
@@ -76,7 +77,7 @@ def write_shard(file: Path, *, tokens: np.ndarray, documents: np.ndarray, metada
         start += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    buffers = [memoryview(np.ascontiguousarray(array)).cast("B") for array in arrays.values()]
+    buffers = [np.ascontiguousarray(array).data.cast("B") for array in arrays.values()]
     return write_durably(file, [struct.pack("<Q", len(text)), text, *buffers])
 
 
@@ -153,7 +154,7 @@ def _read_header(file: Path) -> tuple[dict, int]:
 def _mapped(file: Path, header: dict, name: str, data_start: int) -> np.ndarray:
     try:
         dtype, (size,), (start, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
-        fits = size > 0 and 0 <= start and end - start == size * DTYPES[dtype].itemsize
+        fits = size > 0 and start >= 0 and end - start == size * DTYPES[dtype].itemsize
     except (ValueError, KeyError, TypeError):
         fits = False
     if not fits:

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,12 @@ CHARACTERS_PER_BATCH = 4_000_000
 def prepare(recipe: PreparationRecipe, *, num_tasks: int = 1) -> Index:
     """Makes the token shards of a recipe: the tokenizer where it is to be trained, every task, the index.
 
-    Data that is finished is left alone.
+    What is finished is left alone.
 
     Raises:
-        UserError: where output_dir holds data of another recipe; and what the steps raise.
+        UserError: what the steps raise.
     """
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
-    if (recipe.output_dir / INDEX_FILE).is_file():
-        return _finished(recipe)
     for task in range(num_tasks):
         prepare_task(recipe, task, num_tasks=num_tasks)
     return finalize(recipe, num_tasks=num_tasks)
@@ -79,15 +77,15 @@ def prepare_task(recipe: PreparationRecipe, task: int, *, num_tasks: int = 1) ->
     the document that would make it longer than tokens_per_shard. Memory: one shard and the longest document.
 
     Raises:
-        UserError: for a corpus or tokenizer that cannot be read.
+        UserError: for a corpus or tokenizer that cannot be read, and an output_dir with data of another recipe.
     """
     tokenizer = load_tokenizer(recipe.tokenizer.path)
     made_of = {**_made_of(recipe, tokenizer), "num_tasks": num_tasks}
-    if _recorded(recipe.output_dir, task, made_of) is not None:
+    if _finished(recipe, tokenizer) or _recorded(recipe.output_dir, task, made_of):
         return
     _forget_other_preparations(recipe.output_dir, made_of)
     dropped: Counter[str] = Counter()
-    writers = {split: ShardWriter(recipe, tokenizer, split, range(task, 10**9, num_tasks)) for split in SPLITS}
+    writers = {split: ShardWriter(recipe, tokenizer, split, count(task, num_tasks)) for split in SPLITS}
     chosen = islice(documents(recipe.corpus, dropped=dropped), task, None, num_tasks)
     progress = tqdm(chosen, desc=f"tokenizing (task {task + 1} of {num_tasks})", unit=" documents", disable=None)
     for document, ids in _tokenized(progress, tokenizer):
@@ -102,9 +100,12 @@ def finalize(recipe: PreparationRecipe, *, num_tasks: int = 1) -> Index:
     """Collects the tasks' records into the index.
 
     Raises:
-        UserError: where a task is not finished, and where a split that should have documents has none.
+        UserError: where a task is not finished, where a split that should have documents has none, and for an
+            output_dir with data of another recipe.
     """
     tokenizer = load_tokenizer(recipe.tokenizer.path)
+    if finished := _finished(recipe, tokenizer):
+        return finished
     made_of = _made_of(recipe, tokenizer)
     records = [_recorded(recipe.output_dir, task, {**made_of, "num_tasks": num_tasks}) for task in range(num_tasks)]
     missing = [task for task, record in enumerate(records) if record is None]
@@ -122,8 +123,9 @@ def finalize(recipe: PreparationRecipe, *, num_tasks: int = 1) -> Index:
         recipe=made_of,
         dropped=records[0]["dropped"],
     )
-    if not is_saved(index.tokenizer_dir):
+    if Path(recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
         save_tokenizer(tokenizer, index.tokenizer_dir)
+    _remove_unlisted_shards(index)
     write_index(index)
     shutil.rmtree(recipe.output_dir / "tasks")
     return index
@@ -244,13 +246,13 @@ def _made_of(recipe: PreparationRecipe, tokenizer: PreTrainedTokenizerFast) -> d
     }
 
 
-def _finished(recipe: PreparationRecipe) -> Index:
-    """The data in output_dir, if it is this recipe's."""
-    index = load_index(recipe.output_dir)
-    wanted = _made_of(recipe, load_tokenizer(recipe.tokenizer.path))
-    changed = [
-        f"{key} {index.recipe.get(key)!r} -> {wanted[key]!r}" for key in wanted if index.recipe.get(key) != wanted[key]
-    ]
+def _finished(recipe: PreparationRecipe, tokenizer: PreTrainedTokenizerFast) -> Index | None:
+    """The finished data in output_dir, if there is any; it must be this recipe's."""
+    if not (recipe.output_dir / INDEX_FILE).is_file():
+        return None
+    index, wanted = load_index(recipe.output_dir), _made_of(recipe, tokenizer)
+    found = index.recipe
+    changed = [f"{key} {found.get(key)!r} -> {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     if changed:
         raise UserError(
             f"'{recipe.output_dir}' holds data of another recipe ({', '.join(changed)}); "
@@ -276,6 +278,15 @@ def _forget_other_preparations(output_dir: Path, made_of: dict[str, Any]) -> Non
     for file in (output_dir / "tasks").glob("task_*.json"):
         if json.loads(file.read_bytes())["made_of"] != made_of:
             file.unlink()
+
+
+def _remove_unlisted_shards(index: Index) -> None:
+    """What preparations that never came to an end have left."""
+    for split in SPLITS:
+        listed = {entry.file for entry in index.splits[split]}
+        for file in (index.directory / split).glob("tokens_part_*.safetensors*"):
+            if file.name not in listed:
+                file.unlink()
 
 
 def _in_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:

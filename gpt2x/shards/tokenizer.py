@@ -22,6 +22,7 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection) -> PreTrain
     Raises:
         UserError: where the texts do not have enough pairs for a vocabulary of that size.
     """
+    assert section.vocab_size is not None, "a tokenizer without vocab_size is loaded, not trained"
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt2x.batches import TrainingBatches, ValidationBatches
+from gpt2x.batches.loader import TrainingBatches
+from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import Recipe
 from gpt2x.training.budget import Budget
 from gpt2x.training.run_directory import RunDirectory

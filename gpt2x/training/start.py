@@ -7,11 +7,16 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt2x.batches import SampleOrder, ShardSource, TrainingBatches, ValidationBatches
+from gpt2x.batches.loader import TrainingBatches
+from gpt2x.batches.order import GlobalOrder
+from gpt2x.batches.source import ShardSource
+from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import Recipe, accumulation_steps
 from gpt2x.errors import UserError
 from gpt2x.models import load_weights, make_model
-from gpt2x.shards import ShardIndex, load_tokenizer, prepare, read_index, tokenizer_fingerprint
+from gpt2x.shards.index import INDEX_FILE, Index, load_index
+from gpt2x.shards.preparation import prepare
+from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gpt2x.training.budget import make_budget
 from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
 from gpt2x.training.job import Job
@@ -20,21 +25,21 @@ from gpt2x.training.run_directory import RunDirectory, clear, truncate_records
 from gpt2x.training.state import Progress
 
 
-def open_data(recipe: Recipe, accelerator: Accelerator) -> tuple[ShardIndex, PreTrainedTokenizerBase]:
+def open_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Index, PreTrainedTokenizerBase]:
     """The token shards and their tokenizer; the shards are prepared first where they are missing and the recipe can.
 
     Raises:
         UserError: where shards or tokenizer are missing or do not belong together.
     """
     shards_dir, preparation = recipe.data.shards_dir, recipe.data.preparation
-    if preparation is not None and not (shards_dir / "index.json").exists() and accelerator.is_main_process:
+    if preparation is not None and not (shards_dir / INDEX_FILE).exists() and accelerator.is_main_process:
         prepare(preparation)
     accelerator.wait_for_everyone()
-    index = read_index(shards_dir)
-    tokenizer = load_tokenizer(index.tokenizer_path)
+    index = load_index(shards_dir)
+    tokenizer = load_tokenizer(index.tokenizer_dir)
     if tokenizer_fingerprint(tokenizer) != index.tokenizer_fingerprint:
         raise UserError(
-            f"the tokenizer at {index.tokenizer_path} is not the one that made {shards_dir}; "
+            f"the tokenizer at {index.tokenizer_dir} is not the one that made {shards_dir}; "
             f"prepare the shards again or restore the tokenizer."
         )
     return index, tokenizer
@@ -83,9 +88,7 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
     return job, progress
 
 
-def _make_batches(
-    recipe: Recipe, index: ShardIndex, accelerator: Accelerator
-) -> tuple[TrainingBatches, ValidationBatches]:
+def _make_batches(recipe: Recipe, index: Index, accelerator: Accelerator) -> tuple[TrainingBatches, ValidationBatches]:
     train, length = recipe.train, recipe.data.sequence_length
     try:
         accumulation_steps(
@@ -98,7 +101,7 @@ def _make_batches(
         raise UserError(str(error)) from error
     source = ShardSource(index, split="train", sequence_length=length)
     batches = TrainingBatches(
-        SampleOrder([source], seed=recipe.run.seed),
+        GlobalOrder.of([source], seed=recipe.run.seed),
         [source],
         sequences_per_step=train.tokens_per_step // length,
         micro_batch_size=train.micro_batch_size,
@@ -123,7 +126,7 @@ def compile_layers(model: PreTrainedModel) -> None:
                 layer.compile(dynamic=False)
 
 
-def _check_ids(index: ShardIndex, model: PreTrainedModel) -> None:
+def _check_ids(index: Index, model: PreTrainedModel) -> None:
     if index.vocab_size > model.config.vocab_size:
         raise UserError(
             f"model.vocab_size ({model.config.vocab_size}) must be at least the shards' {index.vocab_size} token ids; "
@@ -131,7 +134,7 @@ def _check_ids(index: ShardIndex, model: PreTrainedModel) -> None:
         )
 
 
-def _restore(checkpoint: Path, index: ShardIndex, optimizers: list[Any], names: dict[int, str]) -> Progress:
+def _restore(checkpoint: Path, index: Index, optimizers: list[Any], names: dict[int, str]) -> Progress:
     tensors, trainer = read_state(checkpoint)
     if trainer["data_fingerprint"] != index.fingerprint:
         then, now = trainer["data_fingerprint"][:12], index.fingerprint[:12]
@@ -154,5 +157,5 @@ def _settle_records(run: RunDirectory, checkpoint: Path | None, progress: Progre
 def _prompts(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, validation_batches: ValidationBatches
 ) -> tuple[str, ...]:
-    beginnings = validation_batches.document_beginnings(recipe.evaluation.num_validation_prompts, length=32)
+    beginnings = validation_batches.document_beginnings(recipe.evaluation.num_validation_prompts, 32)
     return (*recipe.evaluation.prompts, *(tokenizer.decode(ids) for ids in beginnings))

@@ -1,0 +1,30 @@
+"""Trains a byte-level BPE tokenizer on the training documents of a corpus.
+
+python scripts/train_tokenizer.py --tokenizer tokenization/python-bpe.yaml
+"""
+
+import sys
+from collections.abc import Sequence
+
+from gpt2x.config import TokenizerRecipe, parse_recipe
+from gpt2x.errors import exit_on_user_error
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains the tokenizer that a command line describes."""
+    # --- 1. The recipe. What imports transformers waits until it is known to be right ---
+    recipe, _ = parse_recipe(TokenizerRecipe, argv, script="train_tokenizer.py")
+    from gpt2x.shards.preparation import prepare_tokenizer
+    from gpt2x.shards.tokenizer import vocabulary_size
+
+    # --- 2. The tokenizer; a saved one of this size is left alone ---
+    with exit_on_user_error():
+        tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+
+    # --- 3. What was made, and how to go on ---
+    print(f"tokenizer of {vocabulary_size(tokenizer):,} ids: {recipe.tokenizer.path}")
+    print(f"make token shards with it: python scripts/prepare_data.py --tokenizer.path {recipe.tokenizer.path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

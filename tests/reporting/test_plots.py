@@ -1,0 +1,137 @@
+"""Run directory in, PNGs out."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpt2x.errors import UserError
+from gpt2x.reporting import column, read_metrics, write_plots
+from gpt2x.reporting.plots import PLOTS, draw, smooth
+
+
+def write_metrics(run_dir: Path, metrics: list[dict[str, float]], torn: bytes = b"") -> Path:
+    run_dir.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in metrics)
+    (run_dir / "metrics.jsonl").write_bytes(lines.encode() + torn)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    metrics = []
+    for step in range(1, 61):
+        record = {
+            "step": step,
+            "train/loss": 8 / step + 3,
+            "learning_rate": 1e-3,
+            "grad_norm": 1.0,
+            "tokens_per_s": 2e4,
+        }
+        if step % 20 == 0:
+            record |= {"val/loss": 8 / step + 3.1, "val/bits_per_byte": 1.5, "val/token_accuracy": 0.3}
+        metrics.append(record)
+    return write_metrics(tmp_path / "quickstart", metrics)
+
+
+def test_a_column_holds_the_steps_that_know_its_key(run_dir):
+    steps, values = column(read_metrics(run_dir), "val/loss")
+    assert steps.tolist() == [20, 40, 60]
+    np.testing.assert_allclose(values, [3.5, 3.3, 8 / 60 + 3.1])
+
+
+def test_a_column_of_an_unknown_key_is_empty(run_dir):
+    steps, values = column(read_metrics(run_dir), "val/hellaswag")
+    assert steps.size == values.size == 0
+
+
+def test_a_column_takes_the_later_record_of_a_step_that_was_run_twice(tmp_path):
+    metrics = [{"step": 1, "train/loss": 5}, {"step": 2, "train/loss": 9}, {"step": 2, "train/loss": 4}]
+    steps, values = column(read_metrics(write_metrics(tmp_path, metrics)), "train/loss")
+    assert steps.tolist() == [1, 2]
+    assert values.tolist() == [5, 4]
+
+
+def test_a_column_joins_records_of_one_step_that_know_different_keys(tmp_path):
+    metrics = [{"step": 1, "train/loss": 5}, {"step": 1, "val/loss": 6}]
+    records = read_metrics(write_metrics(tmp_path, metrics))
+    assert column(records, "train/loss")[1].tolist() == [5]
+    assert column(records, "val/loss")[1].tolist() == [6]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "train/l', '{"step": 2, "é'.encode()[:-1]])
+def test_a_torn_last_line_is_ignored_with_a_warning(tmp_path, caplog, torn):
+    write_metrics(tmp_path, [{"step": 1, "train/loss": 5}], torn=torn)
+    with caplog.at_level(logging.WARNING):
+        assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 5}]
+    assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'}: ignored the last record, which is half-written."]
+
+
+def test_a_broken_line_in_the_middle_is_refused_with_its_number(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl record 2 is not JSON; remove that line\."):
+        read_metrics(tmp_path)
+
+
+def test_a_directory_without_metrics_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl does not exist; give the directory of a run, runs/NAME\."):
+        write_plots(tmp_path)
+
+
+def test_every_plot_is_a_png_of_the_same_size_and_nothing_is_left_beside_it(run_dir):
+    files = write_plots(run_dir)
+    assert sorted(file.stem for file in files) == sorted(plot.name for plot in PLOTS)
+    assert sorted(run_dir.joinpath("plots").iterdir()) == sorted(files)
+    for file in files:
+        with Image.open(file) as image:
+            assert (image.format, image.size) == ("PNG", (1200, 675))
+
+
+def test_a_plot_without_records_is_left_out(tmp_path):
+    write_metrics(tmp_path, [{"step": 1, "train/loss": 5.0}])
+    assert [file.name for file in write_plots(tmp_path)] == ["loss.png"]
+
+
+def test_plots_are_replaced_by_newer_ones(run_dir):
+    before = write_plots(run_dir)[0].read_bytes()
+    write_metrics(run_dir, [{"step": 1, "train/loss": 5.0}])
+    assert write_plots(run_dir)[0].read_bytes() != before
+
+
+def test_the_loss_plot_shows_raw_smoothed_and_validation_loss_over_labelled_axes(run_dir):
+    axes = draw(PLOTS[0], read_metrics(run_dir), "quickstart").axes[0]
+    raw, smoothed, validation = axes.lines
+    assert raw.get_alpha() < 1
+    assert raw.get_ydata()[9] == pytest.approx(3.8)
+    assert smoothed.get_label().startswith("training, smoothed (last 3.")
+    assert validation.get_label() == "validation (last 3.233)"
+    assert axes.get_xlabel() == "optimizer step"
+    assert axes.get_ylabel() == "cross-entropy (nats per token)"
+    assert axes.get_title("right") == "quickstart"
+
+
+def test_smoothing_follows_a_level_and_passes_over_what_is_not_finite():
+    values = np.full(100, 4.0)
+    values[[0, 50]] = np.nan, np.inf
+    smoothed = smooth(values)
+    assert np.isnan(smoothed[0])
+    np.testing.assert_allclose(smoothed[1:], 4.0)
+
+
+def test_smoothing_narrows_noise_without_lagging_behind_a_steep_start():
+    steps = np.arange(1, 1001)
+    level = 3 + 8 / np.sqrt(steps)
+    noise = np.random.default_rng(0).normal(0, 0.1, len(steps))
+    distance = smooth(level + noise) - level
+    assert np.std(distance[200:]) < 0.25 * np.std(noise)
+    assert np.abs(distance[20:]).max() < 0.25
+
+
+def test_reporting_imports_neither_torch_nor_transformers():
+    code = "import sys, gpt2x.reporting; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

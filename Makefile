@@ -46,7 +46,8 @@ $(VENV_FLOOR)/installed: setup.cfg pyproject.toml tests/constraints-floor.txt
 	$(call make_environment,$(VENV_FLOOR),tests/constraints-floor.txt)
 
 define make_environment
-	@$(PYTHON) -c 'import sys; sys.exit("gpt2x needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gpt2x needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "installing gpt2x into $(1) (once, some minutes)"
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@$(1)/$(PIP_INSTALL) -c $(2) -e '.[dev]'

@@ -134,7 +134,7 @@ class PreparationRecipe:
     corpus: CorpusSection = field(default_factory=CorpusSection)
     tokenizer: TokenizerSection
     tokens_per_shard: int = 100_000_000
-    """Tokens per shard file, about 200 MB; a smaller shard is the last of its task."""
+    """Tokens per shard file at most, about 200 MB; documents stay whole."""
 
     def __post_init__(self) -> None:
         _check_positive("", tokens_per_shard=self.tokens_per_shard)
@@ -231,10 +231,8 @@ class TrainSection:
         budgets = {name: getattr(self, name) for name in BUDGETS}
         given = [name for name, value in budgets.items() if value is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"exactly one budget of train.max_steps, train.max_tokens and train.max_time_s is needed, "
-                f"{len(given)} given{': ' + ', '.join(given) if given else ''}; set the others to null."
-            )
+            found = f"{', '.join(given)} are given; set the others to null" if given else "none is given; give one"
+            raise ValueError(f"exactly one budget of {', '.join(BUDGETS)} is needed in train, {found}.")
         _check_positive("train.", **budgets, tokens_per_step=self.tokens_per_step, max_grad_norm=self.max_grad_norm)
         _check_positive("train.", micro_batch_size=self.micro_batch_size, num_threads=self.num_threads)
         _check_positive("train.", logging_steps=self.logging_steps, save_steps=self.save_steps)
@@ -392,6 +390,9 @@ def accumulation_steps(
 RecipeType = TypeVar("RecipeType", Recipe, PreparationRecipe, TokenizerRecipe, GenerationRecipe)
 
 
+_NOT_FIELDS = ("help", "config", "print_config", "print_shtab")
+
+
 class RecipeParser(ArgumentParser):
     """An argument parser that complains in one line and names the nearest key."""
 
@@ -402,7 +403,7 @@ class RecipeParser(ArgumentParser):
         sys.exit(2)
 
     def _nearest(self, complaint: str) -> str:
-        known = [action.dest for action in self._actions if action.dest != "help"]
+        known = [action.dest for action in self._actions if action.dest not in _NOT_FIELDS]
         unknown = re.search(r"unrecognized arguments: --([\w.]+)", complaint)
         in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", complaint)
         top_level = re.search(r"Option '([\w.]+)' is not accepted", complaint)
@@ -415,7 +416,9 @@ class RecipeParser(ArgumentParser):
         else:
             return f"; `python scripts/{self.prog} --help` lists every field." if "required" in complaint else ""
         matches = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        return f"; did you mean '{matches[0]}'?" if matches else f"; the sections are {', '.join(_sections(known))}."
+        if matches:
+            return f"; did you mean '{matches[0]}'?"
+        return f"; there are {', '.join(sorted({name.split('.')[0] for name in known}))}."
 
 
 def _plain_union_complaint(line: str) -> str:
@@ -426,10 +429,6 @@ def _plain_union_complaint(line: str) -> str:
         return line
     types = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", found[1]).replace("NoneType", "null").replace(", ", " or ")
     return f"{line[: found.start()]}expected {types}, got {found[2]!r}"
-
-
-def _sections(keys: Sequence[str]) -> list[str]:
-    return sorted({key.split(".")[0] for key in keys})
 
 
 def parse_recipe(
@@ -455,7 +454,10 @@ def parse_recipe(
         The recipe, and the path of the file it came from (None where everything came from flags).
     """
     parser = RecipeParser(
-        prog=script, description=recipe_class.__doc__, usage=f"{script} [--config RECIPE.yaml] [--FIELD VALUE ...]"
+        prog=script,
+        description=recipe_class.__doc__,
+        usage=f"{script} [--config RECIPE.yaml] [--FIELD VALUE ...]",
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="The recipe, a YAML file.")
     parser.add_class_arguments(recipe_class, sub_configs=True)

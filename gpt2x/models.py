@@ -96,7 +96,10 @@ def find_model(name_or_path: str) -> str:
                 f"{name_or_path} does not exist; give a model's directory, a run's, or a Hub id NAME/MODEL."
             )
         return name_or_path
-    checkpoints = sorted(directory.glob("checkpoints/step-*[0-9]/model"), reverse=True)
+    # The manifest is written last: what a killed save left has none, or still has a temporary name.
+    whole = [path.parent for path in directory.glob("checkpoints/step-*/manifest.json")]
+    steps = {int(path.name[5:]): path / "model" for path in whole if path.name[5:].isdecimal()}
+    checkpoints = [steps[step] for step in sorted(steps, reverse=True)]
     for candidate in (directory, directory / "model", directory / "final", *checkpoints):
         if (candidate / "config.json").is_file():
             return str(candidate)

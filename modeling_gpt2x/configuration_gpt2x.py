@@ -147,7 +147,7 @@ class GPT2XConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for old_name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, old_name, kwargs.pop(old_name))
-        self._fill_sizes()
+        self._fill_defaults()
         self._check_choices()
         self._check_sizes()
         self._check_windows()
@@ -156,12 +156,15 @@ class GPT2XConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_rope_parameters()
 
-    def _fill_sizes(self) -> None:
-        """Replaces the `None` sizes by the values they stand for."""
+    def _fill_defaults(self) -> None:
+        """Replaces each `None` by the value it stands for."""
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.layer_types is None:
+            # Not left None: generation with a static cache reads the list wherever the attribute exists.
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads != 0:
                 raise ValueError(
@@ -196,16 +199,15 @@ class GPT2XConfig(PreTrainedConfig):
             )
 
     def _check_windows(self) -> None:
-        layer_types = self.layer_types or []
-        unknown = [name for name in layer_types if name not in LAYER_TYPES]
+        unknown = [name for name in self.layer_types if name not in LAYER_TYPES]
         if unknown:
             raise ValueError(f"layer_types contains {unknown[0]!r}; each entry must be one of {', '.join(LAYER_TYPES)}.")
-        if layer_types and len(layer_types) != self.num_hidden_layers:
+        if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types has {len(layer_types)} entries but num_hidden_layers is {self.num_hidden_layers}; "
+                f"layer_types has {len(self.layer_types)} entries but num_hidden_layers is {self.num_hidden_layers}; "
                 "give one entry per layer."
             )
-        slides = "sliding_attention" in layer_types
+        slides = "sliding_attention" in self.layer_types
         if slides and (self.sliding_window is None or self.sliding_window < 1):
             raise ValueError(
                 f"sliding_window ({self.sliding_window}) must be at least 1 where layer_types has "

@@ -266,7 +266,7 @@ def _from_gpt2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         prefix, module = f"model.layers.{in_layer[1]}.", in_layer[2]
         if module == "attn.c_attn":
             for letter, part in zip("qkv", _transposed(tensor).chunk(3)):
-                converted[f"{prefix}self_attn.{letter}_proj.{kind}"] = part.contiguous()
+                converted[f"{prefix}self_attn.{letter}_proj.{kind}"] = part.clone()
         else:
             converted[f"{prefix}{layer_modules[module]}.{kind}"] = _transposed(tensor)
     return converted
@@ -302,6 +302,7 @@ def _with_swapped_halves(weights: dict[str, torch.Tensor], config: GPT2XConfig) 
 
 
 __all__ = [
+    "STOCK_CLASSES",
     "check_model_type",
     "from_stock_config",
     "from_stock_state_dict",

@@ -3,6 +3,7 @@
 Shapes: N tokens, C hidden size, V vocabulary, R rows of one chunk.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -52,16 +53,30 @@ def chunked_linear_cross_entropy(
         num_items_in_batch = valid_N.sum().clamp(min=1)
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(hidden.device)
+    hidden_NC, labels_N = _without_ignored(hidden_NC, labels_N, valid_N)
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     loss_sum = _ChunkedLinearCrossEntropy.apply(
-        hidden_NC, weight, labels_N, softcap, chunk_size or _rows_per_chunk(vocab_size), vocab_size, needs_gradient
+        hidden_NC, weight, labels_N, softcap, chunk_size or _rows_per_chunk(len(labels_N), vocab_size), vocab_size, needs_gradient
     )
     return loss_sum / num_items_in_batch
 
 
-def _rows_per_chunk(vocab_size: int) -> int:
-    return max(64, 2**23 // vocab_size)
+def _without_ignored(
+    hidden_NC: torch.Tensor, labels_N: torch.Tensor, valid_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drops ignored rows where that saves work and costs neither a device's synchronization nor a graph break."""
+    if hidden_NC.device.type != "cpu" or torch.compiler.is_compiling():
+        return hidden_NC, labels_N
+    kept = valid_N.nonzero().squeeze(1)
+    if not 0 < len(kept) < 0.9 * len(valid_N):
+        return hidden_NC, labels_N
+    return hidden_NC.index_select(0, kept), labels_N.index_select(0, kept)
+
+
+def _rows_per_chunk(num_tokens: int, vocab_size: int) -> int:
+    """A quarter of the tokens, within what keeps the products busy and the chunk of logits small."""
+    return max(512, min(2**25 // vocab_size, math.ceil(num_tokens / 4)))
 
 
 def _matmul_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -88,28 +103,22 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         h_NC, w_VC = hidden_NC.to(dtype), weight_VC[:vocab_size].to(dtype)
         valid_N1 = (labels_N != IGNORE_INDEX).unsqueeze(1)
         target_N1 = labels_N.unsqueeze(1).masked_fill(~valid_N1, 0)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
-        grad_h_chunks = []
-        grad_w_VC = torch.zeros_like(w_VC, dtype=torch.float32) if needs_gradient else None
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
+        grad_h_chunks, grad_w_VC = [], None
         for start in range(0, h_NC.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
-            logits_RV = _capped((h_NC[rows] @ w_VC.T).float(), softcap)
-            log_p_RV = torch.log_softmax(logits_RV, dim=-1)
-            loss -= torch.where(valid_N1[rows], log_p_RV.gather(1, target_N1[rows]), 0.0).sum()
-            if grad_w_VC is None:
-                continue
-            # d loss / d logits = softmax - one-hot; rows of ignored labels are zeroed on the C-wide side below.
-            grad_RV = log_p_RV.exp_().scatter_add_(1, target_N1[rows], -torch.ones_like(target_N1[rows], dtype=torch.float32))
-            if softcap is not None:
-                grad_RV.mul_(1 - (logits_RV / softcap).square_())
-            grad_RV = grad_RV.to(dtype)
-            grad_h_chunks.append((grad_RV @ w_VC).mul_(valid_N1[rows]))
-            grad_w_VC += grad_RV.T @ (h_NC[rows] * valid_N1[rows])
+            logits_RV = h_NC[rows] @ w_VC.T
+            loss_R1 = _cross_entropy_and_gradient_(logits_RV, target_N1[rows], softcap, needs_gradient)
+            loss_sum += torch.where(valid_N1[rows], loss_R1, 0.0).sum()
+            if needs_gradient:
+                # Rows of ignored labels are zeroed here, where they are C wide, and not in the V wide gradient.
+                grad_h_chunks.append((logits_RV @ w_VC).mul_(valid_N1[rows]))
+                grad_w_VC = _accumulated(grad_w_VC, logits_RV, h_NC[rows] * valid_N1[rows])
         if grad_w_VC is not None:
             ctx.save_for_backward(torch.cat(grad_h_chunks), grad_w_VC)
         ctx.num_padding_rows = weight_VC.shape[0] - vocab_size
         ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
-        return loss
+        return loss_sum
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -122,8 +131,37 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+def _cross_entropy_and_gradient_(
+    logits_RV: torch.Tensor, target_R1: torch.Tensor, softcap: float | None, needs_gradient: bool
+) -> torch.Tensor:
+    """Returns the (R, 1) float32 losses, and overwrites the logits by the gradient of their sum.
+
+    Eager CPU code goes through the rows in blocks that fit the cache, as every pass over a larger float32 copy costs
+    more than the arithmetic; a compiler fuses the passes by itself.
+    """
+    in_blocks = logits_RV.device.type == "cpu" and not torch.compiler.is_compiling()
+    block_size = max(1, 2**18 // logits_RV.shape[1]) if in_blocks else logits_RV.shape[0]
+    losses = []
+    for logits, target in zip(logits_RV.split(block_size), target_R1.split(block_size)):
+        capped = logits.float() if softcap is None else torch.tanh(logits.float() / softcap) * softcap
+        log_p = torch.log_softmax(capped, dim=-1)
+        losses.append(-log_p.gather(1, target))
+        if needs_gradient:
+            # d loss / d logits = softmax - one-hot, times the derivative of the cap.
+            gradient = log_p.exp_().scatter_add_(1, target, -torch.ones_like(losses[-1]))
+            logits.copy_(gradient if softcap is None else gradient * (1 - (capped / softcap).square()))
+    return torch.cat(losses)
+
+
+def _accumulated(
+    grad_w_VC: torch.Tensor | None, grad_logits_RV: torch.Tensor, h_RC: torch.Tensor
+) -> torch.Tensor:
+    """Adds the weight gradient of one chunk to the float32 sum of those before."""
+    if grad_w_VC is None:
+        return (grad_logits_RV.T @ h_RC).float()
+    if h_RC.dtype == torch.float32:
+        return grad_w_VC.addmm_(grad_logits_RV.T, h_RC)
+    return grad_w_VC.add_(grad_logits_RV.T @ h_RC)
 
 
 __all__ = ["chunked_linear_cross_entropy", "shift_labels_left"]

@@ -14,10 +14,12 @@ Tensors wear their shape as a suffix, so that q_BTHD is a tensor of shape (B, T,
 import math
 from collections.abc import Callable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
@@ -38,6 +40,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2x import GPT2XConfig
 from .conversion_gpt2x import (
+    STOCK_CLASSES,
     check_model_type,
     from_stock_config,
     from_stock_state_dict,
@@ -182,7 +185,7 @@ class GPT2XAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        is_sliding = config.layer_types is not None and config.layer_types[layer_idx] == "sliding_attention"
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if is_sliding else None
 
         C, bias = config.hidden_size, config.attention_bias
@@ -286,7 +289,7 @@ def make_attention_masks(
             mask_kwargs["and_mask_function"] = lambda b, h, q, kv: document_BT[b, q] == document_BT[b, kv]
     is_plain = position_ids is None and attention_mask is None and past_key_values is None
     masks = {}
-    for layer_type in sorted(set(config.layer_types or ["full_attention"])):
+    for layer_type in sorted(set(config.layer_types)):
         fits_window = layer_type == "full_attention" or inputs_embeds.shape[1] <= config.sliding_window
         # transformers skips the mask in this case too, but not while compiling.
         skips_mask = is_plain and fits_window and config._attn_implementation == "sdpa"
@@ -435,8 +438,7 @@ class GPT2XModel(GPT2XPreTrainedModel):
 
         x_BTC, position_embeddings = self._embed_positions(inputs_embeds, position_ids, past_key_values)
         x_BTC = F.dropout(x_BTC, self.config.embedding_dropout, self.training)
-        layer_types = self.config.layer_types or ["full_attention"] * len(self.layers)
-        for layer, layer_type in zip(self.layers, layer_types):
+        for layer, layer_type in zip(self.layers, self.config.layer_types):
             x_BTC = layer(
                 x_BTC,
                 attention_mask=masks[layer_type],
@@ -561,10 +563,12 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
         """
         stock_config = to_stock_config(self.config)
         weights = to_stock_state_dict(self.state_dict() if state_dict is None else state_dict, self.config)
-        with torch.device("meta"):
-            stock = AutoModelForCausalLM.from_config(stock_config, dtype=dtype)
-        stock.generation_config = self.generation_config
-        stock.save_pretrained(save_directory, state_dict={name: w.to(dtype) for name, w in weights.items()})
+        stock_config.architectures = [STOCK_CLASSES[stock_config.model_type]]
+        stock_config.dtype = dtype
+        stock_config.save_pretrained(save_directory)
+        self.generation_config.save_pretrained(save_directory)
+        weights = {name: weight.detach().to(dtype).contiguous() for name, weight in weights.items()}
+        save_file(weights, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})
 
     def _logits(self, hidden_BTC: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) with the soft cap (arXiv:2408.00118); padding rows of the head are cut off."""

@@ -23,7 +23,10 @@ def main(argv: Sequence[str]) -> None:
 
     # --- 3. What was made, and how to go on ---
     print(f"tokenizer of {vocabulary_size(tokenizer):,} ids: {recipe.tokenizer.path}")
-    print(f"make token shards with it: python scripts/prepare_data.py --tokenizer.path {recipe.tokenizer.path}")
+    print(
+        f"make token shards with it: python scripts/prepare_data.py "
+        f"--tokenizer.path {recipe.tokenizer.path} --tokenizer.vocab_size null --output_dir DIRECTORY"
+    )
 
 
 if __name__ == "__main__":

@@ -376,12 +376,11 @@ def test_help_lists_every_field_with_its_docstring_within_two_seconds_and_withou
     assert time.perf_counter() - start < 2
     assert finished.returncode == 0
     assert finished.stdout.endswith("LOADED []\n")
-    text = " ".join(finished.stdout.split())
-    for name, section in SECTIONS.items():
+    text = "".join(finished.stdout.split())  # argparse breaks lines at hyphens too
+    for prefix, section in {"": Recipe, **{f"{name}.": section for name, section in SECTIONS.items()}}.items():
         for field, docstring in attribute_docstrings(section).items():
-            described = re.search(rf"--{name}\.{field}\b(.*?)(?= --|\Z)", text)
-            assert described, f"{name}.{field}"
-            assert docstring in text, f"{name}.{field}"
+            assert re.search(rf"--{prefix}{field}\b", finished.stdout), f"{prefix}{field}"
+            assert "".join(docstring.split()) in text, f"{prefix}{field}"
 
 
 def attribute_docstrings(section: type) -> dict[str, str]:

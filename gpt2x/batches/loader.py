@@ -39,15 +39,10 @@ class TrainingBatches:
                 f"{sequences_per_step} sequences per step must be a multiple of micro_batch_size x processes = "
                 f"{micro_batch_size} x {num_processes} = {per_pass}; change train.tokens_per_step or micro_batch_size."
             )
-        num_windows = sum(source.num_windows for source in sources)
-        if num_windows < sequences_per_step:
-            raise UserError(
-                f"the data has {num_windows} sequences, fewer than the {sequences_per_step} of one step; set "
-                f"{_smallest_remedy(num_windows, per_pass)}, shorten data.sequence_length, or give more text."
-            )
         self.order, self.sources = order, sources
         self.sequences_per_step, self.micro_batch_size = sequences_per_step, micro_batch_size
         self.rank, self.num_processes = rank, num_processes
+        self._check_enough(per_pass)
 
     def step(self, step: int) -> list[dict[str, torch.Tensor]]:
         """The micro-batches of this process for an optimizer step, on the CPU.
@@ -71,9 +66,16 @@ class TrainingBatches:
             sequences[sources == number] = part
         return sequences
 
-
-def _smallest_remedy(num_windows: int, per_pass: int) -> str:
-    fitting = num_windows // per_pass * per_pass
-    if fitting:
-        return f"train.tokens_per_step to {fitting} x data.sequence_length or less"
-    return f"micro_batch_size x processes ({per_pass}) and with it train.tokens_per_step to {num_windows} or less"
+    def _check_enough(self, per_pass: int) -> None:
+        num_windows = sum(source.num_windows for source in self.sources)
+        if num_windows >= self.sequences_per_step:
+            return
+        length = self.sources[0].windows(np.array([0])).shape[1]
+        fitting = num_windows // per_pass * per_pass
+        remedy = f"train.tokens_per_step to {fitting} x {length} = {fitting * length} or less"
+        if not fitting:
+            remedy = f"micro_batch_size x processes ({per_pass}) to {num_windows} or less, with tokens_per_step"
+        raise UserError(
+            f"the data has {num_windows} sequences of {length} tokens, fewer than the {self.sequences_per_step} of "
+            f"one step; set {remedy}, shorten data.sequence_length, or give more text."
+        )

@@ -110,7 +110,7 @@ def write_checkpoint(
         _write_json(temporary / "state" / "trainer.json", trainer)
         _write_json(temporary / MANIFEST, {"files": _describe_files(temporary)})
         _flush_directory(temporary)
-        if target.exists():
+        if target.exists():  # a damaged one: whole ones are not written again
             shutil.rmtree(target)
         temporary.rename(target)
         _fsync(target.parent)
@@ -168,8 +168,13 @@ def _fsync(path: Path) -> None:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first: those whose manifest names files of the right sizes."""
-    candidates = (path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
-    return sorted((path for path in candidates if _has_its_files(path)), key=_step)
+    return [path for path in _candidates(run_dir) if _missing_or_cut(path) is None]
+
+
+def _candidates(run_dir: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, oldest first."""
+    named = (path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted(named, key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -181,18 +186,38 @@ def _step(checkpoint: Path) -> int:
 def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
     """What the manifest says of each file; None where it is missing or torn."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+        return {name: {"size": facts["size"], "sha256": facts["sha256"]} for name, facts in files.items()}
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return files
 
 
-def _has_its_files(checkpoint: Path) -> bool:
+def _missing_or_cut(checkpoint: Path) -> str | None:
+    """What keeps a directory from being a complete checkpoint, as far as sizes tell; None where nothing does."""
     files = _manifest(checkpoint)
-    return files is not None and all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == facts["size"]
-        for name, facts in files.items()
-    )
+    if not files:
+        return f"its {MANIFEST} is missing or unreadable"
+    for name, facts in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["size"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts['size']}"
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, every byte of it read; None where nothing is."""
+    found = _missing_or_cut(checkpoint)
+    for name, facts in (_manifest(checkpoint) or {}).items():
+        if found is None and _sha256(checkpoint / name) != facts["sha256"]:
+            found = f"{name} differs from its manifest"
+    return found
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether there is a checkpoint whose every byte is as it was written."""
+    return _damage(checkpoint) is None
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -202,12 +227,11 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
         Its directory (None where there is none), and a line for each newer one that was passed over.
     """
     passed_over = []
-    for checkpoint in reversed(list_checkpoints(run_dir)):
-        files = _manifest(checkpoint) or {}
-        damaged = [name for name, facts in files.items() if _sha256(checkpoint / name) != facts["sha256"]]
-        if not damaged:
+    for checkpoint in reversed(_candidates(run_dir)):
+        damage = _damage(checkpoint)
+        if damage is None:
             return checkpoint, passed_over
-        passed_over.append(f"{checkpoint} is damaged ({damaged[0]} differs from its manifest); using an older one.")
+        passed_over.append(f"{checkpoint} is damaged ({damage}); looking for an older one.")
     return None, passed_over
 
 

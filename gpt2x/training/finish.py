@@ -13,7 +13,7 @@ from gpt2x.models import flops_per_token, num_parameters, save_model
 from gpt2x.reporting import column, read_metrics, write_plots
 from gpt2x.training.devices import describe_device
 from gpt2x.training.job import Job
-from gpt2x.training.run_directory import RunDirectory
+from gpt2x.training.run_directory import RunDirectory, replace_file
 from gpt2x.training.state import Progress
 
 
@@ -23,7 +23,7 @@ def finish(job: Job, progress: Progress, validation: Validation) -> None:
         model_type = save_model(job.plain_model, job.run.final_dir, job.tokenizer)
         write_curves(job.run)
         stats = _stats(job, progress) | validation.metrics() | {"model_type": model_type}
-        job.run.stats_file.write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
+        replace_file(job.run.stats_file, (json.dumps(stats, indent=2) + "\n").encode())
     job.accelerator.wait_for_everyone()
 
 

@@ -13,6 +13,7 @@ from gpt2x.evaluation import Validation, sample_texts, validate
 from gpt2x.models import save_model
 from gpt2x.training.checkpoints import (
     checkpoint_dir,
+    is_whole,
     optimizer_tensors,
     prune_checkpoints,
     write_checkpoint,
@@ -40,9 +41,9 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
         The final validation; None where the run was stopped before its end.
     """
     recipe, accelerator = job.recipe, job.accelerator
-    evaluation, saves = recipe.evaluation, recipe.train.save_steps
     job.model.train()
-    while not job.budget.is_spent(progress):
+    stopped = not progress.is_followed_up and not follow_up(job, progress, recorder, stop)
+    while not stopped and not job.budget.is_spent(progress):
         started = time.perf_counter()
         metrics = optimizer_step(job, progress)
         seconds, stopped = agree(accelerator, time.perf_counter() - started, stop.signal_number is not None)
@@ -52,20 +53,31 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
         recorder.show(progress, metrics)
         if _is_due(progress, recipe.train.logging_steps):
             recorder.record(progress, metrics)
-        if stopped:
-            save_checkpoint(job, progress)
-            return None
-        if _is_due(progress, evaluation.eval_steps) and not job.budget.is_spent(progress):
-            evaluate(job, progress, recorder, stop)
-        if _is_due(progress, evaluation.sample_steps) and not job.budget.is_spent(progress):
-            write_samples(job, progress, recorder)
-        if _is_due(progress, saves):
-            save_checkpoint(job, progress)
+        stopped = stopped or not follow_up(job, progress, recorder, stop)
 
     save_checkpoint(job, progress)
-    validation = evaluate(job, progress, recorder, stop)
-    write_samples(job, progress, recorder)
+    validation = None if stopped else evaluate(job, progress, recorder, stop)
+    if validation is not None:
+        write_samples(job, progress, recorder)
     return validation
+
+
+def follow_up(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> bool:
+    """Validates, samples and saves where that is due after a step; at the end of the budget train does it.
+
+    Returns:
+        False where a signal asked to stop: what is still due is done when the run goes on.
+    """
+    evaluation, is_last = job.recipe.evaluation, job.budget.is_spent(progress)
+    is_evaluated = not is_last and _is_due(progress, evaluation.eval_steps)
+    if is_evaluated and evaluate(job, progress, recorder, stop) is None:
+        return False
+    if not is_last and _is_due(progress, evaluation.sample_steps):
+        write_samples(job, progress, recorder)
+    progress.is_followed_up = True
+    if _is_due(progress, job.recipe.train.save_steps):
+        save_checkpoint(job, progress)
+    return True
 
 
 def optimizer_step(job: Job, progress: Progress) -> dict[str, float]:
@@ -176,7 +188,7 @@ def write_samples(job: Job, progress: Progress, recorder: Recorder) -> None:
 def save_checkpoint(job: Job, progress: Progress) -> Path:
     """Writes a checkpoint of where the run stands, then deletes those that are no longer kept."""
     target = checkpoint_dir(job.run.path, progress.step)
-    if job.accelerator.is_main_process and not target.exists():
+    if job.accelerator.is_main_process and not is_whole(target):
         write_checkpoint(
             target,
             write_model=lambda directory: _write_model(job, directory),
@@ -186,6 +198,8 @@ def save_checkpoint(job: Job, progress: Progress) -> Path:
                 "tokens": progress.tokens,
                 "elapsed_s": progress.elapsed_s,
                 "last_step_s": progress.last_step_s,
+                "is_followed_up": progress.is_followed_up,
+                "optimizer": job.recipe.optimizer.name,
                 "seed": job.recipe.run.seed,
                 "data_fingerprint": job.data_fingerprint,
             },

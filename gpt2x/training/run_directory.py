@@ -87,17 +87,30 @@ def open_run_directory(recipe: Recipe, *, name: str) -> RunDirectory:
 def write_config(run: RunDirectory, recipe: Recipe) -> None:
     """Records the resolved recipe."""
     run.path.mkdir(parents=True, exist_ok=True)
-    run.config_file.write_text(to_yaml(recipe), encoding="utf-8")
+    replace_file(run.config_file, to_yaml(recipe).encode())
 
 
-def truncate_records(run: RunDirectory, *, step: int) -> None:
-    """Drops what was recorded after a step, so that a resumed run writes no step twice."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that a kill leaves the old content or the new."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def truncate_records(run: RunDirectory, *, step: int, is_followed_up: bool) -> None:
+    """Drops what was recorded after a step, so that a resumed run writes no step twice.
+
+    Args:
+        run: whose records.
+        step: the last step that counts.
+        is_followed_up: whether its validation and samples count as well, or will be made again.
+    """
+    run.stats_file.unlink(missing_ok=True)  # the run is no longer finished
     for path in (run.metrics_file, run.samples_file):
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_until(line, step)]
-            partial = path.with_suffix(".tmp")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            partial.replace(path)
+            lines = path.read_bytes().split(b"\n")
+            kept = [line for line in lines if _is_kept(line, step, is_followed_up)]
+            replace_file(path, b"".join(line + b"\n" for line in kept))
 
 
 def clear(run: RunDirectory) -> None:
@@ -111,12 +124,13 @@ def _as_recorded(recipe: Recipe) -> dict[str, Any]:
     return yaml.safe_load(to_yaml(recipe))
 
 
-def _is_until(line: str, step: int) -> bool:
-    """Whether a line is whole and not later than the step; a killed run may leave a torn one."""
+def _is_kept(line: bytes, step: int, is_followed_up: bool) -> bool:
+    """Whether a line is whole and belongs to what counts; a killed run may leave a torn one."""
     try:
-        return json.loads(line)["step"] <= step
-    except json.JSONDecodeError:
+        record = json.loads(line)
+    except ValueError:  # cut short, or cut inside a character
         return False
+    return record["step"] < step or (record["step"] == step and (is_followed_up or "train/loss" in record))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

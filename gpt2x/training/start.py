@@ -1,5 +1,6 @@
 """From a recipe to a job: everything that is made once, before step 1."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
     if recipe.train.torch_compile:
         compile_layers(model)
     prepared, *optimizers = accelerator.prepare(model, *optimizers)
-    progress = Progress() if checkpoint is None else _restore(checkpoint, index, optimizers, names)
+    progress, budget = Progress(), make_budget(recipe.train, recipe.optimizer)
+    if checkpoint is not None:
+        progress = _restore(checkpoint, index, recipe.optimizer.name, optimizers, names)
     if accelerator.is_main_process:
-        _settle_records(run, checkpoint, progress)
+        _settle_records(run, checkpoint, progress, is_spent=budget.is_spent(progress))
     accelerator.wait_for_everyone()
     job = Job(
         recipe=recipe,
@@ -82,7 +85,7 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
         batches=batches,
         validation_batches=validation_batches,
         prompts=_prompts(recipe, tokenizer, validation_batches),
-        budget=make_budget(recipe.train, recipe.optimizer),
+        budget=budget,
         data_fingerprint=index.fingerprint,
     )
     return job, progress
@@ -134,7 +137,9 @@ def _check_ids(index: Index, model: PreTrainedModel) -> None:
         )
 
 
-def _restore(checkpoint: Path, index: Index, optimizers: list[Any], names: dict[int, str]) -> Progress:
+def _restore(
+    checkpoint: Path, index: Index, optimizer_name: str, optimizers: list[Any], names: dict[int, str]
+) -> Progress:
     tensors, trainer = read_state(checkpoint)
     if trainer["data_fingerprint"] != index.fingerprint:
         then, now = trainer["data_fingerprint"][:12], index.fingerprint[:12]
@@ -142,16 +147,21 @@ def _restore(checkpoint: Path, index: Index, optimizers: list[Any], names: dict[
             f"the token shards have changed since {checkpoint} was made (fingerprint {then}, now {now}); "
             f"restore them, or start a new run with --run.name NAME."
         )
+    if trainer["optimizer"] != optimizer_name:
+        raise UserError(
+            f"optimizer.name ({optimizer_name}) must be that of {checkpoint}, {trainer['optimizer']}, whose state is "
+            f"gone on with; set it back, or start a new run with --run.name NAME and --init_from {checkpoint}/model."
+        )
     load_optimizer_tensors(optimizers, names, tensors)
-    return Progress(**{key: trainer[key] for key in ("step", "tokens", "elapsed_s", "last_step_s")})
+    return Progress(**{field.name: trainer[field.name] for field in dataclasses.fields(Progress)})
 
 
-def _settle_records(run: RunDirectory, checkpoint: Path | None, progress: Progress) -> None:
-    """Nothing recorded may be later than the weights."""
+def _settle_records(run: RunDirectory, checkpoint: Path | None, progress: Progress, *, is_spent: bool) -> None:
+    """Nothing recorded may be later than the weights, or what is about to be made again."""
     if checkpoint is None:
         clear(run)
     else:
-        truncate_records(run, step=progress.step)
+        truncate_records(run, step=progress.step, is_followed_up=progress.is_followed_up and not is_spent)
 
 
 def _prompts(

@@ -17,12 +17,14 @@ class Progress:
         tokens: tokens read.
         elapsed_s: seconds spent in steps; validation, samples and saving are not counted.
         last_step_s: seconds the last step took.
+        is_followed_up: whether the validation and samples due after the last step are made.
     """
 
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
     last_step_s: float = 0.0
+    is_followed_up: bool = True
 
     def advance(self, *, tokens: int, seconds: float) -> None:
         """Counts one finished optimizer step."""
@@ -30,6 +32,7 @@ class Progress:
         self.tokens += tokens
         self.elapsed_s += seconds
         self.last_step_s = seconds
+        self.is_followed_up = False
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:
@@ -38,4 +41,4 @@ def seed_step(seed: int, *, step: int, rank: int) -> None:
     With this, dropout in a step depends on (seed, step, rank) alone: not on what was sampled or evaluated before, and
     not on whether the run was resumed.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)

@@ -1,0 +1,67 @@
+"""A source's windows are the consecutive pieces of its shards, and its ids are known to fit the model."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from gpt2x.batches.source import ShardSource
+from gpt2x.errors import UserError
+
+
+def naive_windows(index, split, length):
+    """Every window, one after the other, from the arrays that the safetensors library loads."""
+    windows = []
+    for entry in index.splits[split]:
+        tokens = load_file(index.directory / split / entry.file)["tokens"].tolist()
+        windows += [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+    return windows
+
+
+@pytest.mark.parametrize("length", [1, 4, 9, 30])
+def test_windows_are_the_consecutive_pieces_of_each_shard(make_index, length):
+    index = make_index([[20, 13], [5], [31], [9, 9]])
+    source = ShardSource(index, "train", length)
+    expected = naive_windows(index, "train", length)
+    assert source.num_windows == len(expected)
+    assert source.windows(np.arange(source.num_windows)).tolist() == expected
+
+
+def test_windows_come_in_the_order_asked_for_and_as_often(make_index):
+    index = make_index([[20, 13], [5], [31], [9, 9]])
+    expected = naive_windows(index, "train", 4)
+    indices = np.random.default_rng(1).integers(0, len(expected), 50)
+    assert ShardSource(index, "train", 4).windows(indices).tolist() == [expected[i] for i in indices]
+
+
+def test_windows_are_int64_and_may_be_none(make_index):
+    source = ShardSource(make_index([[20]]), "train", 4)
+    none = source.windows(np.array([], np.int64))
+    assert none.shape == (0, 4)
+    assert none.dtype == np.int64
+
+
+def test_all_tokens_are_counted_also_those_short_of_a_window(make_index):
+    source = ShardSource(make_index([[20, 13], [3]]), "train", 10)
+    assert (source.num_tokens, source.num_windows) == (36, 3)
+
+
+def test_the_fingerprint_changes_with_the_content_only(make_index):
+    index = make_index([[20]], [[20]])
+    train, again = (ShardSource(index, "train", length) for length in (4, 5))
+    assert train.fingerprint == again.fingerprint != ShardSource(index, "validation", 4).fingerprint
+
+
+def test_an_id_outside_the_model_is_refused_at_once(make_index):
+    index = make_index([[300], [300]])
+    tokens = load_file(index.directory / "train" / "tokens_part_00000.safetensors")["tokens"]
+    limit = int(tokens.max())
+    position = int(tokens.argmax())
+    with pytest.raises(
+        UserError, match=rf"00000.safetensors: token id {limit} at position {position} .* of {limit}; "
+    ):
+        ShardSource(index, "train", 4, vocab_size=limit)
+
+
+def test_shards_shorter_than_a_window_are_refused_with_the_longest_that_works(make_index):
+    with pytest.raises(UserError, match=r"train: no shard has the 40 tokens of data.sequence_length; set it to 33 or"):
+        ShardSource(make_index([[20], [20, 13]]), "train", 40)

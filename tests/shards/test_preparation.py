@@ -1,0 +1,247 @@
+"""Shards hold every document once, and however a preparation came about, they are the same bytes."""
+
+import dataclasses
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from gpt2x.config import PreparationRecipe, TokenizerSection
+from gpt2x.errors import UserError
+from gpt2x.shards.corpus import Document, documents, is_validation
+from gpt2x.shards.preparation import (
+    finalize,
+    prepare,
+    prepare_task,
+    prepare_tokenizer,
+    statistics,
+)
+from gpt2x.shards.writer import ShardWriter
+
+
+def texts(index, split):
+    """The documents of a split, decoded one by one from its shards."""
+    tokenizer = AutoTokenizer.from_pretrained(index.tokenizer_dir)
+    decoded = []
+    for shard in index.open_split(split):
+        for start, end in zip(shard.documents[:-1], shard.documents[1:]):
+            assert shard.tokens[end - 1] == index.eos_token_id
+            decoded.append(tokenizer.decode(shard.tokens[start : end - 1].tolist()))
+    return decoded
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("split_seed", range(5))
+def test_no_text_is_in_both_splits_even_if_the_corpus_repeats_it(recipe, corpus, corpus_dir, split_seed):
+    (corpus_dir / "again.jsonl").write_bytes((corpus_dir / "many.jsonl").read_bytes())
+    corpus = dataclasses.replace(corpus, split_seed=split_seed, validation_fraction=0.5)
+    index = prepare(dataclasses.replace(recipe, corpus=corpus))
+    train, validation = set(texts(index, "train")), set(texts(index, "validation"))
+    assert not train & validation
+    assert len(train | validation) == 61
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 7])
+def test_every_document_is_in_its_split_once(recipe, corpus, num_tasks):
+    index = prepare(recipe, num_tasks=num_tasks)
+    for split in ("train", "validation"):
+        expected = [text for _, text in documents(corpus) if is_validation(text, corpus) == (split == "validation")]
+        read = texts(index, split)
+        assert sorted(read) == sorted(expected)
+        if num_tasks == 1:
+            assert read == expected, "one task keeps the corpus' order"
+
+
+def test_the_index_counts_tokens_documents_and_bytes(recipe, corpus):
+    index = prepare(recipe)
+    read = [text for split in ("train", "validation") for text in texts(index, split)]
+    total = {name: sum(index.total(split, name) for split in index.splits) for name in ("num_documents", "num_bytes")}
+    assert total == {"num_documents": 61, "num_bytes": sum(len(text.encode()) for text in read)}
+    for split in index.splits:
+        for entry in index.splits[split]:
+            content = (index.directory / split / entry.file).read_bytes()
+            assert entry.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_no_shard_is_longer_than_asked_for(recipe):
+    sizes = [shard.tokens.size for shard in prepare(recipe).open_split("train")]
+    assert len(sizes) > 2
+    assert max(sizes) <= 2000
+
+
+def test_a_document_longer_than_a_shard_gets_one_to_itself(recipe):
+    index = prepare(dataclasses.replace(recipe, tokens_per_shard=10))
+    assert {shard.documents.size for shard in index.open_split("train")} == {2}
+
+
+def test_a_document_that_spells_the_end_of_text_keeps_it_as_text(recipe, corpus_dir):
+    (corpus_dir / "sly.txt").write_text("before<|endoftext|>after")
+    index = prepare(recipe)
+    assert "before<|endoftext|>after" in texts(index, "train") + texts(index, "validation")
+    for split in index.splits:
+        num_ends = sum(int((shard.tokens == index.eos_token_id).sum()) for shard in index.open_split(split))
+        assert num_ends == index.total(split, "num_documents")
+
+
+def test_the_tokenizer_sees_no_validation_document(recipe, corpus_dir):
+    prepare(recipe)
+    tokenizer_file = Path(recipe.tokenizer.path, "tokenizer.json")
+    before = tokenizer_file.read_bytes()
+    held_out = next(text for text in map(str, range(1000)) if is_validation(text + "zzzzzz" * 99, recipe.corpus))
+    (corpus_dir / "held_out.txt").write_text(held_out + "zzzzzz" * 99)
+    tokenizer_file.unlink()
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    assert tokenizer_file.read_bytes() == before
+
+
+def test_preparing_again_changes_no_file(recipe):
+    prepare(recipe)
+    before = {file: file.stat().st_mtime_ns for file in recipe.output_dir.rglob("*")}
+    prepare(recipe)
+    assert {file: file.stat().st_mtime_ns for file in recipe.output_dir.rglob("*")} == before
+
+
+def test_without_its_index_a_preparation_is_redone_to_the_same_bytes(recipe):
+    prepare(recipe)
+    expected = hashes(recipe.output_dir)
+    (recipe.output_dir / "index.json").unlink()
+    (recipe.output_dir / "train" / "tokens_part_00001.safetensors").write_bytes(b"half")
+    (recipe.output_dir / "train" / "tokens_part_00009.safetensors.tmp").write_bytes(b"half")
+    prepare(recipe)
+    assert hashes(recipe.output_dir) == expected
+
+
+def test_tasks_in_any_order_and_twice_give_the_same_bytes(recipe, tmp_path):
+    prepare(recipe, num_tasks=3)
+    expected = hashes(recipe.output_dir)
+    again = dataclasses.replace(recipe, output_dir=tmp_path / "again")
+    for task in (2, 0, 2, 1, 0):
+        prepare_task(again, task, num_tasks=3)
+    finalize(again, num_tasks=3)
+    assert hashes(again.output_dir) == expected
+
+
+def test_a_finished_task_is_not_run_again(recipe, corpus_dir):
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    prepare_task(recipe, 0)
+    (corpus_dir / "one.txt").write_text("changed")
+    before = hashes(recipe.output_dir)
+    prepare_task(recipe, 0)
+    assert hashes(recipe.output_dir) == before
+
+
+def test_an_unfinished_task_is_refused_by_its_number(recipe):
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    prepare_task(recipe, 1, num_tasks=3)
+    with pytest.raises(UserError, match=r"tasks \[0, 2\] of 3 are not finished in '.*shards'; run them first"):
+        finalize(recipe, num_tasks=3)
+
+
+def test_tasks_of_another_recipe_do_not_count_as_finished(recipe):
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    for task in range(2):
+        prepare_task(recipe, task, num_tasks=2)
+    prepare_task(dataclasses.replace(recipe, tokens_per_shard=500), 0, num_tasks=2)
+    with pytest.raises(UserError, match=r"tasks \[0, 1\] of 2 are not finished"):
+        finalize(recipe, num_tasks=2)
+
+
+def test_a_killed_preparation_is_finished_to_the_same_bytes(recipe, tmp_path):
+    prepare(recipe)
+    killed = dataclasses.replace(recipe, output_dir=tmp_path / "killed")
+    start_and_kill(killed)
+    assert not (killed.output_dir / "index.json").exists()
+    prepare(killed)
+    assert hashes(killed.output_dir) == hashes(recipe.output_dir)
+
+
+def start_and_kill(recipe: PreparationRecipe) -> None:
+    """Runs a preparation in a child process whose every write takes long, and kills it in the middle."""
+    code = f"""
+import time
+from pathlib import PosixPath
+from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
+from gpt2x.shards import files, preparation
+fsync = files.os.fsync
+files.os.fsync = lambda descriptor: (time.sleep(0.1), fsync(descriptor))
+preparation.prepare({recipe!r})
+"""
+    child = subprocess.Popen([sys.executable, "-c", code])
+    while len(list(recipe.output_dir.rglob("tokens_part_*"))) < 2:
+        assert child.poll() is None, "the child ended before it wrote two shards"
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+
+
+def test_data_of_another_recipe_is_refused_with_what_changed(recipe, corpus):
+    prepare(recipe)
+    other = dataclasses.replace(recipe, corpus=dataclasses.replace(corpus, split_seed=5), tokens_per_shard=9)
+    with pytest.raises(UserError, match=r"another recipe \(split_seed 0 -> 5, tokens_per_shard 2000 -> 9\); set anot"):
+        prepare(other)
+
+
+def test_a_saved_tokenizer_of_another_size_is_refused(recipe):
+    prepare(recipe)
+    other = dataclasses.replace(recipe.tokenizer, vocab_size=301)
+    with pytest.raises(UserError, match=r"vocab_size is 301, but the tokenizer saved in '.*' has 300; set another"):
+        prepare(dataclasses.replace(recipe, tokenizer=other))
+
+
+def test_a_tokenizer_without_vocab_size_is_used_as_it_is(recipe, tmp_path):
+    expected = prepare(recipe)
+    tokenizer = TokenizerSection(path=recipe.tokenizer.path)
+    index = prepare(dataclasses.replace(recipe, tokenizer=tokenizer, output_dir=tmp_path / "other"))
+    assert index.fingerprint == expected.fingerprint
+
+
+def test_an_id_outside_the_vocabulary_is_refused_before_it_wraps(recipe):
+    tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    writer = ShardWriter(recipe, tokenizer, "train", range(9))
+    for outside in (300, 70_000, -1):
+        with pytest.raises(
+            UserError, match=rf"a.txt: the tokenizer gives id {outside}, outside its vocabulary of 300"
+        ):
+            writer.add(Document("a.txt", "x"), np.array([5, outside]))
+
+
+def test_a_corpus_without_documents_is_refused(recipe, corpus_dir):
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    for file in corpus_dir.iterdir():
+        file.write_text("\n")
+    with pytest.raises(UserError, match=r"the corpus \(.*\) has no document; give it some text"):
+        prepare(recipe)
+
+
+@pytest.mark.parametrize(("fraction", "empty"), [(1e-9, "validation"), (1 - 1e-9, "train")])
+def test_a_split_that_gets_no_document_is_refused(recipe, corpus, fraction, empty):
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    corpus = dataclasses.replace(corpus, validation_fraction=fraction)
+    with pytest.raises(UserError, match=rf"none of the corpus' 61 documents falls into {empty} \(validation_fraction"):
+        prepare(dataclasses.replace(recipe, corpus=corpus))
+
+
+def test_without_validation_everything_is_train(recipe, corpus):
+    index = prepare(dataclasses.replace(recipe, corpus=dataclasses.replace(corpus, validation_fraction=0.0)))
+    assert index.total("train", "num_documents") == 61
+    assert not index.splits["validation"]
+
+
+def test_the_statistics_say_what_was_made_and_left_out(recipe, corpus_dir):
+    (corpus_dir / "empty.txt").write_text("")
+    lines = statistics(prepare(recipe)).split("\n")
+    assert lines[0].startswith("train: ")
+    assert lines[1].startswith("validation: ")
+    assert lines[0].endswith(" bytes per token")
+    assert lines[2] == "left out: 1 empty"

@@ -1,0 +1,194 @@
+"""One optimizer step: its loss, its gradient, its clipping, its learning rate."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2x.training.loop import accumulate_gradients, clip_gradients, count_targets, optimizer_step
+from gpt2x.training.state import Progress, seed_step
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
+
+SHAPE = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT2XForCausalLM(GPT2XConfig(**SHAPE, max_position_embeddings=16))
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def ragged_samples():
+    """16 rows of 16 tokens of which 15, 14, ... 1 and none at all are predicted."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(48, (16, 16), generator=generator)
+    labels = ids.clone()
+    for row in range(16):
+        labels[row, : row + 1] = -100
+    labels[11, 3:9] = -100
+    return ids, labels
+
+
+def micro_batches(size):
+    ids, labels = ragged_samples()
+    return [{"input_ids": i, "labels": t} for i, t in zip(ids.split(size), labels.split(size))]
+
+
+def flat_gradient(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def naive_loss(model):
+    """The mean over all predicted tokens of all rows, from the logits, in double precision."""
+    ids, labels = ragged_samples()
+    logits = model.double()(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].reshape(-1, 48), labels[:, 1:].reshape(-1))
+
+
+@pytest.mark.parametrize("size", [16, 4, 1], ids=["1x16", "4x4", "16x1"])
+def test_ragged_samples_give_the_same_gradient_however_they_are_cut(model, accelerator, size):
+    reference = GPT2XForCausalLM(model.config)
+    reference.load_state_dict(model.state_dict())
+    expected_loss = naive_loss(reference)
+    expected_loss.backward()
+    loss = accumulate_gradients(accelerator, model, micro_batches(size))
+    expected = flat_gradient(reference)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert (flat_gradient(model) - expected).norm() / expected.norm() < 1e-6
+
+
+def test_the_mean_of_the_micro_batches_means_is_another_number(model):
+    """Else the test above could not tell the two apart."""
+    means = [model(**batch, use_cache=False).loss for batch in micro_batches(4)]
+    assert abs(sum(means) / 4 - naive_loss(model)) > 1e-3
+
+
+def test_targets_are_counted_after_the_shift():
+    assert count_targets(torch.tensor([[5, 6, 7], [-100, -100, 8], [9, -100, -100]])) == 3
+
+
+def test_the_norm_recorded_is_that_before_clipping_and_the_gradients_are_scaled(model, accelerator):
+    accumulate_gradients(accelerator, model, micro_batches(16))
+    before = flat_gradient(model).clone()
+    norm = clip_gradients(accelerator, model, 0.1)
+    assert norm == pytest.approx(before.norm().item(), rel=1e-5)
+    assert norm > 0.1
+    torch.testing.assert_close(flat_gradient(model), before * (0.1 / before.norm()), rtol=1e-4, atol=1e-9)
+
+
+def test_gradients_below_the_limit_are_left_alone(model, accelerator):
+    accumulate_gradients(accelerator, model, micro_batches(16))
+    before = flat_gradient(model).clone()
+    clip_gradients(accelerator, model, 1e4)
+    assert torch.equal(flat_gradient(model), before)
+
+
+def test_without_a_limit_nothing_is_clipped_and_the_norm_is_still_told(model, accelerator):
+    accumulate_gradients(accelerator, model, micro_batches(16))
+    for parameter in model.parameters():
+        parameter.grad *= 1e6
+    before = flat_gradient(model).clone()
+    assert clip_gradients(accelerator, model, None) == pytest.approx(before.norm().item(), rel=1e-5)
+    assert torch.equal(flat_gradient(model), before)
+
+
+def test_the_recorded_loss_and_norm_do_not_depend_on_the_accumulation(recipe, changed, pretrain, tmp_path):
+    records = []
+    for size in (8, 2, 1):
+        own = changed(recipe, run={"dir": tmp_path / str(size)}, train={"micro_batch_size": size, "max_steps": 3})
+        records.append([record for record in pretrain(own).records() if "train/loss" in record])
+    for key in ("train/loss", "grad_norm"):
+        values = [[record[key] for record in of_size] for of_size in records]
+        assert values[1] == pytest.approx(values[0], rel=1e-5)
+        assert values[2] == pytest.approx(values[0], rel=1e-5)
+
+
+def test_a_step_moves_the_weights_by_the_clipped_gradient(recipe, changed, start):
+    """Clipping after the update, or of another copy, would move them further."""
+    recipe = changed(recipe, optimizer={"adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 1e3, "weight_decay": 0.0})
+    recipe = changed(recipe, optimizer={"warmup_steps": 0}, train={"max_grad_norm": 0.01})
+    job, progress = start(recipe)
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in job.model.parameters()])
+    norm = optimizer_step(job, progress)["grad_norm"]
+    after = torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()])
+    # With this epsilon AdamW divides every gradient by the same 1000, so the step is as long as the gradient.
+    assert norm > 0.1
+    assert (after - before).norm().item() == pytest.approx(3e-3 * 0.01 / 1e3, rel=0.1)
+
+
+def test_the_learning_rate_of_every_step_is_the_schedules(recipe, pretrain):
+    rates = [record["learning_rate"] for record in pretrain(recipe).records() if "train/loss" in record]
+    warmup = [3e-3 * step / 4 for step in (1, 2, 3, 4)]
+    decay = [3e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 16))) for step in range(16)]
+    assert rates == pytest.approx(warmup + decay)
+
+
+def test_a_step_is_counted_in_tokens_and_records_what_the_budget_reads(recipe, changed, pretrain):
+    recipe = changed(recipe, train={"logging_steps": 5})
+    assert [record["step"] for record in pretrain(recipe).records() if "train/loss" in record] == [5, 10, 15, 20]
+    run = pretrain(changed(recipe, run={"name": "other"}))
+    assert (run.progress.tokens, run.records()[-1]["tokens"]) == (20 * 128, 20 * 128)
+
+
+def test_a_time_budget_ends_in_time_and_close_to_the_last_rate(recipe, changed, pretrain):
+    train = {"max_steps": None, "max_time_s": 0.6, "save_steps": None}
+    optimizer = {"lr_scheduler_type": "linear", "min_lr_ratio": 0.0, "warmup_steps": 0}
+    run = pretrain(changed(recipe, train=train, optimizer=optimizer))
+    assert run.progress.elapsed_s + run.progress.last_step_s > 0.6
+    last = [record for record in run.records() if "train/loss" in record][-1]
+    assert last["learning_rate"] / 3e-3 == pytest.approx(1 - run.progress.elapsed_s / 0.6, abs=0.6)
+    assert last["learning_rate"] < 3e-3
+
+
+def test_the_same_recipe_trains_a_model_of_transformers_to_the_same_losses(recipe, changed, pretrain, tmp_path):
+    """The loop, the data order and the loss, against a plain loop over the stock class."""
+    run = pretrain(changed(recipe, optimizer={"weight_decay": 0.0}))
+    job = run.job
+    untouched = pretrain(changed(recipe, run={"dir": tmp_path / "start"}), stop_after=1).job.run.path
+    assert untouched.is_dir()
+    torch.manual_seed(recipe.run.seed)
+    config = job.plain_model.config
+    ours = GPT2XForCausalLM(config)
+    ours.save_stock(tmp_path / "stock")
+    stock = GPT2LMHeadModel.from_pretrained(tmp_path / "stock")
+    assert isinstance(stock.config, GPT2Config)
+    optimizer = torch.optim.AdamW(stock.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    recorded = [record for record in run.records() if "train/loss" in record]
+    for step, record in enumerate(recorded[:10]):
+        (batch,) = job.batches.step(step)
+        loss = stock(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(stock.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = record["learning_rate"]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record["train/loss"] == pytest.approx(loss.item(), abs=2e-5)
+
+
+def test_the_random_numbers_of_a_step_are_its_own_and_its_ranks():
+    def draws(**where):
+        seed_step(where.get("seed", 1), step=where.get("step", 0), rank=where.get("rank", 0))
+        return torch.rand(4).tolist()
+
+    places = [{}, {"step": 1}, {"rank": 1}, {"seed": 2}]
+    assert len({tuple(draws(**place)) for place in places}) == 4
+    assert draws(step=3, rank=2) == draws(step=3, rank=2)
+
+
+def test_the_largest_seed_that_numpy_takes_is_a_seed():
+    seed_step(2**32 - 1, step=10**9, rank=1000)
+
+
+def test_progress_adds_up():
+    progress = Progress()
+    progress.advance(tokens=100, seconds=2.0)
+    progress.advance(tokens=100, seconds=1.5)
+    assert (progress.step, progress.tokens, progress.elapsed_s, progress.last_step_s) == (2, 200, 3.5, 1.5)

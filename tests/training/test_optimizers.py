@@ -1,0 +1,180 @@
+"""Which parameter is updated how, against torch and against a Muon of one matrix at a time."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2x.config import OptimizerSection
+from gpt2x.training.optimizers import Muon, make_optimizers, orthogonalize, set_learning_rates, split_parameters
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
+
+SHAPE = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    return GPT2XForCausalLM(GPT2XConfig(**SHAPE, **changes))
+
+
+def names_in(optimizers, model):
+    """Per parameter its name, optimizer and weight decay; a parameter in two groups is listed twice."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        (names[id(parameter)], type(optimizer).__name__, group["weight_decay"])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_every_trainable_parameter_is_in_exactly_one_group(optimizer, is_tied):
+    model = make_model(tie_word_embeddings=is_tied)
+    model.model.norm.weight.requires_grad_(False)
+    listed = [name for name, _, _ in names_in(make_optimizers(model, OptimizerSection(name=optimizer)), model)]
+    assert sorted(listed) == sorted(set(dict(model.named_parameters())) - {"model.norm.weight"})
+
+
+def test_adamw_decays_the_matrices_and_nothing_else():
+    model = make_model()
+    listed = names_in(make_optimizers(model, OptimizerSection(name="adamw", weight_decay=0.3)), model)
+    decays = {name: decay for name, _, decay in listed}
+    shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    assert decays == {name: 0.3 if shapes[name] == 2 else 0.0 for name in shapes}
+
+
+def test_a_tied_head_is_one_parameter_of_the_embeddings():
+    model = make_model(tie_word_embeddings=True)
+    matrices, embeddings, vectors = split_parameters(model)
+    assert [id(model.model.embed_tokens.weight)] == [id(p) for p in embeddings if p.shape[0] == 48]
+    assert len(matrices) + len(embeddings) + len(vectors) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_muon_takes_the_matrices_of_the_layers_and_nothing_else(is_tied):
+    model = make_model(tie_word_embeddings=is_tied)
+    listed = names_in(make_optimizers(model, OptimizerSection(name="muon", weight_decay=0.3)), model)
+    expected = {name for name, p in model.named_parameters() if name.startswith("model.layers.") and p.ndim == 2}
+    assert {name for name, optimizer, _ in listed if optimizer == "Muon"} == expected
+    assert {decay for name, optimizer, decay in listed if optimizer == "AdamW"} == {0.0}
+    assert {decay for name, optimizer, decay in listed if optimizer == "Muon"} == {0.3}
+
+
+def test_the_groups_are_right_for_a_model_of_transformers_too():
+    config = GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    matrices, embeddings, vectors = split_parameters(GPT2LMHeadModel(config))
+    assert (len(matrices), len(embeddings), len(vectors)) == (4, 2, 4 + 4 + 2)
+
+
+def loss_of(model):
+    return model(input_ids=IDS, labels=IDS, use_cache=False).loss
+
+
+def test_adamw_equals_torchs_on_groups_made_by_hand():
+    section = OptimizerSection(
+        learning_rate=3e-3, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6
+    )
+    ours = make_model()
+    theirs = copy.deepcopy(ours)
+    (own,) = make_optimizers(ours, section)
+    decayed = [parameter for parameter in theirs.parameters() if parameter.ndim == 2]
+    rest = [parameter for parameter in theirs.parameters() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=3e-3, betas=(0.8, 0.9), eps=1e-6, foreach=False)
+    for model, optimizer in ((ours, own), (theirs, reference)):
+        for _ in range(3):
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def naive_muon(weight, gradients, *, lr, momentum, weight_decay):
+    """Jordan's Muon for one matrix, in the words of his page: buffer, Nesterov, five quintic iterations, scale."""
+    buffer = torch.zeros_like(weight)
+    for gradient in gradients:
+        buffer = momentum * buffer + (1 - momentum) * gradient
+        update = (1 - momentum) * gradient + momentum * buffer
+        x = update.bfloat16()
+        if x.shape[0] > x.shape[1]:
+            x = x.T
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        if weight.shape[0] > weight.shape[1]:
+            x = x.T
+        weight = weight * (1 - lr * weight_decay)
+        weight = weight - lr * max(1, weight.shape[0] / weight.shape[1]) ** 0.5 * x.float()
+    return weight
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
+def test_muon_equals_a_naive_one_matrix_by_matrix(shape):
+    torch.manual_seed(1)
+    weights = [torch.randn(shape) for _ in range(3)]
+    gradients = [[torch.randn(shape) * scale for scale in (1.0, 0.1, 3.0)] for _ in weights]
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
+    optimizer = Muon(parameters, **settings)
+    for step in range(3):
+        for parameter, own in zip(parameters, gradients):
+            parameter.grad = own[step].clone()
+        optimizer.step()
+    for parameter, weight, own in zip(parameters, weights, gradients):
+        # bfloat16 rounds what lies inside an update, and an update is at most lr long in each direction
+        torch.testing.assert_close(parameter.data, naive_muon(weight, own, **settings), rtol=0, atol=0.05 * 0.05)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
+def test_muon_equals_torchs(shape):
+    torch.manual_seed(2)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
+    optimizers = [Muon([ours], **settings), torch.optim.Muon([theirs], **settings, nesterov=True)]
+    for scale in (1.0, 0.1, 3.0):
+        ours.grad = torch.randn(shape) * scale
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours.data, theirs.data, rtol=0, atol=0.05 * 0.05)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 24), (24, 64)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    torch.manual_seed(3)
+    singular_values = torch.linalg.svdvals(orthogonalize(torch.randn(5, *shape) * 7, steps=5))
+    assert singular_values.min() > 0.3
+    assert singular_values.max() < 1.3
+    assert 0.7 < singular_values.mean() < 1.1
+
+
+def test_orthogonalization_keeps_the_directions():
+    torch.manual_seed(4)
+    matrix = torch.randn(24, 24)
+    left, _, right = torch.linalg.svd(matrix)
+    nearest = left @ right
+    found = orthogonalize(matrix[None], steps=5)[0]
+    assert F.cosine_similarity(found.flatten(), nearest.flatten(), dim=0) > 0.95
+
+
+def test_muon_leaves_a_matrix_without_a_gradient_alone():
+    parameter = torch.nn.Parameter(torch.ones(4, 4))
+    Muon([parameter], lr=1.0, momentum=0.9, weight_decay=0.5).step()
+    assert torch.equal(parameter.data, torch.ones(4, 4))
+
+
+def test_each_group_is_set_to_the_same_share_of_its_own_peak():
+    optimizers = make_optimizers(
+        make_model(), OptimizerSection(name="muon", learning_rate=0.004, muon_learning_rate=0.02)
+    )
+    for factor in (1.0, 0.5, 0.25):  # not compounded
+        set_learning_rates(optimizers, factor)
+    assert {group["lr"] for group in optimizers[0].param_groups} == {0.02 * 0.25}
+    assert {group["lr"] for group in optimizers[1].param_groups} == {0.004 * 0.25}

@@ -4,10 +4,20 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+if TYPE_CHECKING:
+    FilledInt = Any
+    FilledNames = Any
+else:
+    # May be given as None; whoever reads the config finds the value that None stands for.
+    FilledInt = int | None
+    FilledNames = list[str] | None
 
 CHOICES = {
     "position_embedding": ("learned", "rope"),
@@ -15,6 +25,10 @@ CHOICES = {
     "qk_norm": ("none", "weight", "weightless"),
     "residual_init": ("scaled", "zero"),
 }
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Keys which transformers reads or writes although they are no dataclass fields of PreTrainedConfig.
@@ -115,11 +129,11 @@ class GPT2XConfig(PreTrainedConfig):
 
     vocab_size: int = 50257
     hidden_size: int = 768
-    intermediate_size: int | None = None
+    intermediate_size: FilledInt = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: FilledInt = None
+    head_dim: FilledInt = None
     max_position_embeddings: int = 1024
     position_embedding: str = "learned"
     norm: str = "layer_norm"
@@ -132,7 +146,7 @@ class GPT2XConfig(PreTrainedConfig):
     embedding_norm: bool = False
     final_logit_softcapping: float | int | None = None
     tie_word_embeddings: bool = True
-    layer_types: list[str] | None = None
+    layer_types: FilledNames = None
     sliding_window: int | None = None
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -147,9 +161,10 @@ class GPT2XConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for old_name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, old_name, kwargs.pop(old_name))
-        self._fill_defaults()
         self._check_choices()
         self._check_sizes()
+        self._fill_defaults()
+        self._check_heads()
         self._check_windows()
         self._take_rope_parameters(kwargs)
         _warn_about_unknown_keys(kwargs, known=_known_keys(type(self)))
@@ -179,10 +194,25 @@ class GPT2XConfig(PreTrainedConfig):
             if value not in choices:
                 raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}{_nearest(value, choices)}.")
 
+        if self.hidden_act not in ACT2FN:
+            hint = _nearest(self.hidden_act, ACT2FN)
+            raise ValueError(f"hidden_act ({self.hidden_act!r}) must be a name of transformers' ACT2FN{hint}.")
+        for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 0 and below 1; use 0.0 to switch it off.")
+
     def _check_sizes(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1; set it to a positive number.")
+        for name in SIZES:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1; set it to a positive number.")
+        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
+            raise ValueError(
+                f"final_logit_softcapping ({self.final_logit_softcapping}) must be positive; use None for no cap."
+            )
+
+    def _check_heads(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -193,15 +223,13 @@ class GPT2XConfig(PreTrainedConfig):
                 f"head_dim ({self.head_dim}) must be even, as RoPE turns pairs; change head_dim or use "
                 "position_embedding='learned'."
             )
-        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
-            raise ValueError(
-                f"final_logit_softcapping ({self.final_logit_softcapping}) must be positive; use None to switch it off."
-            )
 
     def _check_windows(self) -> None:
         unknown = [name for name in self.layer_types if name not in LAYER_TYPES]
         if unknown:
-            raise ValueError(f"layer_types contains {unknown[0]!r}; each entry must be one of {', '.join(LAYER_TYPES)}.")
+            raise ValueError(
+                f"layer_types contains {unknown[0]!r}; each entry must be one of {', '.join(LAYER_TYPES)}."
+            )
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries but num_hidden_layers is {self.num_hidden_layers}; "
@@ -223,6 +251,12 @@ class GPT2XConfig(PreTrainedConfig):
         """Sets `rope_parameters` if RoPE is on. transformers fills in a default wherever the attribute exists."""
         if self.position_embedding == "rope":
             self.rope_parameters = dict(kwargs.pop("rope_parameters", None) or {})
+            rope_type, rope_types = self.rope_parameters.get("rope_type", "default"), ("default", *ROPE_INIT_FUNCTIONS)
+            if rope_type not in rope_types:
+                raise ValueError(
+                    f"rope_parameters.rope_type ({rope_type!r}) must be one of {', '.join(rope_types)}"
+                    f"{_nearest(rope_type, rope_types)}."
+                )
             return
         for name in ROPE_KEYS:
             if kwargs.pop(name, None) is not None:

@@ -119,8 +119,8 @@ def stock_model_type(config: GPT2XConfig) -> str:
         f"{name} must be {needed!r} but is {getattr(config, name)!r}" for name, needed in obstacles[nearest].items()
     )
     raise ValueError(
-        f"No stock class expresses this model; the nearest is {STOCK_CLASSES[nearest]}: {differences}. Change that, or "
-        "use save_pretrained, which saves the model with its code."
+        f"No stock class expresses this model; the nearest is {STOCK_CLASSES[nearest]}: {differences}. Change that, "
+        "or use save_pretrained, which saves the model with its code."
     )
 
 
@@ -169,8 +169,8 @@ def from_stock_config(stock_config: PreTrainedConfig) -> GPT2XConfig:
     for name, value in _ONLY_VALUES.get(model_type, {}).items():
         if getattr(stock_config, name) != value:
             raise ValueError(
-                f"{name} ({getattr(stock_config, name)!r}) must be {value!r} in a {model_type} config, as GPT2X has no "
-                "such option; use the model's own class."
+                f"{name} ({getattr(stock_config, name)!r}) must be {value!r} in a {model_type} config, as GPT2X has "
+                "no such option; use the model's own class."
             )
     options = {own: copy.deepcopy(_normal_value(stock_config, stock)) for own, stock in _FIELDS[model_type].items()}
     if options.get("layer_types") is None:
@@ -182,8 +182,8 @@ def check_model_type(model_type: str | None) -> None:
     """Raises a ValueError unless `model_type` is one of the stock forms."""
     if model_type not in STOCK_CLASSES:
         raise ValueError(
-            f"model_type ({model_type!r}) must be gpt2x or one of {', '.join(STOCK_CLASSES)}, which GPT2X converts; load "
-            "other models with AutoModelForCausalLM."
+            f"model_type ({model_type!r}) must be gpt2x or one of {', '.join(STOCK_CLASSES)}, which GPT2X converts; "
+            "load other models with AutoModelForCausalLM."
         )
 
 
@@ -278,12 +278,16 @@ def _transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------------ nanochat
 def _to_nanochat(weights: dict[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
-    renamed = {name.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj", "mlp.fc2"): w for name, w in weights.items()}
+    renamed = {
+        name.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj", "mlp.fc2"): w for name, w in weights.items()
+    }
     return _with_swapped_halves(renamed, config)
 
 
 def _from_nanochat(weights: dict[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
-    renamed = {name.replace("mlp.fc1", "mlp.up_proj").replace("mlp.fc2", "mlp.down_proj"): w for name, w in weights.items()}
+    renamed = {
+        name.replace("mlp.fc1", "mlp.up_proj").replace("mlp.fc2", "mlp.down_proj"): w for name, w in weights.items()
+    }
     return _with_swapped_halves(renamed, config)
 
 

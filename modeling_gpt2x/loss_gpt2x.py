@@ -57,7 +57,13 @@ def chunked_linear_cross_entropy(
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     loss_sum = _ChunkedLinearCrossEntropy.apply(
-        hidden_NC, weight, labels_N, softcap, chunk_size or _rows_per_chunk(len(labels_N), vocab_size), vocab_size, needs_gradient
+        hidden_NC,
+        weight,
+        labels_N,
+        softcap,
+        chunk_size or _rows_per_chunk(len(labels_N), vocab_size),
+        vocab_size,
+        needs_gradient,
     )
     return loss_sum / num_items_in_batch
 
@@ -121,7 +127,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_h_NC, grad_w_VC = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         grad_hidden = (grad_h_NC * grad_output).to(hidden_dtype)
@@ -153,9 +159,7 @@ def _cross_entropy_and_gradient_(
     return torch.cat(losses)
 
 
-def _accumulated(
-    grad_w_VC: torch.Tensor | None, grad_logits_RV: torch.Tensor, h_RC: torch.Tensor
-) -> torch.Tensor:
+def _accumulated(grad_w_VC: torch.Tensor | None, grad_logits_RV: torch.Tensor, h_RC: torch.Tensor) -> torch.Tensor:
     """Adds the weight gradient of one chunk to the float32 sum of those before."""
     if grad_w_VC is None:
         return (grad_logits_RV.T @ h_RC).float()

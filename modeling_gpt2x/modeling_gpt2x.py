@@ -60,6 +60,7 @@ HUB_KWARGS = (
     *("use_safetensors", "variant", "weights_only"),
 )
 
+
 # ---------------------------------------------------------------------------------------------------------- norm
 class GPT2XRMSNorm(nn.Module):
     """Root mean square norm over the last dimension (arXiv:1910.07467), with or without a learned weight."""
@@ -98,6 +99,9 @@ class GPT2XRotaryEmbedding(nn.Module):
     The class name, the names of the buffers and the static method are what transformers re-creates the buffers by
     after a model was built on the meta device.
     """
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
 
     def __init__(self, config: GPT2XConfig):
         super().__init__()
@@ -153,7 +157,7 @@ class GPT2XMLP(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- attention
 def eager_attention_forward(
-    module: nn.Module,
+    module: "GPT2XAttention",
     q_BHTD: torch.Tensor,
     k_BKSD: torch.Tensor,
     v_BKSD: torch.Tensor,
@@ -247,8 +251,8 @@ class GPT2XDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = make_norm(config)
         self.hidden_dropout = config.hidden_dropout
         # A mark on the leaf: transformers initializes no parameter of a container's child on external code.
-        self.self_attn.o_proj.is_residual_projection = True
-        self.mlp.down_proj.is_residual_projection = True
+        self.self_attn.o_proj.is_residual_projection = True  # type: ignore[assignment]
+        self.mlp.down_proj.is_residual_projection = True  # type: ignore[assignment]
 
     def forward(self, x_BTC: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Keyword arguments, among them mask, cache and positions, go to the attention."""
@@ -283,14 +287,20 @@ def make_attention_masks(
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
-    if past_key_values is None and position_ids is not None and attention_mask is not None and attention_mask.ndim == 2:
+    if (
+        past_key_values is None
+        and position_ids is not None
+        and attention_mask is not None
+        and attention_mask.ndim == 2
+    ):
         document_BT = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
         if document_BT is not None:
             mask_kwargs["and_mask_function"] = lambda b, h, q, kv: document_BT[b, q] == document_BT[b, kv]
     is_plain = position_ids is None and attention_mask is None and past_key_values is None
     masks = {}
     for layer_type in sorted(set(config.layer_types)):
-        fits_window = layer_type == "full_attention" or inputs_embeds.shape[1] <= config.sliding_window
+        window = config.sliding_window if layer_type == "sliding_attention" else None
+        fits_window = window is None or inputs_embeds.shape[1] <= window
         # transformers skips the mask in this case too, but not while compiling.
         skips_mask = is_plain and fits_window and config._attn_implementation == "sdpa"
         masks[layer_type] = None if skips_mask else makers[layer_type](**mask_kwargs)

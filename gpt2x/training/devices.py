@@ -44,7 +44,7 @@ def make_accelerator(recipe: Recipe, *, local_world_size: int) -> Accelerator:
         # accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU
         torch.set_num_threads(recipe.train.num_threads or usable_cores(local_world_size))
         torch.set_flush_denormal(True)
-        _keep_freed_memory()
+        keep_freed_memory()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=recipe.train.mixed_precision,
@@ -55,7 +55,7 @@ def make_accelerator(recipe: Recipe, *, local_world_size: int) -> Accelerator:
     return accelerator
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets glibc keep what a step frees, since the next step wants the same: fresh pages cost a tenth of a step."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

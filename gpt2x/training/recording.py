@@ -60,9 +60,8 @@ class Recorder:
             self.bar.write(text)
 
     def close(self) -> None:
-        """Ends the progress bar and the trackers."""
+        """Ends the progress bar."""
         self.bar.close()
-        self.accelerator.end_training()
 
     def _summary(self, progress: Progress, metrics: Mapping[str, float]) -> str:
         shown = [

@@ -12,7 +12,7 @@ from gpt2x.batches.loader import TrainingBatches
 from gpt2x.batches.order import GlobalOrder
 from gpt2x.batches.source import ShardSource
 from gpt2x.batches.validation import ValidationBatches
-from gpt2x.config import Recipe, accumulation_steps
+from gpt2x.config import Recipe
 from gpt2x.errors import UserError
 from gpt2x.models import load_weights, make_model
 from gpt2x.shards.index import INDEX_FILE, Index, load_index
@@ -20,6 +20,7 @@ from gpt2x.shards.preparation import prepare
 from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gpt2x.training.budget import make_budget
 from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
+from gpt2x.training.checks import check_batch
 from gpt2x.training.job import Job
 from gpt2x.training.optimizers import make_optimizers
 from gpt2x.training.run_directory import RunDirectory, clear, truncate_records
@@ -93,15 +94,7 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
 
 def _make_batches(recipe: Recipe, index: Index, accelerator: Accelerator) -> tuple[TrainingBatches, ValidationBatches]:
     train, length = recipe.train, recipe.data.sequence_length
-    try:
-        accumulation_steps(
-            train.tokens_per_step,
-            micro_batch_size=train.micro_batch_size,
-            sequence_length=length,
-            num_processes=accelerator.num_processes,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_batch(recipe, num_processes=accelerator.num_processes)
     source = ShardSource(index, split="train", sequence_length=length)
     batches = TrainingBatches(
         GlobalOrder.of([source], seed=recipe.run.seed),

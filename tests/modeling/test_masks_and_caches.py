@@ -33,7 +33,9 @@ def two_documents() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
     return a, b, torch.cat((a, b), dim=1), position_ids
 
 
-@pytest.mark.parametrize("inputs", [{}, {"use_cache": True}, {"mask": True}, {"mask": True, "use_cache": True}], ids=str)
+@pytest.mark.parametrize(
+    "inputs", [{}, {"use_cache": True}, {"mask": True}, {"mask": True, "use_cache": True}], ids=str
+)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_documents_do_not_see_each_other(name: str, attention: str, inputs: dict[str, bool]) -> None:

@@ -54,7 +54,9 @@ def test_padding_masks_on_either_side_equal_the_stock_class(name: str, attention
     mask[1, 12:] = 0
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     model = gpt2x_like(stock)
-    assert_same_logits_and_gradients(model, stock, random_tokens(2, 16), attention_mask=mask, position_ids=position_ids)
+    assert_same_logits_and_gradients(
+        model, stock, random_tokens(2, 16), attention_mask=mask, position_ids=position_ids
+    )
 
 
 def test_hidden_states_and_attentions_equal_the_stock_class() -> None:

@@ -78,11 +78,9 @@ def fresh_accelerate() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, shards_dir: Path) -> Recipe:
-    """20 steps of 8 sequences of 16 tokens on a model of two layers, AdamW, float32; no file but what it must."""
+def tiny_recipe(runs_dir: Path, shards_dir: Path) -> Recipe:
     return Recipe(
-        run=RunSection(name="tiny", dir=tmp_path / "runs"),
+        run=RunSection(name="tiny", dir=runs_dir),
         model=ModelSection(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32),
         data=DataSection(path=shards_dir, sequence_length=16),
         train=TrainSection(
@@ -91,6 +89,12 @@ def recipe(tmp_path: Path, shards_dir: Path) -> Recipe:
         optimizer=OptimizerSection(learning_rate=3e-3, warmup_steps=4),
         evaluation=EvaluationSection(eval_steps=10, num_validation_prompts=1, max_new_tokens=4),
     )
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, shards_dir: Path) -> Recipe:
+    """20 steps of 8 sequences of 16 tokens on a model of two layers, AdamW, float32."""
+    return tiny_recipe(tmp_path / "runs", shards_dir)
 
 
 Changer = Callable[..., Recipe]
@@ -157,41 +161,48 @@ def read_tensors(run_dir: Path) -> dict[str, Tensor]:
     checkpoint, _ = newest_checkpoint(run_dir)
     assert checkpoint is not None
     files = [checkpoint / "model" / "model.safetensors", checkpoint / "state" / "optimizer.safetensors"]
-    return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    # clone: what is loaded is a map of the file, and some tests change the file
+    return {f"{file.stem}/{name}": tensor.clone() for file in files for name, tensor in load_file(file).items()}
+
+
+def start_job(recipe: Recipe) -> tuple[Job, Progress]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = open_run_directory(recipe, name="recipe")
+    job, progress = make_job(recipe, run, make_accelerator(recipe, local_world_size=1))
+    write_config(run, recipe)
+    return job, progress
+
+
+def run_recipe(recipe: Recipe, *, stop_after: int | None = None, finishes: bool = False) -> Run:
+    job, progress = start_job(recipe)
+    recorder = Recorder(job)
+    validation = train(job, progress, recorder, StopAfter(progress, stop_after))
+    recorder.close()
+    if validation is not None and finishes:
+        finish(job, progress, validation)
+    return Run(job, progress, validation)
 
 
 @pytest.fixture
-def start() -> Callable[..., tuple[Job, Progress]]:
+def start() -> Callable[[Recipe], tuple[Job, Progress]]:
     """Makes the job of a recipe, as scripts/pretrain.py does."""
-
-    def start_job(recipe: Recipe, name: str = "recipe") -> tuple[Job, Progress]:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        run = open_run_directory(recipe, name=name)
-        job, progress = make_job(recipe, run, make_accelerator(recipe, local_world_size=1))
-        write_config(run, recipe)
-        return job, progress
-
     return start_job
 
 
 @pytest.fixture
-def pretrain(start: Callable[..., tuple[Job, Progress]]) -> Callable[..., Run]:
+def pretrain() -> Callable[..., Run]:
     """Runs a recipe as scripts/pretrain.py does.
 
     ``stop_after`` is the step during which somebody asks to stop. What stands after the training (final/, numbers,
     plots) takes more time than all else, so it is left out unless ``finishes``.
     """
-
-    def run_recipe(recipe: Recipe, *, stop_after: int | None = None, finishes: bool = False) -> Run:
-        job, progress = start(recipe)
-        recorder = Recorder(job)
-        validation = train(job, progress, recorder, StopAfter(progress, stop_after))
-        recorder.close()
-        if validation is not None and finishes:
-            finish(job, progress, validation)
-        return Run(job, progress, validation)
-
     return run_recipe
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, shards_dir: Path) -> Run:
+    """The recipe's run with all that it leaves, for tests that only look at it."""
+    return run_recipe(tiny_recipe(tmp_path_factory.mktemp("finished"), shards_dir), finishes=True)
 
 
 @pytest.fixture

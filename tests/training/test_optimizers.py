@@ -76,9 +76,7 @@ def loss_of(model):
 
 
 def test_adamw_equals_torchs_on_groups_made_by_hand():
-    section = OptimizerSection(
-        learning_rate=3e-3, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6
-    )
+    section = OptimizerSection(learning_rate=3e-3, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6)
     ours = make_model()
     theirs = copy.deepcopy(ours)
     (own,) = make_optimizers(ours, section)
@@ -92,6 +90,11 @@ def test_adamw_equals_torchs_on_groups_made_by_hand():
             optimizer.step()
             optimizer.zero_grad()
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def assert_moved_alike(start, found, expected):
+    """The two went the same way, up to what the rounding to bfloat16 inside an update does."""
+    assert (found - expected).norm() < 0.04 * (expected - start).norm()
 
 
 def naive_muon(weight, gradients, *, lr, momentum, weight_decay):
@@ -127,15 +130,14 @@ def test_muon_equals_a_naive_one_matrix_by_matrix(shape):
             parameter.grad = own[step].clone()
         optimizer.step()
     for parameter, weight, own in zip(parameters, weights, gradients):
-        # bfloat16 rounds what lies inside an update, and an update is at most lr long in each direction
-        torch.testing.assert_close(parameter.data, naive_muon(weight, own, **settings), rtol=0, atol=0.05 * 0.05)
+        assert_moved_alike(weight, parameter.data, naive_muon(weight, own, **settings))
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
 def test_muon_equals_torchs(shape):
     torch.manual_seed(2)
-    ours = torch.nn.Parameter(torch.randn(shape))
-    theirs = torch.nn.Parameter(ours.detach().clone())
+    start = torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
     optimizers = [Muon([ours], **settings), torch.optim.Muon([theirs], **settings, nesterov=True)]
     for scale in (1.0, 0.1, 3.0):
@@ -143,16 +145,17 @@ def test_muon_equals_torchs(shape):
         theirs.grad = ours.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    torch.testing.assert_close(ours.data, theirs.data, rtol=0, atol=0.05 * 0.05)
+    assert_moved_alike(start, ours.data, theirs.data)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 24), (24, 64)])
 def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     torch.manual_seed(3)
-    singular_values = torch.linalg.svdvals(orthogonalize(torch.randn(5, *shape) * 7, steps=5))
-    assert singular_values.min() > 0.3
-    assert singular_values.max() < 1.3
-    assert 0.7 < singular_values.mean() < 1.1
+    left, _, right = torch.linalg.svd(torch.randn(5, *shape), full_matrices=False)
+    spectrum = torch.linspace(0.3, 20, 24 if 24 in shape else 32)
+    singular_values = torch.linalg.svdvals(orthogonalize(left * spectrum @ right, steps=5))
+    assert singular_values.min() > 0.6
+    assert singular_values.max() < 1.25
 
 
 def test_orthogonalization_keeps_the_directions():

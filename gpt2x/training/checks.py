@@ -1,0 +1,39 @@
+"""What is wrong with a recipe or its data, told before torch is imported, which takes seconds."""
+
+from gpt2x.batches.source import ShardSource
+from gpt2x.config import Recipe, accumulation_steps
+from gpt2x.errors import UserError
+from gpt2x.shards.index import INDEX_FILE, load_index
+
+
+def check_before_torch(recipe: Recipe, *, num_processes: int) -> None:
+    """Checks the batch and the token shards, which are prepared first where they are missing and the recipe can.
+
+    Args:
+        recipe: what is to be run.
+        num_processes: data-parallel processes of the run, of which one should call this.
+
+    Raises:
+        UserError: for a batch that cannot be cut evenly; for shards that are missing, broken, too few, or of ids
+            outside their vocabulary.
+    """
+    check_batch(recipe, num_processes=num_processes)
+    preparation = recipe.data.preparation
+    if preparation is not None and not (recipe.data.shards_dir / INDEX_FILE).exists():
+        from gpt2x.shards.preparation import prepare  # imports transformers
+
+        prepare(preparation)
+    ShardSource(load_index(recipe.data.shards_dir), split="train", sequence_length=recipe.data.sequence_length)
+
+
+def check_batch(recipe: Recipe, *, num_processes: int) -> None:
+    """Raises UserError where tokens_per_step is no multiple of what one pass over all processes reads."""
+    try:
+        accumulation_steps(
+            recipe.train.tokens_per_step,
+            micro_batch_size=recipe.train.micro_batch_size,
+            sequence_length=recipe.data.sequence_length,
+            num_processes=num_processes,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error

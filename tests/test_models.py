@@ -1,0 +1,170 @@
+"""Models by recipe: made, saved, found and loaded."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from gpt2x.config import DataSection, ModelSection, Recipe, RunSection, TrainSection
+from gpt2x.errors import UserError
+from gpt2x.models import (
+    find_model,
+    flops_per_token,
+    load_for_inference,
+    load_weights,
+    make_config,
+    make_model,
+    num_parameters,
+    save_model,
+)
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
+LLAMA = {"position_embedding": "rope", "norm": "rms_norm", "hidden_act": "silu", "gated_mlp": True}
+LLAMA |= {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+NO_STOCK_FORM = LLAMA | {"gated_mlp": False}
+
+
+@pytest.fixture
+def tokenizer():
+    backend = Tokenizer(models.WordLevel({str(number): number for number in range(40)} | {"<eos>": 40}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>")
+
+
+def recipe(*, seed=1, init_from=None, **model):
+    return Recipe(
+        run=RunSection(seed=seed),
+        model=ModelSection(**SHAPE | model),
+        data=DataSection(path="nowhere", sequence_length=16),
+        train=TrainSection(max_steps=1),
+        init_from=init_from,
+    )
+
+
+def test_the_vocabulary_and_the_special_tokens_are_the_tokenizers(tokenizer):
+    config = make_config(recipe().model, tokenizer)
+    assert (config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id) == (41, 40, 40, 40)
+
+
+def test_a_vocabulary_given_by_the_recipe_is_kept(tokenizer):
+    assert make_config(recipe(vocab_size=64).model, tokenizer).vocab_size == 64
+
+
+def test_the_weights_are_drawn_from_the_recipes_seed(tokenizer):
+    torch.rand(5)
+    first = make_model(recipe(seed=3), tokenizer).state_dict()
+    torch.rand(7)
+    again, other = (make_model(recipe(seed=seed), tokenizer).state_dict() for seed in (3, 4))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_an_architecture_that_contradicts_itself_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"hidden_size \(32\).*num_attention_heads \(3\)"):
+        make_model(recipe(num_attention_heads=3), tokenizer)
+
+
+def test_a_model_to_go_on_from_that_is_not_there_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="nowhere") as refused:
+        make_model(recipe(init_from=str(tmp_path / "nowhere")), tokenizer)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("options", "model_type"), [({}, "gpt2"), (LLAMA, "llama"), (NO_STOCK_FORM, "gpt2x")])
+def test_a_model_is_saved_in_the_stock_form_where_there_is_one(tokenizer, tmp_path, options, model_type):
+    model = make_model(recipe(**options), tokenizer).eval()
+    assert save_model(model, tmp_path, tokenizer) == model_type
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model_type
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA, NO_STOCK_FORM])
+def test_saved_weights_come_back_bit_for_bit(tokenizer, tmp_path, options):
+    saved = make_model(recipe(seed=1, **options), tokenizer)
+    save_model(saved, tmp_path, tokenizer)
+    model = make_model(recipe(seed=2, **options), tokenizer)
+    tensors = {name: id(parameter) for name, parameter in model.named_parameters()}
+    load_weights(model, tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in saved.state_dict().items())
+    assert tensors == {name: id(parameter) for name, parameter in model.named_parameters()}
+
+
+def make_directory(path, *, whole=True):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    if whole and path.name == "model":
+        (path.parent / "manifest.json").write_text("{}")
+    return str(path)
+
+
+def test_the_model_of_a_run_is_the_final_one_or_that_of_the_newest_whole_checkpoint(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    make_directory(checkpoints / "step-999999" / "model")
+    newest = make_directory(checkpoints / "step-1000000" / "model")
+    make_directory(checkpoints / "step-1000010" / "model", whole=False)
+    make_directory(checkpoints / "step-1000020.tmp-01234567" / "model")
+    assert find_model(str(tmp_path)) == newest
+    final = make_directory(tmp_path / "final")
+    assert find_model(str(tmp_path)) == final
+    assert find_model(final) == final
+
+
+def test_a_checkpoint_is_its_model(tmp_path):
+    model = make_directory(tmp_path / "step-000010" / "model")
+    assert find_model(str(tmp_path / "step-000010")) == model
+
+
+def test_a_name_of_the_hub_is_left_as_it_is():
+    assert find_model("openai-community/gpt2") == "openai-community/gpt2"
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/no/where", "runs/no/where"])
+def test_a_directory_that_is_not_there_is_refused(name):
+    message = f"{name} does not exist; give a model's directory, a run's, or a Hub id NAME/MODEL."
+    with pytest.raises(UserError, match=message):
+        find_model(name)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"holds no model: no config.json in it, in final/ or in checkpoints/; train"
+    ):
+        find_model(str(tmp_path))
+
+
+def test_a_directory_of_something_else_is_refused_in_one_line(tmp_path):
+    make_directory(tmp_path / "final")
+    with pytest.raises(UserError, match="final") as refused:
+        load_for_inference(str(tmp_path / "final"), dtype=torch.float32)
+    assert "\n" not in str(refused.value)
+
+
+def test_inference_runs_in_the_dtype_asked_for_and_without_dropout(tokenizer, tmp_path):
+    save_model(make_model(recipe(hidden_dropout=0.5), tokenizer), tmp_path, tokenizer)
+    model = load_for_inference(str(tmp_path), dtype=torch.bfloat16)
+    assert (model.dtype, model.training) == (torch.bfloat16, False)
+
+
+def test_the_parameters_in_matrix_products_leave_out_what_is_only_looked_up(tokenizer):
+    C, V, T = 32, 41, 16
+    layers = 2 * (4 * C * C + 4 * C + 8 * C * C + 5 * C + 4 * C) + 2 * C
+    assert num_parameters(make_model(recipe(), tokenizer)) == (layers + V * C + T * C, layers + V * C)
+    untied = num_parameters(make_model(recipe(tie_word_embeddings=False), tokenizer))
+    assert untied == (layers + 2 * V * C + T * C, layers + V * C)
+
+
+def test_the_parameters_of_a_stock_model_are_counted_alike():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=32, n_layer=2, n_head=2, n_positions=16))
+    assert num_parameters(model)[1] == sum(p.numel() for p in model.parameters()) - 16 * 32
+
+
+def test_the_flops_of_a_token_are_palms_without_the_masked_half(monkeypatch):
+    config = SimpleNamespace(num_hidden_layers=3, num_attention_heads=5, head_dim=7)
+    monkeypatch.setattr("gpt2x.models.num_parameters", lambda model: (1000, 900))
+    assert flops_per_token(SimpleNamespace(config=config), 16) == 6 * 900 + 12 * 3 * 5 * 7 * 16 / 2

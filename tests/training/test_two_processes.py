@@ -1,0 +1,146 @@
+"""Two processes reach what one reaches: real processes, talking by gloo."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from gpt2x.batches.validation import ValidationBatches
+from gpt2x.config import to_yaml
+from gpt2x.evaluation import validate
+from gpt2x.shards.index import load_index
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
+
+ROOT = Path(__file__).parents[2]
+SHAPE = {"vocab_size": 280, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+# What each of the two processes runs: the gradient of its half of the rows, and its share of the validation.
+RANK = """
+import json, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from gpt2x.batches.validation import ValidationBatches
+from gpt2x.evaluation import validate
+from gpt2x.shards.index import load_index
+from gpt2x.training.loop import accumulate_gradients, agree, clip_gradients
+from modeling_gpt2x import GPT2XForCausalLM
+
+directory, shards_dir = Path(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+model = accelerator.prepare(GPT2XForCausalLM.from_pretrained(directory / "model"))
+rows = {name: tensor.chunk(2)[rank] for name, tensor in load_file(directory / "rows.safetensors").items()}
+ids, labels = rows["ids"].split(4), rows["labels"].split(4)
+loss = accumulate_gradients(accelerator, model, [{"input_ids": i, "labels": t} for i, t in zip(ids, labels)])
+gradients = {name: p.grad.clone() for name, p in accelerator.unwrap_model(model).named_parameters()}
+norm = clip_gradients(accelerator, model, 1e9)
+batches = ValidationBatches(
+    load_index(shards_dir), sequence_length=16, batch_size=3, rank=rank, num_processes=accelerator.num_processes
+)
+validation = validate(model, batches, num_bytes=batches.num_bytes, accelerator=accelerator)
+stop = agree(accelerator, 10.0 + rank, rank == 1)
+found = [loss.item(), norm, validation.metrics(), validation.num_tokens, stop, accelerator.num_processes]
+(directory / f"rank{rank}.json").write_text(json.dumps(found))
+if rank == 0:
+    save_file(gradients, directory / "gradients.safetensors")
+accelerator.end_training()
+"""
+
+
+def launch(*command):
+    """accelerate launch on two processes of this machine's CPU."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--main_process_port={port}"]
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
+    whole = [*launcher, *config, *(str(argument) for argument in command)]
+    return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, shards_dir):
+    """(directory of what was given and found, what rank 0 and rank 1 found)."""
+    directory = tmp_path_factory.mktemp("two_ranks")
+    torch.manual_seed(0)
+    GPT2XForCausalLM(GPT2XConfig(**SHAPE, max_position_embeddings=16, initializer_range=0.1)).save_pretrained(
+        directory
+    )
+    ids = torch.randint(280, (16, 16))
+    labels = ids.clone()
+    for row in range(16):
+        labels[row, : row + 1] = -100
+    save_file({"ids": ids, "labels": labels}, directory / "rows.safetensors")
+    (directory / "rank.py").write_text(RANK)
+    finished = launch(directory / "rank.py", directory, shards_dir)
+    assert finished.returncode == 0, finished.stderr
+    return directory, *(json.loads((directory / f"rank{rank}.json").read_text()) for rank in (0, 1))
+
+
+def test_both_processes_know_the_same(two_ranks):
+    _, rank0, rank1 = two_ranks
+    assert rank0 == rank1
+    assert rank0[5] == 2
+
+
+def test_ragged_samples_over_two_ranks_give_the_gradient_of_their_mean(two_ranks):
+    directory, (loss, norm, *_), _ = two_ranks
+    model = GPT2XForCausalLM.from_pretrained(directory / "model")
+    rows = load_file(directory / "rows.safetensors")
+    logits = model.double()(input_ids=rows["ids"], use_cache=False).logits
+    expected_loss = F.cross_entropy(logits[:, :-1].reshape(-1, 280), rows["labels"][:, 1:].reshape(-1))
+    expected_loss.backward()
+    expected = torch.cat([parameter.grad.flatten() for _, parameter in sorted(model.named_parameters())])
+    gradients = load_file(directory / "gradients.safetensors")
+    found = torch.cat([gradients[name].flatten() for name, _ in sorted(model.named_parameters())])
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert (found - expected).norm() / expected.norm() < 1e-6
+    assert norm == pytest.approx(expected.norm().item(), rel=1e-6)
+
+
+def test_validation_over_two_ranks_is_that_of_one(two_ranks, shards_dir):
+    directory, (_, _, metrics, num_tokens, *_), _ = two_ranks
+    batches = ValidationBatches(load_index(shards_dir), sequence_length=16, batch_size=7)
+    model = GPT2XForCausalLM.from_pretrained(directory / "model")
+    expected = validate(model, batches, num_bytes=batches.num_bytes, accelerator=Accelerator(cpu=True))
+    assert metrics == pytest.approx(expected.metrics(), rel=1e-6)
+    assert num_tokens == expected.num_tokens == load_index(shards_dir).total("validation", "num_tokens")
+
+
+def test_the_clock_is_rank_zeros_and_anyone_may_ask_to_stop(two_ranks):
+    assert two_ranks[1][4] == two_ranks[2][4] == [10.0, True]
+
+
+def read(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    keys = ("train/loss", "grad_norm", "learning_rate", "val/loss")
+    return {key: [line[key] for line in lines if key in line] for key in keys}
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_from_them(recipe, changed, pretrain, tmp_path):
+    recipe = changed(recipe, train={"micro_batch_size": 4})
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    finished = launch(ROOT / "scripts" / "pretrain.py", "--config", tmp_path / "recipe.yaml")
+    assert finished.returncode == 0, finished.stderr
+    assert "128 tokens = 4 sequences x 16 tokens x 2 processes x 1 accumulation steps" in finished.stdout
+    two = read(recipe.run.dir / "tiny")
+    one = read(pretrain(changed(recipe, run={"dir": tmp_path / "one"})).path)
+    assert len(two["train/loss"]) == 20
+    assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert two["val/loss"] == pytest.approx(one["val/loss"], rel=1e-5)
+    assert two["learning_rate"] == one["learning_rate"]
+    shutil.rmtree(recipe.run.dir / "tiny" / "checkpoints" / "step-000020")
+    resumed = pretrain(recipe)
+    assert len(read(resumed.path)["train/loss"]) == 20
+    assert read(resumed.path)["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)

@@ -132,9 +132,7 @@ def test_a_directory_that_is_not_there_is_refused(name):
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match=r"holds no model: no config.json in it, in final/ or in checkpoints/; train"
-    ):
+    with pytest.raises(UserError, match=r"holds no model: no config.json in it, in final/ or in checkpoints/; train"):
         find_model(str(tmp_path))
 
 

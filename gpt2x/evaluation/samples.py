@@ -40,7 +40,7 @@ def sample_texts(
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
-    input_ids = _encode(model, tokenizer, prompt, max_new_tokens)
+    input_ids, max_new_tokens = _encode(model, tokenizer, prompt, max_new_tokens)
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -57,12 +57,12 @@ def stream_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: GenerationRecipe
 ) -> None:
     """Prints the continuation of a prompt while it is being written."""
-    input_ids = _encode(model, tokenizer, prompt, options.max_new_tokens)
+    input_ids, max_new_tokens = _encode(model, tokenizer, prompt, options.max_new_tokens)
     sampling = {"temperature": options.temperature, "top_k": options.top_k or 0, "top_p": options.top_p}
     model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         do_sample=options.temperature > 0,
         **(sampling if options.temperature > 0 else {}),
         repetition_penalty=options.repetition_penalty,
@@ -73,8 +73,13 @@ def stream_text(
 
 def _encode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
-) -> torch.Tensor:
-    """Token ids (1, T) of a prompt, its beginning cut off where prompt and continuation would not fit the model."""
+) -> tuple[torch.Tensor, int]:
+    """Token ids (1, T) of a prompt, and how long its continuation may be.
+
+    Where the two would not fit the model, the prompt's beginning is cut off, down to half of what the model takes;
+    then the continuation is shortened.
+    """
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    room = max(model.config.max_position_embeddings - max_new_tokens, 1)
-    return torch.tensor([ids[-room:]], device=model.device)
+    limit = model.config.max_position_embeddings
+    ids = ids[-max(limit - max_new_tokens, limit // 2) :]
+    return torch.tensor([ids], device=model.device), min(max_new_tokens, limit - len(ids))

@@ -21,6 +21,7 @@ from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gpt2x.training.budget import make_budget
 from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
 from gpt2x.training.checks import check_batch
+from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.job import Job
 from gpt2x.training.optimizers import make_optimizers
 from gpt2x.training.run_directory import RunDirectory, clear, truncate_records
@@ -64,6 +65,8 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
         load_weights(model, checkpoint / "model")
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if accelerator.device.type == "cpu":
+        model.set_attn_implementation(register_chunked_causal())
     optimizers = make_optimizers(model, recipe.optimizer)
     names = parameter_names(model)
     if recipe.train.torch_compile:

@@ -46,6 +46,15 @@ def test_a_prompt_longer_than_the_model_keeps_its_end(model, tokenizer):
     assert texts[0] == texts[1]
 
 
+def test_a_continuation_longer_than_the_model_is_shortened_and_half_of_the_prompt_kept(model, tokenizer):
+    long = "x" * 500 + "the end of this prompt, which is half"
+    texts = [
+        sample_texts(model, tokenizer, [prompt], max_new_tokens=length, seed=1)
+        for prompt, length in ((long, 1000), (long[-32:], 32))
+    ]
+    assert texts[0] == texts[1]
+
+
 def greedy(model, tokenizer, prompt, length):
     """The likeliest token again and again, each from a whole forward pass."""
     ids = tokenizer(prompt)["input_ids"]

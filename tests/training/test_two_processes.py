@@ -74,7 +74,7 @@ def two_ranks(tmp_path_factory, shards_dir):
     directory = tmp_path_factory.mktemp("two_ranks")
     torch.manual_seed(0)
     GPT2XForCausalLM(GPT2XConfig(**SHAPE, max_position_embeddings=16, initializer_range=0.1)).save_pretrained(
-        directory
+        directory / "model"
     )
     ids = torch.randint(280, (16, 16))
     labels = ids.clone()

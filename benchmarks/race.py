@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
 from gpt2x.batches.validation import ValidationBatches
-from gpt2x.config import PreparationRecipe, parse_recipe
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import PreparationRecipe
 from gpt2x.evaluation import validate
 from gpt2x.shards.index import INDEX_FILE, Index, load_index
 from gpt2x.shards.preparation import prepare

@@ -33,7 +33,7 @@ CONTESTANTS = ("transformers", "transformers-compiled", "gpt2x", "gpt2x-compiled
 
 def peer_step(rows: int, length: int, *, compiled: bool) -> Callable[[], float]:
     """One optimizer step of transformers' GPT-2."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, n_positions=length)
     model: nn.Module = GPT2LMHeadModel(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -7,7 +7,8 @@ one after another until end of input.
 import sys
 from collections.abc import Iterator
 
-from gpt2x.config import GenerationRecipe, parse_recipe
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import GenerationRecipe
 from gpt2x.errors import exit_on_user_error
 
 

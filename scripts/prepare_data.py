@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt2x.config import PreparationRecipe, parse_recipe
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import PreparationRecipe
 from gpt2x.errors import exit_on_user_error
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configuration" / "data" / "python-stdlib.yaml"

@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from gpt2x.config import Recipe, parse_recipe
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import Recipe
 from gpt2x.errors import exit_on_user_error
 from gpt2x.training.checks import check_before_torch
 

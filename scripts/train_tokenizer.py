@@ -6,7 +6,8 @@ python scripts/train_tokenizer.py --tokenizer tokenization/python-bpe.yaml
 import sys
 from collections.abc import Sequence
 
-from gpt2x.config import TokenizerRecipe, parse_recipe
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import TokenizerRecipe
 from gpt2x.errors import exit_on_user_error
 
 

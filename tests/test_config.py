@@ -14,6 +14,7 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
+from gpt2x.command_line import parse_recipe
 from gpt2x.config import (
     CorpusSection,
     DataSection,
@@ -27,7 +28,6 @@ from gpt2x.config import (
     TokenizerSection,
     TrainSection,
     accumulation_steps,
-    parse_recipe,
     to_yaml,
 )
 
@@ -112,8 +112,8 @@ BROKEN_RULES = [
     (
         TrainSection,
         {"max_steps": 1, "max_time_s": 2.0},
-        "exactly one budget of train.max_steps, train.max_tokens and train.max_time_s is needed, 2 given: "
-        "max_steps, max_time_s; set the others to null.",
+        "exactly one budget of train.max_steps, train.max_tokens and train.max_time_s is needed; "
+        "max_steps, max_time_s are given, set the others to null.",
     ),
     *[
         (TrainSection, {"max_steps": 1, name: 0}, f"train.{name} (0) must be positive.")
@@ -155,7 +155,7 @@ def test_a_broken_rule_is_refused_with_value_rule_and_remedy(section, fields, me
 
 
 def test_a_recipe_without_a_budget_is_refused():
-    with pytest.raises(ValueError, match=r"exactly one budget of .* is needed, 0 given"):
+    with pytest.raises(ValueError, match=r"exactly one budget of .* is needed; none is given"):
         TrainSection()
 
 
@@ -262,8 +262,8 @@ def test_a_section_may_be_a_file_relative_to_the_recipe_that_names_it(tmp_path):
         (["--train.max_steps", "many"], "Parser key \"train.max_steps\": expected int or null, got 'many'"),
         (
             ["--train.max_steps", "3", "--train.max_tokens", "3"],
-            "exactly one budget of train.max_steps, train.max_tokens and train.max_time_s is needed, 2 given: "
-            "max_steps, max_tokens; set the others to null.",
+            "exactly one budget of train.max_steps, train.max_tokens and train.max_time_s is needed; "
+            "max_steps, max_tokens are given, set the others to null.",
         ),
         (["--train.max_steps=0"], "train.max_steps (0) must be positive."),
         (
@@ -271,7 +271,7 @@ def test_a_section_may_be_a_file_relative_to_the_recipe_that_names_it(tmp_path):
             "Parser key \"optimizer.name\": Expected a typing.Literal['adamw', 'muon']. Got value: sgd",
         ),
         (["--model.hidden_size", "wide"], 'Parser key "model.hidden_size": '),
-        (["--qqqqqqqq", "3"], "unrecognized arguments: --qqqqqqqq 3; the sections are "),
+        (["--qqqqqqqq", "3"], "unrecognized arguments: --qqqqqqqq 3; there are "),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(capsys, recipe_file, argv, line):
@@ -368,7 +368,8 @@ def test_help_lists_every_field_with_its_docstring_within_two_seconds_and_withou
     code = (
         "import sys, atexit\n"
         "atexit.register(lambda: print('LOADED', sorted({'torch', 'transformers'} & set(sys.modules))))\n"
-        "from gpt2x.config import Recipe, parse_recipe\n"
+        "from gpt2x.command_line import parse_recipe\n"
+        "from gpt2x.config import Recipe\n"
         "parse_recipe(Recipe, ['--help'], script='pretrain.py')\n"
     )
     start = time.perf_counter()

@@ -15,7 +15,18 @@ ROOT = Path(__file__).parents[1]
 TOPS = ("scripts", "benchmarks", "gpt2x", "modeling_gpt2x")
 
 # Each may import those before it. reporting stands beside them: it reads files and knows errors only.
-ORDER = ["errors", "config", "shards", "batches", "models", "evaluation", "publishing", "training", "preflight"]
+ORDER = [
+    "errors",
+    "config",
+    "command_line",
+    "shards",
+    "batches",
+    "models",
+    "evaluation",
+    "publishing",
+    "training",
+    "preflight",
+]
 ALLOWED_TOPS = {
     "scripts": {"gpt2x", "modeling_gpt2x", "benchmarks"},
     "benchmarks": {"gpt2x", "modeling_gpt2x", "benchmarks"},
@@ -94,7 +105,7 @@ def test_the_configuration_loads_neither_torch_nor_transformers(module):
 @pytest.mark.parametrize("module", MODELING)
 def test_what_travels_to_the_hub_needs_torch_and_transformers_only(module):
     foreign = {name.split(".")[0] for name in imports(module)} - set(sys.stdlib_module_names)
-    assert foreign <= {"torch", "transformers", "huggingface_hub", "modeling_gpt2x"}
+    assert foreign <= {"torch", "transformers", "huggingface_hub", "safetensors", "modeling_gpt2x"}
 
 
 @pytest.mark.parametrize("module", MODELING)

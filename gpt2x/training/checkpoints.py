@@ -226,7 +226,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     Returns:
         Its directory (None where there is none), and a line for each newer one that was passed over.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in reversed(_candidates(run_dir)):
         damage = _damage(checkpoint)
         if damage is None:

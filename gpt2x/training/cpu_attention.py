@@ -56,7 +56,7 @@ class _ChunkedCausal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor, scale: float) -> Tensor:
-        N, T, D = q_NTD.shape
+        T = q_NTD.shape[1]
         hidden = torch.full((_CHUNK, _CHUNK), float("-inf"), dtype=q_NTD.dtype).triu_(1)
         out_NTD = torch.empty_like(v_NTD)
         probabilities = []
@@ -72,7 +72,7 @@ class _ChunkedCausal(torch.autograd.Function):
         return out_NTD
 
     @staticmethod
-    def backward(ctx: Any, grad_NTD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_NTD: Tensor) -> tuple[Tensor | None, ...]:
         q_NTD, k_NTD, v_NTD, *probabilities = ctx.saved_tensors
         grad_NTD = grad_NTD.contiguous()
         dq_NTD, dk_NTD, dv_NTD = torch.empty_like(q_NTD), torch.zeros_like(k_NTD), torch.zeros_like(v_NTD)

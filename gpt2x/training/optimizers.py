@@ -2,15 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel
 
 from gpt2x.config import OptimizerSection
 
 
-def make_optimizers(model: nn.Module, section: OptimizerSection, *, fused: bool = True) -> list[Optimizer]:
+def make_optimizers(model: PreTrainedModel, section: OptimizerSection, *, fused: bool = True) -> list[Optimizer]:
     """The optimizers of a recipe, every trainable parameter in exactly one of them.
 
     Args:
@@ -23,7 +25,7 @@ def make_optimizers(model: nn.Module, section: OptimizerSection, *, fused: bool 
         ``peak_lr``, from which the loop sets ``lr``.
     """
     matrices, embeddings, vectors = split_parameters(model)
-    adamw = {
+    adamw: dict[str, Any] = {
         "lr": section.learning_rate,
         "betas": (section.adam_beta1, section.adam_beta2),
         "eps": section.adam_epsilon,
@@ -49,10 +51,12 @@ def make_optimizers(model: nn.Module, section: OptimizerSection, *, fused: bool 
     return optimizers
 
 
-def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def split_parameters(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters as (matrices of the layers, embeddings and head, vectors); a tied one counts once."""
     tables = {id(parameter) for module in _tables(model) for parameter in module.parameters() if parameter.ndim == 2}
-    matrices, embeddings, vectors = [], [], []
+    matrices: list[nn.Parameter] = []
+    embeddings: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
         if parameter.ndim < 2:
             vectors.append(parameter)
@@ -61,7 +65,7 @@ def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list
     return matrices, embeddings, vectors
 
 
-def _tables(model: nn.Module) -> Iterator[nn.Module]:
+def _tables(model: PreTrainedModel) -> Iterator[nn.Module]:
     yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
     head = model.get_output_embeddings()
     if head is not None:
@@ -110,7 +114,7 @@ class Muon(Optimizer):
 
     def _update(self, parameters: list[Tensor], group: dict) -> None:
         momentum, lr = group["momentum"], group["lr"]
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         buffers = [self._buffer(parameter) for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, buffers, momentum)

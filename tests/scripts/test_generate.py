@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gpt2x.config import GenerationRecipe, parse_recipe
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import GenerationRecipe
 from gpt2x.models import save_model
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 

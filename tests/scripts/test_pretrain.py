@@ -19,7 +19,8 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from gpt2x.config import Recipe, parse_recipe
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import Recipe
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "pretrain.py"

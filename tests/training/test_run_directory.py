@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from gpt2x.config import Recipe, parse_recipe, to_yaml
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import Recipe, to_yaml
 from gpt2x.errors import UserError
 from gpt2x.training.run_directory import open_run_directory
 

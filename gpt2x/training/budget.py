@@ -26,7 +26,7 @@ class Budget:
         if self.max_steps is not None:
             return progress.step >= self.max_steps
         assert self.max_time_s is not None
-        return progress.elapsed_s + progress.last_step_s > self.max_time_s
+        return progress.elapsed_s + progress.step_s > self.max_time_s
 
     def warmup(self, progress: Progress) -> float:
         """How much of the warmup the coming step completes, at least 1 once it is over."""

@@ -197,7 +197,7 @@ def save_checkpoint(job: Job, progress: Progress) -> Path:
                 "step": progress.step,
                 "tokens": progress.tokens,
                 "elapsed_s": progress.elapsed_s,
-                "last_step_s": progress.last_step_s,
+                "step_s": progress.step_s,
                 "is_followed_up": progress.is_followed_up,
                 "optimizer": job.recipe.optimizer.name,
                 "seed": job.recipe.run.seed,

@@ -16,14 +16,15 @@ class Progress:
         step: optimizer steps taken.
         tokens: tokens read.
         elapsed_s: seconds spent in steps; validation, samples and saving are not counted.
-        last_step_s: seconds the last step took.
+        step_s: seconds a step takes: the shortest so far, since one that compiles or pauses says nothing about the
+            next; 0 until there is a second step.
         is_followed_up: whether the validation and samples due after the last step are made.
     """
 
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
-    last_step_s: float = 0.0
+    step_s: float = 0.0
     is_followed_up: bool = True
 
     def advance(self, *, tokens: int, seconds: float) -> None:
@@ -31,7 +32,8 @@ class Progress:
         self.step += 1
         self.tokens += tokens
         self.elapsed_s += seconds
-        self.last_step_s = seconds
+        if self.step > 1:
+            self.step_s = min(seconds, self.step_s or seconds)
         self.is_followed_up = False
 
 

@@ -203,6 +203,14 @@ def test_the_largest_seed_that_numpy_takes_is_a_seed():
 
 def test_progress_adds_up():
     progress = Progress()
-    progress.advance(tokens=100, seconds=2.0)
-    progress.advance(tokens=100, seconds=1.5)
-    assert (progress.step, progress.tokens, progress.elapsed_s, progress.last_step_s) == (2, 200, 3.5, 1.5)
+    for seconds in (20.0, 2.0, 1.5, 9.0):
+        progress.advance(tokens=100, seconds=seconds)
+    assert (progress.step, progress.tokens, progress.elapsed_s) == (4, 400, 32.5)
+
+
+def test_a_step_takes_what_the_shortest_after_the_first_took():
+    progress, shortest = Progress(), []
+    for seconds in (20.0, 2.0, 1.5, 9.0):
+        progress.advance(tokens=100, seconds=seconds)
+        shortest.append(progress.step_s)
+    assert shortest == [0.0, 2.0, 1.5, 1.5]

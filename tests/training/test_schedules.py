@@ -83,8 +83,8 @@ def test_the_budget_of_steps_is_spent_with_the_last_one():
 
 def test_a_time_budget_ends_before_the_step_that_would_overrun_it():
     budget = make_budget(TrainSection(max_time_s=10.0), OptimizerSection())
-    assert not budget.is_spent(Progress(elapsed_s=8.5, last_step_s=1.5))
-    assert budget.is_spent(Progress(elapsed_s=8.6, last_step_s=1.5))
+    assert not budget.is_spent(Progress(elapsed_s=8.5, step_s=1.5))
+    assert budget.is_spent(Progress(elapsed_s=8.6, step_s=1.5))
 
 
 def test_the_schedule_of_a_time_budget_follows_the_clock_to_its_end():

@@ -1,0 +1,50 @@
+"""The README's commands: each one's script exists, and its arguments are fields of that script's recipe."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import GenerationRecipe, PreparationRecipe, Recipe, TokenizerRecipe
+
+ROOT = Path(__file__).parent.parent
+RECIPES = {
+    "pretrain.py": (Recipe, ROOT / "configuration/pretrain/quickstart.yaml", None),
+    "prepare_data.py": (PreparationRecipe, ROOT / "configuration/data/python-stdlib.yaml", None),
+    "train_tokenizer.py": (TokenizerRecipe, None, None),
+    "generate.py": (GenerationRecipe, None, "model"),
+}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def script_commands() -> list[str]:
+    return [command for command in readme_commands() if "scripts/" in command and "--help" not in command]
+
+
+def test_the_readme_has_commands_of_every_script_that_makes_a_model() -> None:
+    named = {Path(word).name for command in script_commands() for word in shlex.split(command) if "scripts/" in word}
+    assert named >= set(RECIPES)
+
+
+@pytest.mark.parametrize("command", script_commands())
+def test_a_command_of_the_readme_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command)
+    position = next(number for number, word in enumerate(words) if word.startswith("scripts/"))
+    script = Path(words[position]).name
+    assert (ROOT / "scripts" / script).is_file()
+    if script in RECIPES:
+        monkeypatch.chdir(ROOT)
+        recipe_class, default, positional = RECIPES[script]
+        parse_recipe(recipe_class, words[position + 1 :], script=script, default_config=default, positional=positional)
+
+
+@pytest.mark.parametrize("command", [command for command in readme_commands() if command.startswith("make ")])
+def test_a_make_target_of_the_readme_exists(command: str) -> None:
+    target = command.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from gpt2x.config import ModelSection, Recipe
 from gpt2x.errors import UserError
+from gpt2x.shards.tokenizer import save_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
 
 
@@ -67,7 +68,7 @@ def save_model(
     Returns:
         The model_type that was written.
     """
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
     try:
         written = stock_model_type(model.config)
     except ValueError:

@@ -72,9 +72,7 @@ def open_run_directory(recipe: Recipe, *, name: str) -> RunDirectory:
     """
     run = RunDirectory(recipe.run.dir / (recipe.run.name or name))
     if run.config_file.exists() and not recipe.resume:
-        changes = _changes(
-            yaml.safe_load(run.config_file.read_text(encoding="utf-8")), yaml.safe_load(to_yaml(recipe))
-        )
+        changes = _changes(run.recorded_recipe(), _as_recorded(recipe))
         if changes and not _is_larger_budget(changes):
             table = "; ".join(f"{field}: {old} -> {new}" for field, (old, new) in changes.items())
             raise UserError(

@@ -18,12 +18,18 @@ def check_before_torch(recipe: Recipe, *, num_processes: int) -> None:
             outside their vocabulary.
     """
     check_batch(recipe, num_processes=num_processes)
-    preparation = recipe.data.preparation
-    if preparation is not None and not (recipe.data.shards_dir / INDEX_FILE).exists():
-        from gpt2x.shards.preparation import prepare  # imports transformers
-
-        prepare(preparation)
+    prepare_missing_shards(recipe)
     ShardSource(load_index(recipe.data.shards_dir), split="train", sequence_length=recipe.data.sequence_length)
+
+
+def prepare_missing_shards(recipe: Recipe) -> None:
+    """Makes the token shards where they are missing and the recipe's preparation writes them there."""
+    preparation, shards_dir = recipe.data.preparation, recipe.data.shards_dir
+    if preparation is None or shards_dir != preparation.output_dir or (shards_dir / INDEX_FILE).exists():
+        return
+    from gpt2x.shards.preparation import prepare  # imports transformers
+
+    prepare(preparation)
 
 
 def check_batch(recipe: Recipe, *, num_processes: int) -> None:

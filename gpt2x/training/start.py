@@ -15,12 +15,11 @@ from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import Recipe
 from gpt2x.errors import UserError
 from gpt2x.models import load_weights, make_model
-from gpt2x.shards.index import INDEX_FILE, Index, load_index
-from gpt2x.shards.preparation import prepare
+from gpt2x.shards.index import Index, load_index
 from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gpt2x.training.budget import make_budget
 from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
-from gpt2x.training.checks import check_batch
+from gpt2x.training.checks import check_batch, prepare_missing_shards
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.job import Job
 from gpt2x.training.optimizers import make_optimizers
@@ -34,9 +33,9 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Index, PreTrain
     Raises:
         UserError: where shards or tokenizer are missing or do not belong together.
     """
-    shards_dir, preparation = recipe.data.shards_dir, recipe.data.preparation
-    if preparation is not None and not (shards_dir / INDEX_FILE).exists() and accelerator.is_main_process:
-        prepare(preparation)
+    shards_dir = recipe.data.shards_dir
+    if accelerator.is_main_process:
+        prepare_missing_shards(recipe)
     accelerator.wait_for_everyone()
     index = load_index(shards_dir)
     tokenizer = load_tokenizer(index.tokenizer_dir)

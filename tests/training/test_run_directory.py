@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config import Recipe, to_yaml
+from gpt2x.config import PreparationRecipe, Recipe, TokenizerSection, to_yaml
 from gpt2x.errors import UserError
 from gpt2x.training.run_directory import open_run_directory
 
@@ -154,6 +154,15 @@ def test_a_step_of_more_text_than_there_is_is_refused(recipe, changed, start):
 def test_shards_that_are_not_there_are_refused(recipe, changed, start, tmp_path):
     with pytest.raises(UserError, match=r"nowhere' holds no token shards \(index.json\); make them by"):
         start(changed(recipe, data={"path": tmp_path / "nowhere"}))
+
+
+def test_shards_that_the_preparation_writes_elsewhere_are_not_prepared_for_nothing(recipe, changed, start, tmp_path):
+    preparation = PreparationRecipe(
+        output_dir=tmp_path / "shards", tokenizer=TokenizerSection(path=str(tmp_path / "tokenizer"), vocab_size=4096)
+    )
+    with pytest.raises(UserError, match=r"nowhere' holds no token shards"):
+        start(changed(recipe, data={"path": tmp_path / "nowhere", "preparation": preparation}))
+    assert not (tmp_path / "tokenizer").exists()
 
 
 def test_shards_of_another_tokenizer_are_refused(recipe, changed, start, shards_dir, tmp_path):

@@ -156,6 +156,8 @@ class RunSection:
     """Trackers of accelerate to report to: tensorboard, wandb, trackio, ..."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"run.seed ({self.seed}) must be at least 0 and below 2**32, as numpy wants it.")
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
             raise ValueError(
                 f"run.name ({self.name!r}) must be one path component of letters, digits, '.', '_' and '-'."

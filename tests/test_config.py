@@ -109,6 +109,8 @@ BROKEN_RULES = [
         {"output_dir": Path("x"), "tokenizer": TokenizerSection(path="x"), "tokens_per_shard": 0},
         "tokens_per_shard (0) must be positive.",
     ),
+    (RunSection, {"seed": -1}, "run.seed (-1) must be at least 0 and below 2**32, as numpy wants it."),
+    (RunSection, {"seed": 2**32}, "run.seed (4294967296) must be at least 0 and below 2**32, as numpy wants it."),
     (
         TrainSection,
         {"max_steps": 1, "max_time_s": 2.0},

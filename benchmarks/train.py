@@ -1,6 +1,7 @@
 """Training speed: GPT2X against GPT2LMHeadModel, GPT-2 124M, the same shapes, precision and threads.
 
-`python scripts/benchmark.py train [--rows 4] [--length 1024] [--steps 5] [--rounds 3]`
+`python scripts/benchmark.py train [--rows 4] [--length 1024] [--steps 5] [--rounds 3]
+[--against transformers gpt2x]`
 
 The peer is transformers' own GPT-2 in a plain loop at its best ordinary settings: dropout 0, SDPA, fused AdamW, bf16
 autocast, eager and compiled. gpt2x runs its own step as scripts/pretrain.py does. Steps before the measured ones warm
@@ -108,6 +109,7 @@ def main(argv: list[str]) -> None:
     """Measures one contestant where it is named, else all of them by turns."""
     parser = argparse.ArgumentParser(prog="benchmark.py train", description=__doc__)
     parser.add_argument("contestant", nargs="?", choices=CONTESTANTS)
+    parser.add_argument("--against", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, help="who takes part")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5)
@@ -118,7 +120,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure(options.contestant, **shape)))
         return
     arguments = [f"--rows={options.rows}", f"--length={options.length}", f"--steps={options.steps}"]
-    print_table(interleave("train", CONTESTANTS, arguments, rounds=options.rounds), against="transformers")
+    print_table(interleave("train", options.against, arguments, rounds=options.rounds), against=options.against[0])
 
 
 if __name__ == "__main__":

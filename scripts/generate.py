@@ -15,12 +15,14 @@ from gpt2x.errors import exit_on_user_error
 def main(recipe: GenerationRecipe) -> None:
     """Streams the continuation of each prompt to stdout."""
     import torch
+    from transformers.utils import logging
 
     from gpt2x.evaluation import stream_text
     from gpt2x.models import find_model, load_for_inference
     from gpt2x.shards.tokenizer import load_tokenizer
 
     # 1. The model
+    logging.disable_progress_bar()
     directory = find_model(recipe.model)
     model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype))
     tokenizer = load_tokenizer(directory)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import ModelSection, Recipe
@@ -56,13 +55,7 @@ def _check_fit(recipe: Recipe, config: GPT2XConfig, tokenizer: PreTrainedTokeniz
         )
 
 
-def save_model(
-    model: PreTrainedModel,
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    state_dict: dict[str, Tensor] | None = None,
-) -> str:
+def save_model(model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """Writes model and tokenizer: as a stock transformers model where a class for it exists, else with gpt2x's code.
 
     Returns:
@@ -72,9 +65,9 @@ def save_model(
     try:
         written = stock_model_type(model.config)
     except ValueError:
-        model.save_pretrained(directory, state_dict=state_dict)
+        model.save_pretrained(directory)
         return model.config.model_type
-    model.save_stock(directory, state_dict=state_dict)
+    model.save_stock(directory)
     return written
 
 

@@ -43,12 +43,13 @@ def write_durably(file: Path, chunks: Iterable[bytes | memoryview]) -> str:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(file)
-    _sync_directory(file.parent)
+    sync(file.parent)
     return digest.hexdigest()
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,6 @@ directory without a manifest that fits is never resumed from. Nothing here is ev
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -20,12 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt2x.errors import UserError
+from gpt2x.shards.files import sync
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -113,7 +112,7 @@ def write_checkpoint(
         if target.exists():  # a damaged one: whole ones are not written again
             shutil.rmtree(target)
         temporary.rename(target)
-        _fsync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -151,16 +150,8 @@ def _sha256(path: Path) -> str:
 
 def _flush_directory(directory: Path) -> None:
     for path in sorted(directory.rglob("*")):
-        _fsync(path)
-    _fsync(directory)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(directory)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -244,9 +235,3 @@ def read_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """The name of each parameter by its ``id``; a tied one has its first name."""
     return {id(parameter): name for name, parameter in model.named_parameters()}
-
-
-def copy_weights(model: nn.Module, source: nn.Module) -> None:
-    """Copies every parameter and buffer of ``source`` into ``model``, which keeps its own tensors."""
-    with torch.no_grad():
-        model.load_state_dict(source.state_dict())

@@ -1,8 +1,8 @@
 """Causal attention for training on a CPU: plain matrix products over chunks of queries.
 
 torch's flash kernel for the CPU recomputes the scores in its backward pass, in small tiles. At the lengths that are
-trained on a CPU the probabilities fit in memory, and large batched products are about twice as fast
-(``scripts/benchmark.py attention``). Keys that a chunk's queries cannot see are never multiplied.
+trained on a CPU the probabilities fit in memory, and large batched products are faster, the more so the shorter the
+sequence (``scripts/benchmark.py attention``). Keys that a chunk's queries cannot see are never multiplied.
 """
 
 from typing import Any

@@ -65,7 +65,7 @@ def keep_freed_memory() -> None:
 
 def usable_cores(local_world_size: int) -> int:
     """Cores this process may use, when the machine's are shared fairly among its processes."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(available // local_world_size, 1)
 
 

@@ -9,13 +9,11 @@ from typing import NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from gpt2x.config import BUDGETS, GenerationRecipe, PreparationRecipe, Recipe, TokenizerRecipe
+from gpt2x.config import BUDGETS
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-RecipeType = TypeVar("RecipeType", Recipe, PreparationRecipe, TokenizerRecipe, GenerationRecipe)
-
-
+RecipeType = TypeVar("RecipeType")
 _NOT_FIELDS = ("help", "config", "print_config", "print_shtab")
 
 

@@ -1,0 +1,37 @@
+"""The configuration of everything that gpt2x runs: typed, documented, validated.
+
+A recipe is YAML whose sections are the dataclasses below; any field can be overridden on the command line
+(``--train.max_steps 100``), and a section may be the path of another YAML file, relative to the recipe that names it
+(``model: ../model/gpt2.yaml``). Neither torch nor transformers is imported here, so that ``--help`` and every
+complaint about a recipe are instant.
+"""
+
+from gpt2x.config.data import CorpusSection, DataSection, PreparationRecipe, TokenizerRecipe, TokenizerSection
+from gpt2x.config.model import ModelSection
+from gpt2x.config.recipes import GenerationRecipe, Recipe, to_yaml
+from gpt2x.config.train import (
+    BUDGETS,
+    EvaluationSection,
+    OptimizerSection,
+    RunSection,
+    TrainSection,
+    accumulation_steps,
+)
+
+__all__ = [
+    "BUDGETS",
+    "CorpusSection",
+    "DataSection",
+    "EvaluationSection",
+    "GenerationRecipe",
+    "ModelSection",
+    "OptimizerSection",
+    "PreparationRecipe",
+    "Recipe",
+    "RunSection",
+    "TokenizerRecipe",
+    "TokenizerSection",
+    "TrainSection",
+    "accumulation_steps",
+    "to_yaml",
+]

@@ -1,0 +1,156 @@
+"""How a run is trained: the run itself, budget and batch, optimizer, evaluation."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gpt2x.config.checks import check_positive
+
+BUDGETS = ("max_steps", "max_tokens", "max_time_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """The run and where it writes."""
+
+    name: str | None = None
+    """Name of the run's directory; by default the recipe's file name."""
+    dir: Path = Path("runs")
+    """Directory of all runs."""
+    seed: int = 1337
+    """Seed of the initial weights, of the data order and of dropout."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers of accelerate to report to: tensorboard, wandb, trackio, ..."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"run.seed ({self.seed}) must be at least 0 and below 2**32, as numpy wants it.")
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
+            raise ValueError(
+                f"run.name ({self.name!r}) must be one path component of letters, digits, '.', '_' and '-'."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """The budget, the batch, the precision, and what happens at which intervals."""
+
+    max_steps: int | None = None
+    """Budget in optimizer steps. Exactly one of the three budgets is given."""
+    max_tokens: int | None = None
+    """Budget in tokens."""
+    max_time_s: float | None = None
+    """Budget in seconds of training: compilation counts, validation, samples and saving do not."""
+    tokens_per_step: int = 524_288
+    """Batch size in tokens per optimizer step; accumulation follows from it."""
+    micro_batch_size: int = 16
+    """Sequences per device and forward pass."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Precision of the matrix products; weights and optimizer state are float32. fp16 needs a GPU."""
+    torch_compile: bool = False
+    """Whether the model is compiled by torch.compile."""
+    gradient_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass, to save memory."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; null for no clipping."""
+    num_threads: int | None = None
+    """CPU threads per process; by default the usable cores shared among the node's processes."""
+    logging_steps: int = 1
+    """Steps between two records of metrics.jsonl."""
+    save_steps: int | None = None
+    """Steps between two checkpoints; null to save at the end only."""
+    save_total_limit: int | None = 2
+    """How many checkpoints are kept; null for all."""
+
+    def __post_init__(self) -> None:
+        budgets = {name: getattr(self, name) for name in BUDGETS}
+        given = [name for name, value in budgets.items() if value is not None]
+        if len(given) != 1:
+            found = f"{', '.join(given)} are given, set the others to null" if given else "none is given"
+            rule = "exactly one budget of train.max_steps, train.max_tokens and train.max_time_s is needed"
+            raise ValueError(f"{rule}; {found}.")
+        check_positive("train.", **budgets, tokens_per_step=self.tokens_per_step, max_grad_norm=self.max_grad_norm)
+        check_positive("train.", micro_batch_size=self.micro_batch_size, num_threads=self.num_threads)
+        check_positive("train.", logging_steps=self.logging_steps, save_steps=self.save_steps)
+        check_positive("train.", save_total_limit=self.save_total_limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything (arXiv:1711.05101), or Muon for the matrices of the layers and AdamW for the rest."""
+    learning_rate: float = 6e-4
+    """AdamW's peak learning rate."""
+    muon_learning_rate: float = 0.02
+    """Muon's peak learning rate."""
+    muon_momentum: float = 0.95
+    """Muon's Nesterov momentum."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices; norms, biases and embeddings are not decayed by Muon's AdamW."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    adam_beta2: float = 0.95
+    """AdamW's decay of the squared gradient's mean."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    lr_scheduler_type: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Decay after warmup: cosine, linear, or warmup-stable-decay (arXiv:2405.18392)."""
+    warmup_steps: float = 0
+    """Steps of linear warmup; a number below 1 is a share of a step or token budget."""
+    decay_ratio: float = 0.4
+    """With wsd, the share of the budget at its end over which the rate falls linearly."""
+    min_lr_ratio: float = 0.1
+    """The last learning rate, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        check_positive("optimizer.", learning_rate=self.learning_rate, muon_learning_rate=self.muon_learning_rate)
+        for name in ("muon_momentum", "adam_beta1", "adam_beta2", "decay_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name} ({getattr(self, name)}) must lie between 0 and 1.")
+        for name in ("weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} ({getattr(self, name)}) must not be negative; 0 turns it off.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    """Validation loss and samples during the run."""
+
+    eval_steps: int | None = 1000
+    """Steps between two validations; null for the end only."""
+    batch_size: int = 16
+    """Sequences per device and forward pass of the validation."""
+    sample_steps: int | None = None
+    """Steps between two sets of samples; null for the end only."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts that are continued in every set of samples."""
+    num_validation_prompts: int = 2
+    """How many beginnings of validation documents are continued beside them."""
+    max_new_tokens: int = 100
+    """Length of a sample in tokens."""
+
+    def __post_init__(self) -> None:
+        check_positive("evaluation.", eval_steps=self.eval_steps, batch_size=self.batch_size)
+        check_positive("evaluation.", sample_steps=self.sample_steps, max_new_tokens=self.max_new_tokens)
+
+
+def accumulation_steps(
+    tokens_per_step: int, *, micro_batch_size: int, sequence_length: int, num_processes: int
+) -> int:
+    """Micro-batches per process and optimizer step.
+
+    Raises:
+        ValueError: where tokens_per_step is no multiple of what one pass over all processes reads.
+    """
+    tokens_per_pass = micro_batch_size * sequence_length * num_processes
+    if tokens_per_step % tokens_per_pass:
+        below = max(tokens_per_step // tokens_per_pass, 1) * tokens_per_pass
+        raise ValueError(
+            f"train.tokens_per_step ({tokens_per_step}) must be a multiple of micro_batch_size x sequence_length x "
+            f"data-parallel processes = {micro_batch_size} x {sequence_length} x {num_processes} = {tokens_per_pass}; "
+            f"set it to {below} or change micro_batch_size."
+        )
+    return tokens_per_step // tokens_per_pass

@@ -1,0 +1,1 @@
+"""Publishing: ONNX, GGUF, model card, Hub."""

@@ -15,8 +15,7 @@ def describe(job: Job, progress: Progress) -> str:
         "run": f"{job.run.path}" + (f", resumed at step {progress.step:,}" if progress.step else ""),
         "model": f"{total:,} parameters ({multiplied:,} in matrix products): {config.num_hidden_layers} layers x "
         f"{config.hidden_size}, {config.vocab_size:,} token ids",
-        "data": f"{recipe.data.shards_dir}: {_training_tokens(job):,} training tokens, "
-        f"{job.validation_batches.num_targets:,} validation tokens",
+        "data": _data(job),
         "step": _batch(job),
         "budget": _budget(job),
         "compute": f"{flops_per_token(job.plain_model, recipe.data.sequence_length):.3g} FLOPs per token",
@@ -25,6 +24,19 @@ def describe(job: Job, progress: Progress) -> str:
         + (", compiled" if recipe.train.torch_compile else ""),
     }
     return "\n".join(f"{name + ':':11s}{text}" for name, text in lines.items())
+
+
+def _data(job: Job) -> str:
+    lines = []
+    for section, source in zip(job.recipe.data.mixture, job.batches.batches.sources.values(), strict=True):
+        size = "a stream" if source.num_tokens is None else f"{source.num_tokens:,} training tokens"
+        lines.append(f"{section.location}: {size}")
+    phase = job.batches.batches.order.phases[-1]
+    if len(lines) > 1:
+        counts = zip(lines, phase.weights, phase.counts_per_block, strict=True)
+        lines = [f"{line}, {count / phase.block_size:.1%} of the batch as {name}" for line, name, count in counts]
+    validation = f"{job.validation_batches.num_targets:,} validation tokens"
+    return ("\n" + " " * 11).join([*lines, validation]) if len(lines) > 1 else f"{lines[0]}, {validation}"
 
 
 def _batch(job: Job) -> str:
@@ -47,9 +59,10 @@ def _budget(job: Job) -> str:
         return f"{budget.max_time_s:g} s of training"
     tokens = budget.max_steps * job.recipe.train.tokens_per_step
     flops = tokens * flops_per_token(job.plain_model, job.recipe.data.sequence_length)
-    epochs = tokens / _training_tokens(job)
-    return f"{budget.max_steps:,} steps = {tokens:,} tokens = {epochs:.2f} epochs = {flops:.3g} FLOPs"
+    return f"{budget.max_steps:,} steps = {tokens:,} tokens{_epochs(job, tokens)} = {flops:.3g} FLOPs"
 
 
-def _training_tokens(job: Job) -> int:
-    return sum(source.num_tokens for source in job.batches.sources)
+def _epochs(job: Job, tokens: int) -> str:
+    """Of one source of known size; those of a mixture end at different times."""
+    sizes = [source.num_tokens for source in job.batches.batches.sources.values()]
+    return f" = {tokens / sizes[0]:.2f} epochs" if len(sizes) == 1 and sizes[0] else ""

@@ -6,6 +6,7 @@ The same command again goes on with an unfinished run.
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from gpt2x.command_line import parse_recipe
@@ -45,7 +46,7 @@ def main(recipe: Recipe, name: str) -> int:
 
     # 4. Train
     recorder = Recorder(job)
-    with StopRequest() as stop:
+    with StopRequest() as stop, closing(job.batches):
         validation = train(job, progress, recorder, stop)
     recorder.close()
     if validation is None:

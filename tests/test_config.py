@@ -24,6 +24,8 @@ from gpt2x.config import (
     PreparationRecipe,
     Recipe,
     RunSection,
+    SourceSection,
+    StreamSection,
     TokenizerRecipe,
     TokenizerSection,
     TrainSection,
@@ -77,7 +79,52 @@ BROKEN_RULES = [
     (
         DataSection,
         {},
-        "data.path is needed: a directory of token shards as scripts/prepare_data.py makes them.",
+        "data.path is needed: a directory of token shards as scripts/prepare_data.py makes them, or token files of "
+        "another project; or else a stream.",
+    ),
+    (DataSection, {"path": "x", "block_size": 0}, "data.block_size (0) must be positive."),
+    (
+        DataSection,
+        {"path": "x", "num_workers": -1},
+        "data.num_workers (-1) must not be negative; 0 turns reading ahead off.",
+    ),
+    (
+        DataSection,
+        {"path": "x", "sources": [SourceSection(path=Path("y"))]},
+        "data.path and data.sources exclude each other; set data.path to null or make it one of the sources.",
+    ),
+    (
+        DataSection,
+        {"sources": [SourceSection(path=Path("a/x")), SourceSection(path=Path("b/x"))]},
+        "data.sources: two are called 'x'; give each its own name.",
+    ),
+    (SourceSection, {"path": "x", "weight": 0.0}, "data.sources.weight (0.0) must be positive."),
+    (
+        StreamSection,
+        {"corpus": CorpusSection(), "tokenizer": "t", "cache_dir": "c"},
+        "stream.corpus.kind (python_stdlib) must be dataset; give corpus.dataset, for local files json, parquet or "
+        "text with corpus.data_files, or prepare the corpus before.",
+    ),
+    (
+        StreamSection,
+        {
+            "corpus": CorpusSection(kind="dataset", dataset="json"),
+            "tokenizer": "t",
+            "cache_dir": "c",
+            "max_cached_shards": 15,
+        },
+        "stream.max_cached_shards (15) must be at least 2 x stream.shards_per_era = 16: one era is read while the "
+        "next is filled.",
+    ),
+    (
+        CorpusSection,
+        {"kind": "dataset"},
+        "corpus.dataset (None) belongs to kind: dataset, and is needed there; kind is dataset.",
+    ),
+    (
+        CorpusSection,
+        {"document_separator": ""},
+        "corpus.document_separator must not be empty; null makes each file one document.",
     ),
     (
         CorpusSection,
@@ -178,8 +225,9 @@ def test_the_shape_of_a_model_that_is_continued_is_its_own_affair():
 
 def test_shards_lie_where_the_preparation_puts_them_unless_a_path_is_given():
     preparation = PreparationRecipe(output_dir=Path("made"), tokenizer=TokenizerSection(path="x"))
-    assert DataSection(preparation=preparation).shards_dir == Path("made")
-    assert DataSection(preparation=preparation, path=Path("given")).shards_dir == Path("given")
+    assert [source.location for source in DataSection(preparation=preparation).mixture] == ["made"]
+    given = DataSection(preparation=preparation, path=Path("given"))
+    assert [source.location for source in given.mixture] == ["given"]
 
 
 # --- accumulation ----------------------------------------------------------------------------------------------------

@@ -1,21 +1,34 @@
 """Training batches: the micro-batches of one process for one optimizer step."""
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from gpt2x.batches.order import GlobalOrder
+from gpt2x.batches.packing import document_positions
 from gpt2x.batches.source import Source
 from gpt2x.errors import UserError
 
 
-class TrainingBatches:
-    """Step s reads the positions [s * G, (s + 1) * G) of the global order, G = sequences_per_step.
+class StepBatch(NamedTuple):
+    """What one process reads for one optimizer step."""
 
-    Process r of W takes the r-th contiguous G / W of them, and its micro-batch a the a-th micro_batch_size of those.
-    Nothing is kept between calls, so any step can be asked for at any time, and the samples of a step do not depend
-    on W or the micro-batches.
+    micro_batches: list[dict[str, torch.Tensor]]
+    """input_ids (B, T) int64 and labels, the same tensor: the model shifts them. position_ids (B, T) int64 where
+    documents are masked from each other."""
+    checksum: int
+    """Sum of the CRC-32 of every sequence: added up over processes, the same however the step was cut."""
+
+
+class TrainingBatches:
+    """Step s reads the places of its batch from the global order.
+
+    Process r of W takes the r-th contiguous W-th of them, and its micro-batch a the a-th micro_batch_size of those.
+    Nothing is kept between calls, so any step can be asked for at any time and by any thread, and the samples of a
+    step do not depend on W or the micro-batches.
     """
 
     def __init__(
@@ -23,59 +36,160 @@ class TrainingBatches:
         order: GlobalOrder,
         sources: Sequence[Source],
         *,
-        sequences_per_step: int,
         micro_batch_size: int,
         rank: int = 0,
         num_processes: int = 1,
+        mask_documents_at: int | None = None,
     ) -> None:
         """Checks that the sources are enough for a step, and that it can be cut evenly.
+
+        Args:
+            order: which source's which draw stands where; knows every source by its name.
+            sources: the sources of its last phase.
+            micro_batch_size: sequences per process and forward pass.
+            rank: this process among num_processes.
+            num_processes: data-parallel processes.
+            mask_documents_at: the end-of-text id at which documents are cut from each other; None to leave them.
 
         Raises:
             UserError: where either is not so.
         """
-        per_pass = micro_batch_size * num_processes
+        self.order, self.sources = order, {source.name: source for source in sources}
+        self.micro_batch_size, self.rank, self.num_processes = micro_batch_size, rank, num_processes
+        self.mask_documents_at = mask_documents_at
+        self.sequence_length = sources[0].sequence_length
+        self._check(order.phases[-1].sequences_per_step)
+
+    def step(self, step: int) -> StepBatch:
+        """The micro-batches of this process for an optimizer step, on the CPU. Waits for streams.
+
+        Raises:
+            UserError: where a stream is broken for good; on every process of a node at the same step.
+        """
+        for name, num_draws in self.order.draws_before(step + 1).items():
+            if name in self.sources:
+                self.sources[name].require(num_draws)
+        per_process = self.order.phase_at(step).sequences_per_step // self.num_processes
+        ids_BT = self._sequences(step, self.rank * per_process, (self.rank + 1) * per_process)
+        batch = {"input_ids": torch.from_numpy(ids_BT)}
+        if self.mask_documents_at is not None:
+            batch["position_ids"] = torch.from_numpy(document_positions(ids_BT, self.mask_documents_at))
+        parts = {name: tensor.split(self.micro_batch_size) for name, tensor in batch.items()}
+        micro_batches = [dict(zip(parts, tensors)) for tensors in zip(*parts.values())]
+        for micro_batch in micro_batches:
+            micro_batch["labels"] = micro_batch["input_ids"]
+        return StepBatch(micro_batches, sum(zlib.crc32(row) for row in ids_BT))
+
+    def locate(self, step: int, place: int) -> str:
+        """Where the sequence at a place of a step's whole batch was read, for a person."""
+        ((name, (_, draws)),) = self.order.samples(step, place, place + 1).items()
+        return f"{name}: {self.sources[name].locate(int(draws[0]))}"
+
+    def release(self, step: int) -> None:
+        """Says that every process has trained on everything before this step."""
+        for name, num_draws in self.order.draws_before(step).items():
+            if name in self.sources:
+                self.sources[name].release(num_draws)
+
+    def accounts(self, step: int) -> dict[str, float]:
+        """How much of each source was read before a step, as metrics: epochs, and in a mixture tokens and shares.
+
+        The target is the share that the mixture's weights of the present phase ask for, of the phase's blocks.
+        """
+        draws = self.order.draws_before(step)
+        if len(self.sources) == 1 and len(draws) == 1:
+            ((name, source),) = self.sources.items()
+            return {"data/epochs": source.epochs(draws[name])}
+        phase, total = self.order.phase_at(max(step - 1, 0)), max(sum(draws.values()), 1)
+        targets = dict(zip(phase.weights, phase.counts_per_block, strict=True))
+        metrics = {}
+        for name, source in self.sources.items():
+            count = draws.get(name, 0)
+            metrics[f"data/{name}/tokens"] = float(count * self.sequence_length)
+            metrics[f"data/{name}/share"] = count / total
+            metrics[f"data/{name}/target"] = targets.get(name, 0) / phase.block_size
+            metrics[f"data/{name}/epochs"] = source.epochs(count)
+        return metrics
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint must hold of the data, as JSON, to go on at a step."""
+        draws = self.order.draws_before(step)
+        sources = {
+            name: {"fingerprint": source.fingerprint, "state": source.state(draws.get(name, 0))}
+            for name, source in self.sources.items()
+        }
+        return {
+            "seed": self.order.seed,
+            "sequence_length": self.sequence_length,
+            "phases": self.order.as_json(),
+            "sources": sources,
+        }
+
+    def close(self) -> None:
+        """Ends what works for the sources in the background."""
+        for source in self.sources.values():
+            source.close()
+
+    def _sequences(self, step: int, start: int, stop: int) -> np.ndarray:
+        """The token ids at these places of a step, (stop - start, T) int64."""
+        found = self.order.samples(step, start, stop)
+        if len(found) == 1:
+            ((name, (_, draws)),) = found.items()
+            return self.sources[name].sequences(draws)
+        sequences = np.empty((stop - start, self.sequence_length), np.int64)
+        for name, (places, draws) in found.items():
+            sequences[places] = self.sources[name].sequences(draws)
+        return sequences
+
+    def _check(self, sequences_per_step: int) -> None:
+        per_pass = self.micro_batch_size * self.num_processes
         if sequences_per_step % per_pass:
             raise UserError(
                 f"{sequences_per_step} sequences per step must be a multiple of micro_batch_size x processes = "
-                f"{micro_batch_size} x {num_processes} = {per_pass}; change train.tokens_per_step or micro_batch_size."
+                f"{self.micro_batch_size} x {self.num_processes} = {per_pass}; change train.tokens_per_step or "
+                f"micro_batch_size."
             )
-        self.order, self.sources = order, sources
-        self.sequences_per_step, self.micro_batch_size = sequences_per_step, micro_batch_size
-        self.rank, self.num_processes = rank, num_processes
-        self._check_enough(per_pass)
-
-    def step(self, step: int) -> list[dict[str, torch.Tensor]]:
-        """The micro-batches of this process for an optimizer step, on the CPU.
-
-        Returns:
-            Per micro-batch input_ids (B, T) int64 and labels, the same tensor: the model shifts them.
-        """
-        per_process = self.sequences_per_step // self.num_processes
-        start = step * self.sequences_per_step + self.rank * per_process
-        ids = torch.from_numpy(self._sequences(start, start + per_process))
-        return [{"input_ids": part, "labels": part} for part in ids.split(self.micro_batch_size)]
-
-    def _sequences(self, start: int, stop: int) -> np.ndarray:
-        """The token ids at these positions of the order, (stop - start, T) int64."""
-        sources, windows = self.order.sample_positions(start, stop)
-        parts = {number: self.sources[number].windows(windows[sources == number]) for number in np.unique(sources)}
-        if len(parts) == 1:
-            return next(iter(parts.values()))
-        sequences = np.empty((stop - start, next(iter(parts.values())).shape[1]), np.int64)
-        for number, part in parts.items():
-            sequences[sources == number] = part
-        return sequences
-
-    def _check_enough(self, per_pass: int) -> None:
-        num_windows = sum(source.num_windows for source in self.sources)
-        if num_windows >= self.sequences_per_step:
+        counts = [source.num_windows for source in self.sources.values()]
+        num_windows = sum(count or 0 for count in counts)
+        if None in counts or num_windows >= sequences_per_step:
             return
-        length = self.sources[0].windows(np.array([0])).shape[1]
-        fitting = num_windows // per_pass * per_pass
+        length, fitting = self.sequence_length, num_windows // per_pass * per_pass
         remedy = f"train.tokens_per_step to {fitting} x {length} = {fitting * length} or less"
         if not fitting:
             remedy = f"micro_batch_size x processes ({per_pass}) to {num_windows} or less, with tokens_per_step"
         raise UserError(
-            f"the data has {num_windows} sequences of {length} tokens, fewer than the {self.sequences_per_step} of "
-            f"one step; set {remedy}, shorten data.sequence_length, or give more text."
+            f"the data has {num_windows} sequences of {length} tokens, fewer than the {sequences_per_step} of one "
+            f"step; set {remedy}, shorten data.sequence_length, or give more text."
         )
+
+
+def check_unchanged(saved: Mapping[str, Any], sources: Sequence[Source], *, seed: int, sequence_length: int) -> None:
+    """Compares the data of a run that goes on with what its checkpoint holds.
+
+    Args:
+        saved: what TrainingBatches.state gave.
+        sources: of the run that goes on; new ones and absent ones are another mixture, which is allowed.
+        seed: the run's.
+        sequence_length: the run's.
+
+    Raises:
+        UserError: for another seed or sequence length, whose order has nothing to do with the old one, and for a
+            source whose content has changed.
+    """
+    for field, then, now in (
+        ("run.seed", saved["seed"], seed),
+        ("data.sequence_length", saved["sequence_length"], sequence_length),
+    ):
+        if then != now:
+            raise UserError(
+                f"{field} ({now}) must stay {then}: with another, samples would be repeated and lost; set it back, or "
+                f"start a new run with --run.name NAME and --init_from the checkpoint's model."
+            )
+    for source in sources:
+        then = saved["sources"].get(source.name, {}).get("fingerprint", source.fingerprint)
+        if then != source.fingerprint:
+            raise UserError(
+                f"the data of source {source.name!r} has changed since the checkpoint was made (fingerprint "
+                f"{then[:12]}, now {source.fingerprint[:12]}); restore it, give it another name to start it anew as a "
+                f"source of its own, or start a new run with --run.name NAME."
+            )

@@ -1,22 +1,23 @@
-"""The global order: which window of which source stands at position i, as a pure function of (seed, mixture, i).
+"""The global order: which sample stands at which place of which step, as a pure function of (seed, mixture, place).
 
-Positions are cut into blocks. In each block every source has a fixed number of places, so the mixture's weights are
-kept exactly and all along; which places, a permutation keyed by (seed, block) says. The places of one source, counted
-from the first block on, run through its epochs, and each epoch is a permutation of the source's windows keyed by
-(seed, source, epoch).
+The places of a run are cut into blocks. In each block every source has a fixed number of places, so the mixture's
+weights are kept exactly and all along; which places, a permutation keyed by (seed, block) says. The places of one
+source, counted from the first block on, are its draws, and run through its epochs: each epoch is a permutation of the
+source's windows keyed by (seed, source, epoch).
 
-Nothing is stored but the seed: not the number of processes, no iterator, no permuted array. So a run goes on at any
-position, on any number of devices, with the same samples in the same order.
+Nothing is stored but the seed and the phases: not the number of processes, no iterator, no permuted array. So a run
+goes on at any step, on any number of devices, with the same samples in the same order. Another mixture or batch size
+on the way starts a new phase, in which every source goes on where it stood.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
-from gpt2x.batches.source import Source
 from gpt2x.errors import UserError
 
 NUM_ROUNDS = 8
@@ -68,88 +69,161 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-@dataclass(frozen=True, kw_only=True)
-class GlobalOrder:
-    """The order of a run's samples. All windows have the same number of tokens, so weights are shares of tokens."""
+def epoch_windows(draws: np.ndarray, num_windows: int, *, seed: int, name: str) -> np.ndarray:
+    """Which windows a source of fixed size gives at its draws: each epoch is a permutation of all of them.
 
-    seed: int
-    """Another seed is another order."""
-    names: tuple[str, ...]
-    """The sources' names; a source's own order depends on no other source."""
-    num_windows: tuple[int, ...]
-    """How many windows each source has."""
-    weights: tuple[float, ...] = field(default=(1.0,))
-    """Each source's share of the samples, up to a common factor."""
+    Args:
+        draws: (n,) integers, how many windows of the source were drawn before.
+        num_windows: of the source.
+        seed: the run's.
+        name: the source's; its order depends on no other source.
+
+    Returns:
+        (n,) int64 in 0..num_windows-1.
+    """
+    epochs, places = np.divmod(draws, num_windows)
+    windows = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        windows[here] = permute(places[here], num_windows, round_keys(seed, "source", name, int(epoch)))
+    return windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the run with one mixture and one batch size. All windows have the same number of tokens, so
+    weights are shares of tokens."""
+
+    step: int = 0
+    """The phase's first optimizer step."""
+    sequences_per_step: int
+    """The batch size."""
+    weights: Mapping[str, float]
+    """Each source's share of the samples by its name, up to a common factor."""
     block_size: int = 1000
     """Places per block: the resolution of the weights."""
 
     def __post_init__(self) -> None:
-        assert len(self.names) == len(self.num_windows) == len(self.weights) > 0
-        if len(set(self.names)) < len(self.names):
-            raise UserError(f"the sources' names ({', '.join(self.names)}) must differ; rename one.")
-        for name, count, weight in zip(self.names, self.counts_per_block, self.weights):
+        for name, count in zip(self.weights, self.counts_per_block, strict=True):
             if count == 0:
                 raise UserError(
-                    f"the weight {weight} of source {name!r} is less than one place in {self.block_size} samples; "
-                    f"raise it or leave the source out."
+                    f"the weight {self.weights[name]} of source {name!r} is less than one place in {self.block_size} "
+                    f"samples; raise it or data.block_size, or leave the source out."
                 )
-
-    @classmethod
-    def of(cls, sources: Sequence[Source], *, seed: int, weights: Sequence[float] | None = None) -> "GlobalOrder":
-        """The order of these sources; by default in proportion to their number of windows."""
-        num_windows = tuple(source.num_windows for source in sources)
-        names = tuple(source.name for source in sources)
-        return cls(seed=seed, names=names, num_windows=num_windows, weights=tuple(weights or num_windows))
 
     @cached_property
     def counts_per_block(self) -> tuple[int, ...]:
         """Places per block and source: the weights' shares of block_size, rounded so that they add up to it."""
-        shares = np.array(self.weights) / sum(self.weights) * self.block_size
+        weights = np.array(list(self.weights.values()), float)
+        shares = weights / weights.sum() * self.block_size
         counts = np.floor(shares).astype(np.int64)
         by_remainder = np.argsort(counts - shares, kind="stable")
         counts[by_remainder[: self.block_size - counts.sum()]] += 1
         return tuple(counts.tolist())
 
-    def sample_positions(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """What stands at the positions start to stop.
+    def has_mixture_of(self, other: "Phase") -> bool:
+        """Whether both phases draw alike."""
+        return replace(self, step=other.step) == other
+
+
+class GlobalOrder:
+    """The order of a run's samples.
+
+    Attributes:
+        seed: another seed is another order.
+        phases: what was drawn when, by their first steps.
+    """
+
+    def __init__(self, seed: int, phases: Sequence[Phase]) -> None:
+        assert phases[0].step == 0
+        assert list(phases) == sorted(phases, key=lambda phase: phase.step)
+        self.seed, self.phases = seed, tuple(phases)
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase that a step belongs to."""
+        return self.phases[self._number_of_phase(step)]
+
+    def samples(self, step: int, start: int, stop: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What stands at the places start to stop of a step's batch.
 
         Returns:
-            The numbers of the sources, (stop - start,) int64, and of the windows in them, (stop - start,) int64.
+            For each source that has some of them, by its name: which of the places, (n,) int64 counted from start,
+            and which draws of the source stand there, (n,) int64.
         """
-        positions = np.arange(start, stop)
-        sources, draws = self._draws(positions)
-        windows = np.empty_like(draws)
-        for source in np.unique(sources):
-            here = sources == source
-            windows[here] = self._windows(source, draws[here])
-        return sources, windows
+        number = self._number_of_phase(step)
+        phase, before = self.phases[number], self._draws_before_phase(number)
+        first = (step - phase.step) * phase.sequences_per_step
+        sources, draws = self._draws(number, np.arange(first + start, first + stop))
+        found = {}
+        for source, name in enumerate(phase.weights):
+            (places,) = np.nonzero(sources == source)
+            if places.size:
+                found[name] = places, draws[places] + before.get(name, 0)
+        return found
 
-    def _draws(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Per position its source, and how many positions before it have the same source."""
-        blocks, places = np.divmod(positions, self.block_size)
+    def draws_before(self, step: int) -> dict[str, int]:
+        """How many windows of each source are drawn before a step, for all sources of all phases up to there."""
+        number = self._number_of_phase(step)
+        return self._draws_before_position(
+            number, (step - self.phases[number].step) * self.phases[number].sequences_per_step
+        )
+
+    def with_phase(self, phase: Phase) -> "GlobalOrder":
+        """The order that goes on with another mixture or batch size from the phase's step on; the same order where
+        that changes nothing. Phases from that step on, which no longer come about, are dropped."""
+        kept = [earlier for earlier in self.phases if earlier.step < phase.step]
+        if not kept:
+            return GlobalOrder(self.seed, [replace(phase, step=0)])
+        return GlobalOrder(self.seed, kept if phase.has_mixture_of(kept[-1]) else [*kept, phase])
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """The phases as plain data; phases_of_json reads them back."""
+        return [{**asdict(phase), "weights": dict(phase.weights)} for phase in self.phases]
+
+    def _number_of_phase(self, step: int) -> int:
+        return max(number for number, phase in enumerate(self.phases) if phase.step <= step)
+
+    def _draws_before_phase(self, number: int) -> dict[str, int]:
+        if number == 0:
+            return {}
+        previous = self.phases[number - 1]
+        num_steps = self.phases[number].step - previous.step
+        return self._draws_before_position(number - 1, num_steps * previous.sequences_per_step)
+
+    def _draws_before_position(self, number: int, position: int) -> dict[str, int]:
+        phase, total = self.phases[number], self._draws_before_phase(number)
+        block, rest = divmod(position, phase.block_size)
+        in_block = np.bincount(self._block(number, block)[0][:rest], minlength=len(phase.weights))
+        counts = block * np.array(phase.counts_per_block) + in_block
+        return {**total, **{name: total.get(name, 0) + int(n) for name, n in zip(phase.weights, counts, strict=True)}}
+
+    def _draws(self, number: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Per position of a phase its source, and how many positions of the phase before it have the same one."""
+        phase = self.phases[number]
+        counts = np.array(phase.counts_per_block)
+        blocks, places = np.divmod(positions, phase.block_size)
         sources, draws = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(blocks):
             here = blocks == block
-            block_sources, block_draws = _block(self.seed, int(block), self.counts_per_block)
+            block_sources, block_draws = self._block(number, int(block))
             sources[here] = block_sources[places[here]]
-            draws[here] = block_draws[places[here]] + block * np.array(self.counts_per_block)[sources[here]]
+            draws[here] = block_draws[places[here]] + block * counts[sources[here]]
         return sources, draws
 
-    def _windows(self, source: int, draws: np.ndarray) -> np.ndarray:
-        epochs, places = np.divmod(draws, self.num_windows[source])
-        windows = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            keys = round_keys(self.seed, "source", self.names[source], int(epoch))
-            windows[here] = permute(places[here], self.num_windows[source], keys)
-        return windows
+    def _block(self, number: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        return _block(self.seed, number, block, self.phases[number].counts_per_block)
+
+
+def phases_of_json(content: Sequence[Mapping[str, Any]]) -> list[Phase]:
+    """What GlobalOrder.as_json gave."""
+    return [Phase(**phase) for phase in content]
 
 
 @lru_cache(maxsize=16)
-def _block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _block(seed: int, phase: int, block: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Per place of a block its source, and how many places before it in the block have the same source."""
     size = sum(counts)
-    slots = permute(np.arange(size), size, round_keys(seed, "block", block))
+    slots = permute(np.arange(size), size, round_keys(seed, "block", phase, block))
     sources = np.searchsorted(np.cumsum(counts), slots, side="right")
     draws = np.empty_like(sources)
     for source, count in enumerate(counts):

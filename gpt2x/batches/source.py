@@ -1,78 +1,132 @@
-"""Sources: windows of a fixed number of tokens, by number."""
+"""Sources: where the sequences of a run come from, each in its own endless order."""
 
-import hashlib
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
+from gpt2x.batches.order import epoch_windows
+from gpt2x.config import SourceSection
 from gpt2x.errors import UserError
-from gpt2x.shards.index import Index
+from gpt2x.shards.files import Shard
+from gpt2x.shards.tokens import TokenSet, open_tokens
 
 
-class Source(Protocol):
-    """Something that holds num_windows windows of T tokens and gives any of them at once."""
+class Source(ABC):
+    """Sequences of T tokens by the number of their draw: how many of the source were drawn before.
 
-    @property
-    def name(self) -> str:
-        """Keys the order in which the windows are drawn, so it must not change during a run."""
+    What stands at a draw never changes, however often and by however many processes and threads it is asked for.
 
-    @property
-    def num_tokens(self) -> int:
-        """All tokens, those that fall short of a window included."""
+    Attributes:
+        name: keys the source's order, so it must not change during a run.
+        sequence_length: T.
+        num_tokens: of one epoch, those that fall short of a window included; None where nobody knows.
+        num_windows: of one epoch; None where nobody knows.
+        fingerprint: changes with the content.
+    """
 
-    @property
-    def num_windows(self) -> int:
-        """How many windows there are."""
+    name: str
+    sequence_length: int
+    num_tokens: int | None
+    num_windows: int | None
+    fingerprint: str
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the content."""
+    @abstractmethod
+    def sequences(self, draws: np.ndarray) -> np.ndarray:
+        """The token ids at these draws, (len(draws), T) int64. A stream waits until they are there."""
 
-    def windows(self, indices: np.ndarray) -> np.ndarray:
-        """The windows of these numbers, (len(indices), T) int64."""
+    @abstractmethod
+    def locate(self, draw: int) -> str:
+        """Where the sequence at a draw was read, for a person: epoch, file, position."""
+
+    @abstractmethod
+    def epochs(self, num_draws: int) -> float:
+        """How often the source has been gone through after so many draws."""
+
+    def require(self, num_draws: int) -> None:  # noqa: B027 - what lies in files has nothing to wait for
+        """Waits until the draws below num_draws can be read, on every process alike.
+
+        Raises:
+            UserError: where they never will be.
+        """
+
+    def release(self, num_draws: int) -> None:  # noqa: B027
+        """Says that no draw below num_draws is needed any more."""
+
+    def state(self, num_draws: int) -> dict[str, Any]:
+        """What a checkpoint must hold so that another machine can go on at this draw, as JSON."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027
+        """Ends what works for the source in the background."""
 
 
-class ShardSource:
-    """The windows of a split's token shards.
+class ShardSource(Source):
+    """The windows of a split's token shards, or of token files of other projects.
 
     A shard of n tokens has n // T windows, one after the other; none reaches into the next shard, and the rest of
-    fewer than T tokens at a shard's end is not read.
+    fewer than T tokens at a shard's end is not read. With align_documents a window begins at the first beginning of a
+    document that its predecessor does not reach.
     """
 
     def __init__(
-        self, index: Index, split: str, sequence_length: int, *, vocab_size: int | None = None, name: str | None = None
+        self,
+        tokens: TokenSet,
+        sequence_length: int,
+        *,
+        seed: int = 0,
+        name: str = "train",
+        split: str = "train",
+        align_documents: bool = False,
     ) -> None:
-        """Opens every shard and reads it once, to know that each id is in the vocabulary.
+        """Opens every shard; the ids of one that was not opened before are read through once.
 
         Args:
-            index: the shards.
-            split: train or validation.
+            tokens: the shards.
             sequence_length: T, tokens per window.
-            vocab_size: the model's; by default the tokenizer's.
-            name: see Source; by default the split's.
+            seed: of the order in which the windows are drawn.
+            name: see Source.
+            split: train or validation.
+            align_documents: whether windows begin where documents begin.
 
         Raises:
             UserError: for a broken shard, an id outside the vocabulary, and shards too short for one window.
         """
-        self.name, self.sequence_length = name or split, sequence_length
-        self.shards = index.open_split(split)
-        for shard in self.shards:
-            shard.check_token_ids(vocab_size or index.vocab_size)
+        self.name, self.sequence_length, self.seed = name, sequence_length, seed
+        self.shards = tokens.open_split(split)
         self.num_tokens = sum(shard.tokens.size for shard in self.shards)
+        self.starts = [_document_starts(shard, sequence_length) for shard in self.shards] if align_documents else None
+        sizes = [shard.tokens.size // sequence_length for shard in self.shards]
+        counts = [starts.size for starts in self.starts] if self.starts else sizes
         # Shard k holds the windows first_windows[k] to first_windows[k + 1].
-        self.first_windows = np.cumsum([0] + [shard.tokens.size // sequence_length for shard in self.shards])
-        self.num_windows = int(self.first_windows[-1])
+        self.first_windows = np.cumsum([0, *counts])
+        self.num_windows: int = int(self.first_windows[-1])
+        self.fingerprint = tokens.split_fingerprint(split)
         if self.num_windows == 0:
             longest = max(shard.tokens.size for shard in self.shards)
             raise UserError(
-                f"{index.directory / split}: no shard has the {sequence_length} tokens of data.sequence_length; "
+                f"{tokens.location}: no shard of {split} has the {sequence_length} tokens of data.sequence_length; "
                 f"set it to {longest} or less, or give more text."
             )
-        hashes = [entry.sha256 for entry in index.splits[split]]
-        self.fingerprint = hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+    def sequences(self, draws: np.ndarray) -> np.ndarray:
+        """The token ids at these draws, (len(draws), T) int64."""
+        return self.windows(epoch_windows(draws, self.num_windows, seed=self.seed, name=self.name))
+
+    def locate(self, draw: int) -> str:
+        """Epoch, file and position of a draw."""
+        (window,) = epoch_windows(np.array([draw]), self.num_windows, seed=self.seed, name=self.name)
+        number = int(np.searchsorted(self.first_windows, window, side="right") - 1)
+        start = self._start(number, int(window - self.first_windows[number]))
+        end = start + self.sequence_length
+        return f"epoch {draw // self.num_windows}, {self.shards[number].file}, tokens {start} to {end}"
+
+    def epochs(self, num_draws: int) -> float:
+        """How often all windows have been drawn after so many draws."""
+        return num_draws / self.num_windows
 
     def windows(self, indices: np.ndarray) -> np.ndarray:
-        """The windows of these numbers, (len(indices), T) int64."""
+        """The windows of these numbers, in the order of the shards, (len(indices), T) int64."""
         windows = np.empty((len(indices), self.sequence_length), np.int64)
         shard_numbers = np.searchsorted(self.first_windows, indices, side="right") - 1
         for number in np.unique(shard_numbers):
@@ -80,6 +134,32 @@ class ShardSource:
             windows[here] = self._windows_of(number, indices[here] - self.first_windows[number])
         return windows
 
-    def _windows_of(self, shard_number: int, indices: np.ndarray) -> np.ndarray:
-        tokens, length = self.shards[shard_number].tokens, self.sequence_length
+    def _windows_of(self, number: int, indices: np.ndarray) -> np.ndarray:
+        tokens, length = self.shards[number].tokens, self.sequence_length
+        if self.starts is not None:
+            return np.lib.stride_tricks.sliding_window_view(tokens, length)[self.starts[number][indices]]
         return tokens[: tokens.size // length * length].reshape(-1, length)[indices]
+
+    def _start(self, number: int, window: int) -> int:
+        return int(self.starts[number][window]) if self.starts is not None else window * self.sequence_length
+
+
+def _document_starts(shard: Shard, length: int) -> np.ndarray:
+    """Where the windows of a shard begin that begin where documents begin, int64: eight bytes per window."""
+    documents, starts, end = shard.documents, [], 0
+    while True:
+        position = int(np.searchsorted(documents[:-1], end))
+        if position >= documents.size - 1 or documents[position] + length > shard.tokens.size:
+            return np.array(starts, np.int64)
+        starts.append(int(documents[position]))
+        end = starts[-1] + length
+
+
+def tokens_of(section: SourceSection) -> TokenSet:
+    """The token files of a source that is not a stream.
+
+    Raises:
+        UserError: for whatever is wrong with them.
+    """
+    validation_path = None if section.validation_path is None else str(section.validation_path)
+    return open_tokens(section.location, validation_path=validation_path, tokenizer=section.tokenizer)

@@ -1,16 +1,52 @@
 """Validation batches: every token of a split is predicted exactly once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from gpt2x.batches.order import permute, round_keys
+from gpt2x.batches.packing import document_positions
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
-from gpt2x.shards.index import Index
+from gpt2x.shards.tokens import TokenSet
 
 IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The held-out documents of one or more sources.
+
+    Attributes:
+        shards: their tokens.
+        num_bytes: their UTF-8 bytes, for bits per byte.
+        eos_token_id: the id between documents.
+    """
+
+    shards: Sequence[Shard]
+    num_bytes: int
+    eos_token_id: int
+
+    @classmethod
+    def of(cls, tokens: TokenSet, split: str = "validation") -> "HeldOut":
+        """A token set's held-out split.
+
+        Raises:
+            UserError: where it has none, and for whatever is wrong with a file.
+        """
+        shards = tokens.open_split(split)
+        return cls(shards=shards, num_bytes=tokens.num_bytes(split), eos_token_id=tokens.eos_token_id)
+
+    @classmethod
+    def joined(cls, parts: Sequence["HeldOut"]) -> "HeldOut":
+        """Those of several sources, one after the other; they share a tokenizer."""
+        return cls(
+            shards=[shard for part in parts for shard in part.shards],
+            num_bytes=sum(part.num_bytes for part in parts),
+            eos_token_id=parts[0].eos_token_id,
+        )
 
 
 class ValidationBatches:
@@ -30,28 +66,34 @@ class ValidationBatches:
 
     def __init__(
         self,
-        index: Index,
+        held_out: HeldOut,
         *,
         sequence_length: int,
         batch_size: int,
         rank: int = 0,
         num_processes: int = 1,
-        split: str = "validation",
+        masks_documents: bool = False,
     ) -> None:
-        """Opens the split.
+        """Reads nothing yet.
+
+        Args:
+            held_out: the documents.
+            sequence_length: T.
+            batch_size: sequences per process and forward pass.
+            rank: this process among num_processes.
+            num_processes: processes that share the work.
+            masks_documents: whether tokens see their own document only, as in training.
 
         Raises:
-            UserError: for a split without shards, a broken shard, and a sequence_length below 2.
+            UserError: for a sequence_length below 2.
         """
         if sequence_length < 2:
             raise UserError(f"data.sequence_length ({sequence_length}) must be at least 2 to predict a token.")
-        self.shards = index.open_split(split)
-        for shard in self.shards:
-            shard.check_token_ids(index.vocab_size)
-        self.eos_token_id, self.sequence_length = index.eos_token_id, sequence_length
-        self.batch_size, self.rank, self.num_processes = batch_size, rank, num_processes
+        self.shards, self.eos_token_id, self.num_bytes = held_out.shards, held_out.eos_token_id, held_out.num_bytes
+        self.sequence_length, self.batch_size = sequence_length, batch_size
+        self.rank, self.num_processes, self.masks_documents = rank, num_processes, masks_documents
         self.first_tokens = np.cumsum([0] + [shard.tokens.size for shard in self.shards])
-        self.num_targets, self.num_bytes = int(self.first_tokens[-1]), index.total(split, "num_bytes")
+        self.num_targets = int(self.first_tokens[-1])
 
     def __len__(self) -> int:
         """Batches per process."""
@@ -59,15 +101,19 @@ class ValidationBatches:
         return -(-self.num_targets // per_pass)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's batches: input_ids and labels, (batch_size, T) int64, on the CPU.
+        """This process's batches: input_ids and labels, (batch_size, T) int64, on the CPU; and position_ids where
+        documents are masked.
 
         labels[:, 0] is ignored by the shift; it is -100, so that counting labels counts targets.
         """
         for number in range(len(self)):
             first = (number * self.num_processes + self.rank) * self.batch_size
             windows = [self._window(window) for window in range(first, first + self.batch_size)]
-            inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*windows))
-            yield {"input_ids": inputs, "labels": labels}
+            inputs, labels = (np.stack(part) for part in zip(*windows))
+            batch = {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
+            if self.masks_documents:
+                batch["position_ids"] = torch.from_numpy(document_positions(inputs, self.eos_token_id))
+            yield batch
 
     def _window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """A window's input ids and labels, (T,) int64 each; beyond the last one everything is ignored."""

@@ -6,7 +6,15 @@ A recipe is YAML whose sections are the dataclasses below; any field can be over
 complaint about a recipe are instant.
 """
 
-from gpt2x.config.data import CorpusSection, DataSection, PreparationRecipe, TokenizerRecipe, TokenizerSection
+from gpt2x.config.data import (
+    CorpusSection,
+    DataSection,
+    PreparationRecipe,
+    SourceSection,
+    StreamSection,
+    TokenizerRecipe,
+    TokenizerSection,
+)
 from gpt2x.config.model import ModelSection
 from gpt2x.config.recipes import GenerationRecipe, Recipe, to_yaml
 from gpt2x.config.train import (
@@ -29,6 +37,8 @@ __all__ = [
     "PreparationRecipe",
     "Recipe",
     "RunSection",
+    "SourceSection",
+    "StreamSection",
     "TokenizerRecipe",
     "TokenizerSection",
     "TrainSection",

@@ -11,12 +11,26 @@ from gpt2x.config.checks import check_positive
 class CorpusSection:
     """Where documents come from, and how they are split."""
 
-    kind: Literal["python_stdlib", "files"] = "python_stdlib"
-    """The sources of this interpreter's standard library without its tests, or files of one's own."""
+    kind: Literal["python_stdlib", "python_packages", "files", "dataset"] = "python_stdlib"
+    """The sources of this interpreter's standard library without its tests, those of every installed package, files
+    of one's own, or a dataset of the `datasets` library."""
     paths: list[str] = field(default_factory=list)
-    """For kind files: files or glob patterns; a .txt is one document, a .jsonl one per line."""
+    """For kind files: files, folders or glob patterns of .txt, .jsonl (also .gz and .zst), .parquet and .arrow."""
+    dataset: str | None = None
+    """For kind dataset: a Hub id, or a builder of local or remote files: json, parquet, arrow, text."""
+    dataset_config: str | None = None
+    """The dataset's configuration, its second argument of load_dataset."""
+    dataset_split: str = "train"
+    """The dataset's split that is read."""
+    data_files: list[str] = field(default_factory=list)
+    """The files of a builder, or of a dataset's repository: paths, patterns or fsspec URLs."""
+    streaming: bool = True
+    """Whether a dataset is read over the network as it is used, instead of being downloaded first."""
     text_column: str = "text"
-    """The field of a .jsonl line that holds the text."""
+    """The field that holds the text, of a dataset or of .jsonl, .parquet and .arrow; a field of chat messages
+    gives their contents."""
+    document_separator: str | None = None
+    """Cuts a .txt file into documents; null makes each file one document."""
     validation_fraction: float = 0.05
     """Share of the documents, chosen by the hash of their text, that is held out."""
     split_seed: int = 0
@@ -31,6 +45,12 @@ class CorpusSection:
             raise ValueError(
                 f"corpus.paths ({self.paths}) belongs to kind: files, and is needed there; kind is {self.kind}."
             )
+        if (self.kind == "dataset") != (self.dataset is not None):
+            raise ValueError(
+                f"corpus.dataset ({self.dataset}) belongs to kind: dataset, and is needed there; kind is {self.kind}."
+            )
+        if self.document_separator == "":
+            raise ValueError("corpus.document_separator must not be empty; null makes each file one document.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +81,15 @@ class PreparationRecipe:
     tokenizer: TokenizerSection
     tokens_per_shard: int = 100_000_000
     """Tokens per shard file at most, about 200 MB; documents stay whole."""
+    num_tasks: int = 1
+    """Into how many parts the corpus is cut; each is finished, or repeated after a kill, by itself."""
+    num_workers: int | None = None
+    """Processes that work on the parts; by default one per usable core, at most num_tasks. The shards do not depend
+    on it."""
 
     def __post_init__(self) -> None:
-        check_positive("", tokens_per_shard=self.tokens_per_shard)
+        check_positive("", tokens_per_shard=self.tokens_per_shard, num_tasks=self.num_tasks)
+        check_positive("", num_workers=self.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +101,142 @@ class TokenizerRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSection:
-    """The token shards to train on."""
+class StreamSection:
+    """Documents that are tokenized while the run trains on them, through a bounded cache of token shards."""
 
-    path: Path | None = None
-    """Directory of token shards; by default the preparation's output_dir."""
-    preparation: PreparationRecipe | None = None
-    """How to make the shards when they are not there: a recipe of scripts/prepare_data.py."""
-    sequence_length: int = 1024
-    """Tokens per sequence."""
+    corpus: CorpusSection
+    """What is streamed, of kind dataset."""
+    tokenizer: str
+    """Directory or Hub id of the tokenizer."""
+    cache_dir: Path
+    """Where the shards are kept; what is missing there is streamed again."""
+    max_cached_shards: int = 32
+    """How many training shards the cache holds at most."""
+    shards_per_era: int = 8
+    """Shards that are shuffled together; the first era has one, so that training starts soon."""
+    tokens_per_shard: int = 4_000_000
+    """Tokens per shard at most; documents stay whole."""
+    retry_s: float = 600
+    """How long a broken connection is tried again before the run saves and ends."""
+    stall_s: float = 120
+    """How long nothing may arrive before the connection counts as broken."""
 
     def __post_init__(self) -> None:
-        check_positive("data.", sequence_length=self.sequence_length)
-        if self.path is None and self.preparation is None:
-            raise ValueError("data.path is needed: a directory of token shards as scripts/prepare_data.py makes them.")
+        check_positive("stream.", tokens_per_shard=self.tokens_per_shard, shards_per_era=self.shards_per_era)
+        check_positive("stream.", retry_s=self.retry_s, stall_s=self.stall_s)
+        if self.corpus.kind != "dataset":
+            raise ValueError(
+                f"stream.corpus.kind ({self.corpus.kind}) must be dataset; give corpus.dataset, for local files "
+                f"json, parquet or text with corpus.data_files, or prepare the corpus before."
+            )
+        if self.max_cached_shards < 2 * self.shards_per_era:
+            raise ValueError(
+                f"stream.max_cached_shards ({self.max_cached_shards}) must be at least 2 x stream.shards_per_era = "
+                f"{2 * self.shards_per_era}: one era is read while the next is filled."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSection:
+    """One source of a mixture: token shards, token files of other projects, or a stream."""
+
+    name: str | None = None
+    """Names the source in metrics and keys its order; by default the last part of its path."""
+    path: Path | None = None
+    """Directory of token shards, or token files of another project: a directory, a file or a pattern."""
+    validation_path: Path | None = None
+    """Held-out token files of another project, where path does not hold them under a name with `val`."""
+    preparation: PreparationRecipe | None = None
+    """How to make the shards when they are not there: a recipe of scripts/prepare_data.py."""
+    stream: StreamSection | None = None
+    """Documents to stream instead of a path."""
+    tokenizer: str | None = None
+    """Directory or Hub id of the tokenizer that made the token files of another project."""
+    weight: float | None = None
+    """Share of the training tokens, up to a common factor; by default in proportion to the source's size."""
+
+    def __post_init__(self) -> None:
+        check_positive("data.sources.", weight=self.weight)
+        if (self.stream is None) == (self.path is None and self.preparation is None):
+            raise ValueError(
+                "data.path is needed: a directory of token shards as scripts/prepare_data.py makes them, or token "
+                "files of another project; or else a stream."
+            )
 
     @property
-    def shards_dir(self) -> Path:
-        """The directory the shards are read from."""
+    def location(self) -> str:
+        """Where the source's tokens are read from."""
+        if self.stream is not None:
+            return str(self.stream.cache_dir)
         if self.path is not None:
-            return self.path
+            return str(self.path)
         assert self.preparation is not None
-        return self.preparation.output_dir
+        return str(self.preparation.output_dir)
+
+    @property
+    def key(self) -> str:
+        """The source's name, given or taken from its place."""
+        return self.name or Path(self.location).stem
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """What to train on: one source, or a mixture of several."""
+
+    path: Path | None = None
+    """Directory of token shards, or token files of another project; by default the preparation's output_dir."""
+    validation_path: Path | None = None
+    """Held-out token files of another project, where path does not hold them under a name with `val`."""
+    preparation: PreparationRecipe | None = None
+    """How to make the shards when they are not there: a recipe of scripts/prepare_data.py."""
+    stream: StreamSection | None = None
+    """Documents to stream instead of a path."""
+    tokenizer: str | None = None
+    """Directory or Hub id of the tokenizer that made the token files of another project."""
+    sources: list[SourceSection] = field(default_factory=list)
+    """A mixture: sources with weights, in place of the fields above."""
+    sequence_length: int = 1024
+    """Tokens per sequence."""
+    block_size: int = 1000
+    """Sequences per block, within which the mixture's weights are kept exactly."""
+    packing: Literal["continuous", "documents"] = "continuous"
+    """Whether tokens see what stands before them in the sequence (GPT-2), or only their own document."""
+    align_documents: bool = False
+    """Whether sequences begin where documents begin; what a cut document has left is not read."""
+    num_workers: int = 1
+    """Threads that read ahead; 0 reads when the step begins. Changes nothing but speed."""
+    prefetch_steps: int = 2
+    """How many steps are read ahead."""
+
+    def __post_init__(self) -> None:
+        check_positive("data.", sequence_length=self.sequence_length, block_size=self.block_size)
+        check_positive("data.", prefetch_steps=self.prefetch_steps)
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers ({self.num_workers}) must not be negative; 0 turns reading ahead off.")
+        single = {name: getattr(self, name) for name in ("path", "validation_path", "preparation", "stream")}
+        given = [name for name, value in single.items() if value is not None]
+        if self.sources and given:
+            raise ValueError(
+                f"data.{given[0]} and data.sources exclude each other; set data.{given[0]} to null or make it one of "
+                f"the sources."
+            )
+        self.mixture  # raises for a source without a place  # noqa: B018
+        names = [source.key for source in self.mixture]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"data.sources: two are called {twice[0]!r}; give each its own name.")
+
+    @property
+    def mixture(self) -> tuple[SourceSection, ...]:
+        """The sources, of which there is one where none are listed."""
+        if self.sources:
+            return tuple(self.sources)
+        single = SourceSection(
+            name="train",
+            path=self.path,
+            validation_path=self.validation_path,
+            preparation=self.preparation,
+            stream=self.stream,
+            tokenizer=self.tokenizer,
+        )
+        return (single,)

@@ -80,4 +80,6 @@ def to_yaml(recipe: Recipe | PreparationRecipe | TokenizerRecipe) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -77,9 +77,9 @@ def validate(
 
 
 def _batch_sums(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    input_ids_BT = batch["input_ids"].to(device)
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
     targets_BT = batch["labels"][:, 1:].to(device)
-    logits_BTV = model(input_ids=input_ids_BT, use_cache=False).logits
+    logits_BTV = model(**inputs, use_cache=False).logits
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT, strict=True):  # one row's float32 at a time
         counted_T = targets_T != -100

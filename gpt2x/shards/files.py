@@ -10,7 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from gpt2x.errors import UserError
 DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 REMEDY = "delete the directory and prepare the data again, or copy the file again"
 MAX_HEADER_BYTES = 1_000_000
+TOKENS_PER_CHUNK = 2**22
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -36,13 +37,16 @@ def write_durably(file: Path, chunks: Iterable[bytes | memoryview]) -> str:
         The sha256 of the content, in hexadecimal.
     """
     partial, digest = file.with_name(file.name + ".tmp"), hashlib.sha256()
-    with partial.open("wb") as stream:
-        for chunk in chunks:
-            stream.write(chunk)
-            digest.update(chunk)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    try:
+        with partial.open("wb") as stream:
+            for chunk in chunks:
+                stream.write(chunk)
+                digest.update(chunk)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)  # what has failed half-way
     sync(file.parent)
     return digest.hexdigest()
 
@@ -84,24 +88,41 @@ def write_shard(file: Path, *, tokens: np.ndarray, documents: np.ndarray, metada
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """An open shard file. Its arrays are memory maps: nothing is read before it is used.
+    """An open file of token ids, ours or another project's. Its arrays are memory maps: nothing is read before it is
+    used.
 
     Attributes:
         file: where it is.
-        tokens: (num_tokens,) uint16 or uint32.
-        documents: (num_documents + 1,) int64, where each document starts, and the end.
+        tokens: (num_tokens,) of some integer dtype; uint16 or uint32 in shards of ours.
+        bounds: (num_documents + 1,) int64, where each document starts, and the end; None where the file does not say.
+        eos_token_id: what documents end with; needed where bounds is None.
+        id_range: the smallest and the largest id, where they are known.
         metadata: the header's.
     """
 
     file: Path
     tokens: np.ndarray
-    documents: np.ndarray
-    metadata: dict[str, str]
+    bounds: np.ndarray | None = None
+    eos_token_id: int | None = None
+    id_range: tuple[int, int] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @cached_property
-    def max_token_id(self) -> int:
-        """The largest id; reads the whole shard, once."""
-        return int(self.tokens.max())
+    def documents(self) -> np.ndarray:
+        """(num_documents + 1,) int64, where each document starts, and the end.
+
+        Where the file does not say, a document ends with each end of text, which takes one pass over the file. Then
+        the last one may lack its end; and a file whose ends of text stand before the documents begins with an empty
+        one.
+        """
+        if self.bounds is not None:
+            return self.bounds
+        starts = range(0, self.tokens.size, TOKENS_PER_CHUNK)
+        found = [
+            np.flatnonzero(self.tokens[start : start + TOKENS_PER_CHUNK] == self.eos_token_id) + start + 1
+            for start in starts
+        ]
+        return np.unique(np.concatenate([[0], *found, [self.tokens.size]])).astype(np.int64, copy=False)
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Refuses a shard with an id that a vocabulary of this size does not have.
@@ -109,12 +130,16 @@ class Shard:
         Raises:
             UserError: names the file, the first such position and its id.
         """
-        if self.max_token_id >= vocab_size:
-            position = int(np.argmax(self.tokens >= vocab_size))
-            raise UserError(
-                f"{self.file}: token id {self.tokens[position]} at position {position} is outside the vocabulary of "
-                f"{vocab_size}; use the tokenizer that the shards were made with, or prepare the data again."
-            )
+        smallest, largest = self.id_range or (int(self.tokens.min()), int(self.tokens.max()))
+        if smallest >= 0 and largest < vocab_size:
+            return
+        for start in range(0, self.tokens.size, TOKENS_PER_CHUNK):
+            part = self.tokens[start : start + TOKENS_PER_CHUNK]
+            for offset in np.flatnonzero((part < 0) | (part >= vocab_size))[:1]:
+                raise UserError(
+                    f"{self.file}: token id {part[offset]} at position {start + offset} is outside the vocabulary of "
+                    f"{vocab_size}; use the tokenizer that the ids were made with, or prepare the data again."
+                )
 
 
 def open_shard(file: Path) -> Shard:
@@ -130,7 +155,7 @@ def open_shard(file: Path) -> Shard:
         raise UserError(f"{file}: tokens must be U16 or U32 and documents I64; {REMEDY}.")
     if starts.size < 2 or starts[0] != 0 or starts[-1] != tokens.size or (np.diff(starts) <= 0).any():
         raise UserError(f"{file}: documents must start at 0, grow and end at {tokens.size}; {REMEDY}.")
-    return Shard(file=file, tokens=tokens, documents=starts, metadata=header.get("__metadata__", {}))
+    return Shard(file=file, tokens=tokens, bounds=starts, metadata=header.get("__metadata__", {}))
 
 
 def _read_header(file: Path) -> tuple[dict, int]:

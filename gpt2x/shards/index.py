@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpt2x.errors import UserError
 from gpt2x.shards.files import REMEDY, Shard, open_shard, write_durably
+from gpt2x.shards.scan import scan
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -61,17 +62,35 @@ class Index:
     def fingerprint(self) -> str:
         """A sha256 over every shard's and the tokenizer's: the same wherever the same data lies."""
         hashes = [entry.sha256 for split in SPLITS for entry in self.splits[split]]
-        return hashlib.sha256(" ".join([self.tokenizer_fingerprint, *hashes]).encode()).hexdigest()
+        return combined_sha256([self.tokenizer_fingerprint, *hashes])
+
+    @property
+    def location(self) -> str:
+        """The directory, for messages."""
+        return str(self.directory)
+
+    def split_fingerprint(self, split: str) -> str:
+        """A sha256 over the split's shards: the same wherever the same data lies."""
+        return combined_sha256(entry.sha256 for entry in self.splits[split])
+
+    def has_split(self, split: str) -> bool:
+        """Whether there are shards of train or of validation."""
+        return bool(self.splits[split])
+
+    def num_bytes(self, split: str) -> int:
+        """UTF-8 bytes of a split's documents."""
+        return self.total(split, "num_bytes")
 
     def total(self, split: str, count: str) -> int:
         """The sum of num_tokens, num_documents or num_bytes over a split's shards."""
         return sum(getattr(entry, count) for entry in self.splits[split])
 
     def open_split(self, split: str) -> list[Shard]:
-        """Opens a split's shards and checks each against its entry.
+        """Opens a split's shards and checks each against its entry; one that is new here is read through once.
 
         Raises:
-            UserError: for a split without shards, and for a shard that is not the one the index lists.
+            UserError: for a split without shards, a shard that is not the one the index lists, to the last bit, and
+                an id outside the vocabulary.
         """
         if not self.splits[split]:
             raise UserError(
@@ -91,7 +110,24 @@ class Index:
                 f"tokenizer {self.tokenizer_fingerprint[:8]}, the file has {found[0]}, {found[1]} and "
                 f"{str(found[2])[:8]}; {REMEDY}."
             )
+        return self._checked(shard, entry)
+
+    def _checked(self, shard: Shard, entry: ShardEntry) -> Shard:
+        """Compares the content with the entry and the vocabulary: one pass over a file that is new here."""
+        found = scan(shard.file, shard.tokens)
+        if found.sha256 != entry.sha256:
+            raise UserError(
+                f"{shard.file}: its content has changed ({INDEX_FILE} lists sha256 {entry.sha256[:12]}, the file has "
+                f"{found.sha256[:12]}); {REMEDY}."
+            )
+        shard = dataclasses.replace(shard, id_range=(found.smallest_id, found.largest_id))
+        shard.check_token_ids(self.vocab_size)
         return shard
+
+
+def combined_sha256(hashes: Iterable[str]) -> str:
+    """One sha256 for several, in their order."""
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def write_index(index: Index) -> None:

@@ -1,9 +1,11 @@
 """What is wrong with a recipe or its data, told before torch is imported, which takes seconds."""
 
-from gpt2x.batches.source import ShardSource
+from pathlib import Path
+
+from gpt2x.batches.source import ShardSource, tokens_of
 from gpt2x.config import Recipe, accumulation_steps
 from gpt2x.errors import UserError
-from gpt2x.shards.index import INDEX_FILE, load_index
+from gpt2x.shards.index import INDEX_FILE
 
 
 def check_before_torch(recipe: Recipe, *, num_processes: int) -> None:
@@ -19,17 +21,20 @@ def check_before_torch(recipe: Recipe, *, num_processes: int) -> None:
     """
     check_batch(recipe, num_processes=num_processes)
     prepare_missing_shards(recipe)
-    ShardSource(load_index(recipe.data.shards_dir), split="train", sequence_length=recipe.data.sequence_length)
+    for section in recipe.data.mixture:
+        if section.stream is None:
+            ShardSource(tokens_of(section), recipe.data.sequence_length)
 
 
 def prepare_missing_shards(recipe: Recipe) -> None:
-    """Makes the token shards where they are missing and the recipe's preparation writes them there."""
-    preparation, shards_dir = recipe.data.preparation, recipe.data.shards_dir
-    if preparation is None or shards_dir != preparation.output_dir or (shards_dir / INDEX_FILE).exists():
-        return
-    from gpt2x.shards.preparation import prepare  # imports transformers
+    """Makes the token shards that are missing where a source's preparation writes them to its place."""
+    for section in recipe.data.mixture:
+        preparation, location = section.preparation, Path(section.location)
+        if preparation is None or location != preparation.output_dir or (location / INDEX_FILE).exists():
+            continue
+        from gpt2x.shards.preparation import prepare  # imports transformers
 
-    prepare(preparation)
+        prepare(preparation)
 
 
 def check_batch(recipe: Recipe, *, num_processes: int) -> None:

@@ -46,7 +46,8 @@ def _stats(job: Job, progress: Progress) -> dict[str, Any]:
         "parameters": total,
         "flops": flops * progress.tokens,
         "devices": describe_device(job.accelerator),
-        "data_fingerprint": job.data_fingerprint,
+        "data": job.batches.batches.accounts(progress.step),
+        "data_fingerprints": {name: source.fingerprint for name, source in job.batches.batches.sources.items()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt2x.batches.loader import TrainingBatches
+from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import Recipe
 from gpt2x.training.budget import Budget
@@ -27,11 +27,10 @@ class Job:
         optimizers: likewise.
         parameter_names: name of each parameter by its ``id``.
         tokenizer: for samples, and saved with every model.
-        batches: the micro-batches of any step.
+        batches: this rank's share of any step.
         validation_batches: this rank's share of the held-out set.
         prompts: what the samples continue.
         budget: when to end.
-        data_fingerprint: identity of the token shards.
     """
 
     recipe: Recipe
@@ -41,11 +40,10 @@ class Job:
     optimizers: Sequence[Optimizer]
     parameter_names: Mapping[int, str]
     tokenizer: PreTrainedTokenizerBase
-    batches: TrainingBatches
+    batches: ReadAhead
     validation_batches: ValidationBatches
     prompts: Sequence[str]
     budget: Budget
-    data_fingerprint: str
 
     @property
     def plain_model(self) -> PreTrainedModel:

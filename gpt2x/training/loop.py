@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from gpt2x.batches.loader import StepBatch
+from gpt2x.errors import UserError
 from gpt2x.evaluation import Validation, sample_texts, validate
 from gpt2x.models import save_model
 from gpt2x.training.checkpoints import (
@@ -45,10 +47,15 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
     stopped = not progress.is_followed_up and not follow_up(job, progress, recorder, stop)
     while not stopped and not job.budget.is_spent(progress):
         started = time.perf_counter()
-        metrics = optimizer_step(job, progress)
-        seconds, stopped = agree(accelerator, time.perf_counter() - started, stop.signal_number is not None)
+        batch = read_batch(job, progress)
+        metrics = optimizer_step(job, progress, batch.micro_batches)
+        seconds, stopped, checksum = agree(
+            accelerator, time.perf_counter() - started, stop.signal_number is not None, batch.checksum
+        )
         progress.advance(tokens=recipe.train.tokens_per_step, seconds=seconds)
-        metrics["tokens_per_s"] = recipe.train.tokens_per_step / seconds
+        job.batches.release(progress.step)
+        metrics |= {"tokens_per_s": recipe.train.tokens_per_step / seconds, "data/checksum": checksum}
+        metrics |= job.batches.accounts(progress.step)
 
         recorder.show(progress, metrics)
         if _is_due(progress, recipe.train.logging_steps):
@@ -80,7 +87,30 @@ def follow_up(job: Job, progress: Progress, recorder: Recorder, stop: StopReques
     return True
 
 
-def optimizer_step(job: Job, progress: Progress) -> dict[str, float]:
+def read_batch(job: Job, progress: Progress) -> StepBatch:
+    """This rank's batch of the next step.
+
+    Raises:
+        UserError: where the data has ended for good, on all ranks together, after the run was saved.
+    """
+    batch, failure = None, None
+    try:
+        batch = job.batches.step(progress.step, last=job.budget.max_steps)
+    except UserError as error:
+        failure = error
+    if job.batches.can_fail:  # where a file cannot, the ranks need not ask each other
+        _, is_broken, _ = agree(job.accelerator, 0.0, failure is not None)
+        failure = failure or (
+            UserError("the data of another process has ended; see its message.") if is_broken else None
+        )
+    if failure is not None:
+        save_checkpoint(job, progress)
+        raise failure
+    assert batch is not None
+    return batch
+
+
+def optimizer_step(job: Job, progress: Progress, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
     """One update of the weights from all micro-batches of a step.
 
     The loss is the sum of the cross-entropies of the whole step, over micro-batches and ranks, divided by the step's
@@ -95,7 +125,6 @@ def optimizer_step(job: Job, progress: Progress) -> dict[str, float]:
         job.recipe.optimizer, warmup=job.budget.warmup(progress), progress=job.budget.decay(progress)
     )
     set_learning_rates(job.optimizers, factor)
-    micro_batches = job.batches.step(progress.step)
     loss = accumulate_gradients(accelerator, model, micro_batches)
     grad_norm = clip_gradients(accelerator, model, job.recipe.train.max_grad_norm)
     for optimizer in job.optimizers:
@@ -143,13 +172,14 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float |
     return float(accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm))
 
 
-def agree(accelerator: Accelerator, seconds: float, stopped: bool) -> tuple[float, bool]:
-    """Rank 0's clock and anyone's wish to stop, the same on all ranks."""
+def agree(accelerator: Accelerator, seconds: float, stopped: bool, checksum: int = 0) -> tuple[float, bool, int]:
+    """Rank 0's clock, anyone's wish to stop and the sum of the checksums, the same on all ranks."""
     if accelerator.num_processes == 1:
-        return seconds, stopped
-    own_clock = seconds if accelerator.is_main_process else 0.0
-    both = accelerator.reduce(torch.tensor([own_clock, float(stopped)], device=accelerator.device), reduction="sum")
-    return float(both[0]), bool(both[1] > 0)
+        return seconds, stopped, checksum
+    own_clock = round(seconds * 1e6) if accelerator.is_main_process else 0
+    own = torch.tensor([own_clock, int(stopped), checksum], device=accelerator.device)
+    microseconds, num_stopped, total = accelerator.reduce(own, reduction="sum").tolist()
+    return microseconds / 1e6, num_stopped > 0, total
 
 
 def evaluate(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> Validation | None:
@@ -200,8 +230,7 @@ def save_checkpoint(job: Job, progress: Progress) -> Path:
                 "step_s": progress.step_s,
                 "is_followed_up": progress.is_followed_up,
                 "optimizer": job.recipe.optimizer.name,
-                "seed": job.recipe.run.seed,
-                "data_fingerprint": job.data_fingerprint,
+                "data": job.batches.state(progress.step),
             },
         )
         prune_checkpoints(job.run.path, keep=job.recipe.train.save_total_limit)

@@ -2,49 +2,23 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt2x.batches.loader import TrainingBatches
-from gpt2x.batches.order import GlobalOrder
-from gpt2x.batches.source import ShardSource
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import Recipe
 from gpt2x.errors import UserError
 from gpt2x.models import load_weights, make_model
-from gpt2x.shards.index import Index, load_index
-from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gpt2x.training.budget import make_budget
 from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
-from gpt2x.training.checks import check_batch, prepare_missing_shards
 from gpt2x.training.cpu_attention import register_chunked_causal
+from gpt2x.training.data import open_run_data
 from gpt2x.training.job import Job
 from gpt2x.training.optimizers import make_optimizers
 from gpt2x.training.run_directory import RunDirectory, clear, truncate_records
 from gpt2x.training.state import Progress
-
-
-def open_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Index, PreTrainedTokenizerBase]:
-    """The token shards and their tokenizer; the shards are prepared first where they are missing and the recipe can.
-
-    Raises:
-        UserError: where shards or tokenizer are missing or do not belong together.
-    """
-    shards_dir = recipe.data.shards_dir
-    if accelerator.is_main_process:
-        prepare_missing_shards(recipe)
-    accelerator.wait_for_everyone()
-    index = load_index(shards_dir)
-    tokenizer = load_tokenizer(index.tokenizer_dir)
-    if tokenizer_fingerprint(tokenizer) != index.tokenizer_fingerprint:
-        raise UserError(
-            f"the tokenizer at {index.tokenizer_dir} is not the one that made {shards_dir}; "
-            f"prepare the shards again or restore the tokenizer."
-        )
-    return index, tokenizer
 
 
 def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tuple[Job, Progress]:
@@ -53,13 +27,13 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
     Raises:
         UserError: for whatever can be known to go wrong before step 1.
     """
-    index, tokenizer = open_data(recipe, accelerator)
-    batches, validation_batches = _make_batches(recipe, index, accelerator)
-    model = make_model(recipe, tokenizer)
-    _check_ids(index, model)
     checkpoint, passed_over = newest_checkpoint(run.path)
     for line in passed_over:
         accelerator.print(line)
+    tensors, trainer = ({}, {}) if checkpoint is None else read_state(checkpoint)
+    data = open_run_data(recipe, accelerator, saved=trainer.get("data"), step=trainer.get("step", 0))
+    model = make_model(recipe, data.tokenizer)
+    _check_ids(data.vocab_size, model)
     if checkpoint is not None:
         load_weights(model, checkpoint / "model")
     if recipe.train.gradient_checkpointing:
@@ -73,7 +47,9 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
     prepared, *optimizers = accelerator.prepare(model, *optimizers)
     progress, budget = Progress(), make_budget(recipe.train, recipe.optimizer)
     if checkpoint is not None:
-        progress = _restore(checkpoint, index, recipe.optimizer.name, optimizers, names)
+        _check_optimizer(checkpoint, trainer["optimizer"], recipe.optimizer.name)
+        load_optimizer_tensors(optimizers, names, tensors)
+        progress = Progress(**{field.name: trainer[field.name] for field in dataclasses.fields(Progress)})
     if accelerator.is_main_process:
         _settle_records(run, checkpoint, progress, is_spent=budget.is_spent(progress))
     accelerator.wait_for_everyone()
@@ -84,36 +60,13 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
         model=prepared,
         optimizers=optimizers,
         parameter_names=names,
-        tokenizer=tokenizer,
-        batches=batches,
-        validation_batches=validation_batches,
-        prompts=_prompts(recipe, tokenizer, validation_batches),
+        tokenizer=data.tokenizer,
+        batches=data.batches,
+        validation_batches=data.validation_batches,
+        prompts=_prompts(recipe, data.tokenizer, data.validation_batches),
         budget=budget,
-        data_fingerprint=index.fingerprint,
     )
     return job, progress
-
-
-def _make_batches(recipe: Recipe, index: Index, accelerator: Accelerator) -> tuple[TrainingBatches, ValidationBatches]:
-    train, length = recipe.train, recipe.data.sequence_length
-    check_batch(recipe, num_processes=accelerator.num_processes)
-    source = ShardSource(index, split="train", sequence_length=length)
-    batches = TrainingBatches(
-        GlobalOrder.of([source], seed=recipe.run.seed),
-        [source],
-        sequences_per_step=train.tokens_per_step // length,
-        micro_batch_size=train.micro_batch_size,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    validation_batches = ValidationBatches(
-        index,
-        sequence_length=length,
-        batch_size=recipe.evaluation.batch_size,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    return batches, validation_batches
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -124,31 +77,20 @@ def compile_layers(model: PreTrainedModel) -> None:
                 layer.compile(dynamic=False)
 
 
-def _check_ids(index: Index, model: PreTrainedModel) -> None:
-    if index.vocab_size > model.config.vocab_size:
+def _check_ids(vocab_size: int, model: PreTrainedModel) -> None:
+    if vocab_size > model.config.vocab_size:
         raise UserError(
-            f"model.vocab_size ({model.config.vocab_size}) must be at least the shards' {index.vocab_size} token ids; "
+            f"model.vocab_size ({model.config.vocab_size}) must be at least the shards' {vocab_size} token ids; "
             f"leave it out to take the tokenizer's size."
         )
 
 
-def _restore(
-    checkpoint: Path, index: Index, optimizer_name: str, optimizers: list[Any], names: dict[int, str]
-) -> Progress:
-    tensors, trainer = read_state(checkpoint)
-    if trainer["data_fingerprint"] != index.fingerprint:
-        then, now = trainer["data_fingerprint"][:12], index.fingerprint[:12]
+def _check_optimizer(checkpoint: Path, saved: str, name: str) -> None:
+    if saved != name:
         raise UserError(
-            f"the token shards have changed since {checkpoint} was made (fingerprint {then}, now {now}); "
-            f"restore them, or start a new run with --run.name NAME."
+            f"optimizer.name ({name}) must be that of {checkpoint}, {saved}, whose state is gone on with; set it "
+            f"back, or start a new run with --run.name NAME and --init_from {checkpoint}/model."
         )
-    if trainer["optimizer"] != optimizer_name:
-        raise UserError(
-            f"optimizer.name ({optimizer_name}) must be that of {checkpoint}, {trainer['optimizer']}, whose state is "
-            f"gone on with; set it back, or start a new run with --run.name NAME and --init_from {checkpoint}/model."
-        )
-    load_optimizer_tensors(optimizers, names, tensors)
-    return Progress(**{field.name: trainer[field.name] for field in dataclasses.fields(Progress)})
 
 
 def _settle_records(run: RunDirectory, checkpoint: Path | None, progress: Progress, *, is_spent: bool) -> None:

@@ -1,11 +1,15 @@
 """A step's samples are the same for every number of processes and micro-batches, and for every way to get there."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
-from gpt2x.batches.loader import TrainingBatches
-from gpt2x.batches.order import GlobalOrder
+from gpt2x.batches.loader import TrainingBatches, check_unchanged
+from gpt2x.batches.order import GlobalOrder, Phase
 from gpt2x.batches.source import ShardSource
 from gpt2x.errors import UserError
 
@@ -16,36 +20,36 @@ PER_STEP, LENGTH = 24, 5
 def sources(make_index):
     """Two sources of 50 and 31 windows."""
     index = make_index([[100, 33], [120]], [[159]])
-    return [ShardSource(index, split, LENGTH) for split in ("train", "validation")]
+    return [ShardSource(index, LENGTH, seed=3, name=split, split=split) for split in ("train", "validation")]
 
 
 @pytest.fixture
 def order(sources):
-    return GlobalOrder.of(sources, seed=3, weights=[2, 1])
+    return order_of(sources, weights=[2, 1], block_size=30)
 
 
-def batches(order, sources, micro_batch_size=PER_STEP, rank=0, num_processes=1):
+def order_of(sources, weights=(1,), seed=3, **fields):
+    weights = dict(zip((source.name for source in sources), weights, strict=True))
+    return GlobalOrder(seed, [Phase(sequences_per_step=PER_STEP, weights=weights, **fields)])
+
+
+def batches(order, sources, micro_batch_size=PER_STEP, rank=0, num_processes=1, **options):
     return TrainingBatches(
-        order,
-        sources,
-        sequences_per_step=PER_STEP,
-        micro_batch_size=micro_batch_size,
-        rank=rank,
-        num_processes=num_processes,
+        order, sources, micro_batch_size=micro_batch_size, rank=rank, num_processes=num_processes, **options
     )
 
 
 def naive_step(order, sources, step):
     """The sequences of a step, looked up one by one."""
-    found = []
-    for position in range(step * PER_STEP, (step + 1) * PER_STEP):
-        (source,), window = order.sample_positions(position, position + 1)
-        found.append(sources[source].windows(window)[0].tolist())
+    by_name, found = {source.name: source for source in sources}, []
+    for place in range(PER_STEP):
+        ((name, (_, draws)),) = order.samples(step, place, place + 1).items()
+        found.append(by_name[name].sequences(draws)[0].tolist())
     return found
 
 
-def rows(parts):
-    return [row for part in parts for row in part["input_ids"].tolist()]
+def rows(batch):
+    return [row for part in batch.micro_batches for row in part["input_ids"].tolist()]
 
 
 CUTS = [(w, b) for w in (1, 2, 3, 4, 6, 8, 24) for b in (1, 2, 3, 4, 12, 24) if PER_STEP % (w * b) == 0]
@@ -58,7 +62,7 @@ def test_a_step_is_the_same_for_every_number_of_processes_and_micro_batches(
     ranks = [batches(order, sources, micro_batch_size, rank, num_processes) for rank in range(num_processes)]
     for step in (0, 1, 5, 1000):
         parts = [rank.step(step) for rank in ranks]
-        assert {len(part) for part in parts} == {PER_STEP // num_processes // micro_batch_size}
+        assert {len(part.micro_batches) for part in parts} == {PER_STEP // num_processes // micro_batch_size}
         assert [row for part in parts for row in rows(part)] == naive_step(order, sources, step)
 
 
@@ -69,8 +73,8 @@ def test_steps_can_be_asked_for_in_any_order_and_again(order, sources):
 
 
 def test_every_window_is_trained_on_once_per_epoch(make_index):
-    source = ShardSource(make_index([[LENGTH * PER_STEP * 3]]), "train", LENGTH)
-    loader = batches(GlobalOrder.of([source], seed=0), [source])
+    source = ShardSource(make_index([[LENGTH * PER_STEP * 3]]), LENGTH)
+    loader = batches(order_of([source]), [source])
     everything = sorted(source.windows(np.arange(source.num_windows)).tolist())
     epochs = [[row for step in range(3 * epoch, 3 * epoch + 3) for row in rows(loader.step(step))] for epoch in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == everything
@@ -78,7 +82,7 @@ def test_every_window_is_trained_on_once_per_epoch(make_index):
 
 
 def test_a_micro_batch_is_int64_on_the_cpu_with_labels_that_are_not_shifted(order, sources):
-    for part in batches(order, sources, micro_batch_size=8).step(2):
+    for part in batches(order, sources, micro_batch_size=8).step(2).micro_batches:
         assert part["input_ids"].shape == (8, LENGTH)
         assert part["input_ids"].dtype == torch.int64
         assert part["input_ids"].device.type == "cpu"
@@ -91,8 +95,8 @@ def test_a_step_that_cannot_be_cut_evenly_is_refused(order, sources):
 
 
 def test_too_little_data_for_a_step_is_refused_with_the_largest_step_that_works(make_index):
-    source = ShardSource(make_index([[LENGTH * 23]]), "train", LENGTH)
-    order = GlobalOrder.of([source], seed=0)
+    source = ShardSource(make_index([[LENGTH * 23]]), LENGTH)
+    order = order_of([source])
     with pytest.raises(
         UserError, match=r"has 23 sequences of 5 tokens, fewer than the 24 of one step; set .*step to 20 x 5 = 100 "
     ):
@@ -100,7 +104,78 @@ def test_too_little_data_for_a_step_is_refused_with_the_largest_step_that_works(
 
 
 def test_too_little_data_for_a_micro_batch_is_refused_with_the_largest_that_works(make_index):
-    source = ShardSource(make_index([[LENGTH * 7]]), "train", LENGTH)
-    order = GlobalOrder.of([source], seed=0)
+    source = ShardSource(make_index([[LENGTH * 7]]), LENGTH)
+    order = order_of([source])
     with pytest.raises(UserError, match=r"has 7 sequences .*; set micro_batch_size x processes \(12\) to 7 or less"):
         batches(order, [source], micro_batch_size=6, rank=1, num_processes=2)
+
+
+def test_the_checksum_of_a_step_is_the_same_however_it_is_cut(order, sources):
+    whole = batches(order, sources)
+    for step in (0, 7):
+        ranks = [batches(order, sources, 2, rank, 4).step(step) for rank in range(4)]
+        assert sum(rank.checksum for rank in ranks) == whole.step(step).checksum
+    assert whole.step(0).checksum != whole.step(1).checksum
+
+
+def test_documents_are_masked_where_they_begin(order, sources):
+    """A document begins with the end of text before it; what stands at a window's start goes on from nowhere."""
+    for part in batches(order, sources, mask_documents_at=7).step(0).micro_batches:
+        for ids, positions in zip(part["input_ids"].tolist(), part["position_ids"].tolist(), strict=True):
+            expected = [0]
+            for token in ids[1:]:
+                expected.append(0 if token == 7 else expected[-1] + 1)
+            assert positions == expected
+
+
+def test_the_accounts_of_a_mixture_say_what_was_read_and_what_was_asked_for(order, sources):
+    accounts = batches(order, sources).accounts(10)
+    assert accounts["data/train/tokens"] + accounts["data/validation/tokens"] == 10 * PER_STEP * LENGTH
+    assert accounts["data/train/target"] == pytest.approx(2 / 3)
+    assert accounts["data/train/share"] == pytest.approx(2 / 3, abs=0.01)
+    assert accounts["data/train/epochs"] == accounts["data/train/tokens"] / LENGTH / 50
+
+
+def test_the_accounts_of_one_source_are_its_epochs(make_index):
+    source = ShardSource(make_index([[LENGTH * PER_STEP * 3]]), LENGTH)
+    assert batches(order_of([source]), [source]).accounts(6) == {"data/epochs": 2.0}
+
+
+def test_a_place_of_a_step_can_be_located(make_index):
+    source = ShardSource(make_index([[LENGTH * PER_STEP], [LENGTH * PER_STEP]]), LENGTH)
+    loader = batches(order_of([source]), [source])
+    for step, place in [(0, 0), (1, 23), (5, 4)]:
+        found = re.fullmatch(r"train: epoch (\d+), (.*), tokens (\d+) to (\d+)", loader.locate(step, place))
+        assert int(found[1]) == step // 2
+        tokens = load_file(found[2])["tokens"][int(found[3]) : int(found[4])]
+        assert tokens.tolist() == rows(loader.step(step))[place]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            {"seed": 4},
+            r"run.seed \(4\) must stay 3: with another, samples would be repeated and lost; set it",
+        ),
+        ({"sequence_length": 6}, r"data.sequence_length \(6\) must stay 5: "),
+    ],
+)
+def test_what_the_order_depends_on_may_not_change(order, sources, change, complaint):
+    saved = json.loads(json.dumps(batches(order, sources).state(4)))
+    check_unchanged(saved, sources, seed=3, sequence_length=LENGTH)
+    with pytest.raises(UserError, match=complaint):
+        check_unchanged(saved, sources, **{"seed": 3, "sequence_length": LENGTH, **change})
+
+
+def test_a_source_whose_content_has_changed_is_refused_by_its_name(order, sources):
+    saved = json.loads(json.dumps(batches(order, sources).state(4)))
+    sources[1].fingerprint = "f" * 64
+    with pytest.raises(UserError, match=r"source 'validation' has changed .* \(fingerprint .*, now ffffffffffff\)"):
+        check_unchanged(saved, sources, seed=3, sequence_length=LENGTH)
+
+
+def test_a_source_that_comes_or_goes_is_another_mixture(order, sources):
+    saved = json.loads(json.dumps(batches(order, sources).state(4)))
+    sources[1].name = "another"
+    check_unchanged(saved, sources, seed=3, sequence_length=LENGTH)

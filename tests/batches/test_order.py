@@ -1,37 +1,49 @@
-"""The order is a pure function of (seed, mixture, position), exact in its weights, and each epoch a permutation."""
+"""The order is a pure function of (seed, mixture, place), exact in its weights, and each epoch a permutation."""
 
+import dataclasses
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from gpt2x.batches.order import GlobalOrder, permute, round_keys
+from gpt2x.batches.order import GlobalOrder, Phase, epoch_windows, permute, phases_of_json, round_keys
 from gpt2x.errors import UserError
 
-
-def order(num_windows=(100, 37, 11), weights=(6.0, 3.0, 1.0), seed=0, **fields):
-    names = tuple("abcdefgh"[: len(num_windows)])
-    return GlobalOrder(seed=seed, names=names, num_windows=num_windows, weights=weights, **fields)
+NUM_WINDOWS = {"a": 100, "b": 37, "c": 11}
 
 
-def positions(order, start, stop):
-    """What stands there, as pairs (source, window)."""
-    return list(zip(*(part.tolist() for part in order.sample_positions(start, stop))))
+def order(weights=None, seed=0, sequences_per_step=20, **fields):
+    weights = weights or {"a": 6.0, "b": 3.0, "c": 1.0}
+    return GlobalOrder(seed, [Phase(sequences_per_step=sequences_per_step, weights=weights, **fields)])
 
 
-def naive_positions(order, count):
-    """The definition in the order's docstring, position by position, with nothing but the permutation shared."""
-    per_block = dict(enumerate(order.counts_per_block))
-    places = [source for source, number in per_block.items() for _ in range(number)]
+def places(order, step, start=0, stop=None):
+    """What stands at the places of a step, as pairs (source, draw)."""
+    stop = order.phase_at(step).sequences_per_step if stop is None else stop
+    found = [None] * (stop - start)
+    for name, (where, draws) in order.samples(step, start, stop).items():
+        for place, draw in zip(where.tolist(), draws.tolist(), strict=True):
+            found[place] = (name, draw)
+    assert None not in found
+    return found
+
+
+def steps(order, start, stop):
+    return [sample for step in range(start, stop) for sample in places(order, step)]
+
+
+def naive_samples(order, count):
+    """The definition in the module's docstring, place by place, with nothing but the permutation shared."""
+    (phase,) = order.phases
+    names = [name for name, n in zip(phase.weights, phase.counts_per_block, strict=True) for _ in range(n)]
     drawn, found = Counter(), []
     for position in range(count):
-        block, place = divmod(position, order.block_size)
-        keys = round_keys(order.seed, "block", block)
-        source = places[permute(np.array([place]), order.block_size, keys)[0]]
-        epoch, draw = divmod(drawn[source], order.num_windows[source])
-        keys = round_keys(order.seed, "source", order.names[source], epoch)
-        found.append((source, permute(np.array([draw]), order.num_windows[source], keys)[0]))
-        drawn[source] += 1
+        block, place = divmod(position, phase.block_size)
+        keys = round_keys(order.seed, "block", 0, block)
+        name = names[permute(np.array([place]), phase.block_size, keys)[0]]
+        found.append((name, drawn[name]))
+        drawn[name] += 1
     return found
 
 
@@ -71,78 +83,105 @@ def test_the_permutation_looks_random():
 
 
 def test_the_order_is_that_of_its_definition():
-    mixture = order(block_size=20)
-    assert positions(mixture, 0, 400) == naive_positions(mixture, 400)
+    mixture = order(block_size=30)
+    assert steps(mixture, 0, 20) == naive_samples(mixture, 400)
 
 
-def test_any_piece_of_the_order_is_that_piece():
-    mixture = order(block_size=20)
-    whole = positions(mixture, 0, 500)
-    for start, stop in [(0, 1), (19, 21), (137, 139), (41, 333), (499, 500), (60, 60)]:
-        assert positions(mixture, start, stop) == whole[start:stop]
+def test_any_piece_of_a_step_is_that_piece():
+    mixture = order(block_size=30)
+    for step in (0, 3, 1000):
+        whole = places(mixture, step)
+        for start, stop in [(0, 1), (9, 11), (3, 19), (19, 20), (7, 7)]:
+            assert places(mixture, step, start, stop) == whole[start:stop]
 
 
 def test_every_block_has_exactly_each_sources_share():
-    mixture = order(weights=(0.6, 0.3, 0.1))
-    sources, _ = mixture.sample_positions(0, 7000)
-    for block in sources.reshape(7, 1000):
-        assert np.bincount(block).tolist() == [600, 300, 100]
+    mixture = order(weights={"a": 0.5, "b": 0.3, "c": 0.2}, sequences_per_step=1000)
+    for step in range(7):
+        assert Counter(name for name, _ in places(mixture, step)) == {"a": 500, "b": 300, "c": 200}
 
 
 def test_weights_that_do_not_divide_a_block_are_rounded_to_its_size():
-    mixture = order(weights=(1.0, 1.0, 1.0))
-    assert sorted(mixture.counts_per_block) == [333, 333, 334]
+    (phase,) = order(weights={"a": 1.0, "b": 1.0, "c": 1.0}).phases
+    assert sorted(phase.counts_per_block) == [333, 333, 334]
 
 
 def test_the_blocks_mix_differently():
-    sources, _ = order().sample_positions(0, 3000)
-    first, second, third = sources.reshape(3, 1000).tolist()
+    mixture = order(sequences_per_step=1000)
+    first, second, third = ([name for name, _ in places(mixture, step)] for step in range(3))
     assert first != second != third != first
 
 
-@pytest.mark.parametrize("source", [0, 1, 2])
-def test_each_epoch_of_each_source_is_a_permutation_and_another_one(source):
-    mixture = order()
-    sources, windows = mixture.sample_positions(0, 20_000)
-    drawn, size = windows[sources == source], mixture.num_windows[source]
-    epochs = drawn[: drawn.size // size * size].reshape(-1, size)
-    assert len(epochs) > 3
-    assert (np.sort(epochs, axis=1) == np.arange(size)).all()
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == len(epochs)
+def test_the_draws_of_each_source_are_counted_without_a_gap():
+    samples = steps(order(block_size=30), 0, 200)
+    for name in NUM_WINDOWS:
+        draws = [draw for source, draw in samples if source == name]
+        assert draws != []
+        assert sorted(draws) == list(range(len(draws)))
 
 
-def test_a_sources_own_order_does_not_depend_on_the_others():
-    sources, windows = order().sample_positions(0, 3000)
-    alone = GlobalOrder(seed=0, names=("b",), num_windows=(37,))
-    drawn = windows[sources == 1]
-    assert drawn.tolist() == alone.sample_positions(0, drawn.size)[1].tolist()
+def test_draws_before_a_step_are_those_of_the_steps_before():
+    mixture = order(block_size=30).with_phase(Phase(step=7, sequences_per_step=11, weights={"b": 1.0, "d": 2.0}))
+    for step in (0, 1, 7, 8, 50):
+        counts = Counter(name for name, _ in steps(mixture, 0, step))
+        assert {name: n for name, n in mixture.draws_before(step).items() if n} == counts
+
+
+@pytest.mark.parametrize(("name", "size"), NUM_WINDOWS.items())
+def test_each_epoch_of_a_source_is_a_permutation_and_another_one(name, size):
+    windows = epoch_windows(np.arange(5 * size), size, seed=0, name=name).reshape(5, size)
+    assert (np.sort(windows, axis=1) == np.arange(size)).all()
+    assert len({tuple(epoch) for epoch in windows.tolist()}) == 5
+
+
+def test_a_sources_own_order_depends_on_its_name_and_the_seed_alone():
+    draws = np.arange(37)
+    first = epoch_windows(draws, 37, seed=0, name="b").tolist()
+    assert epoch_windows(draws[::-1].copy(), 37, seed=0, name="b").tolist() == first[::-1]
+    assert epoch_windows(draws, 37, seed=1, name="b").tolist() != first
+    assert epoch_windows(draws, 37, seed=0, name="c").tolist() != first
 
 
 def test_another_seed_is_another_order():
-    assert positions(order(seed=0), 0, 100) != positions(order(seed=1), 0, 100)
+    assert steps(order(seed=0), 0, 5) != steps(order(seed=1), 0, 5)
 
 
-def test_far_positions_cost_no_more_than_near_ones():
+def test_far_steps_cost_no_more_than_near_ones():
     """10**12 samples in: a table of what came before would not fit."""
-    mixture = order(num_windows=(10**9, 37, 11))
-    start = 10**12 + 7
-    assert positions(mixture, start, start + 30)[10:20] == positions(mixture, start + 10, start + 20)
+    mixture = order(sequences_per_step=1000)
+    assert places(mixture, 10**9, 0, 30)[10:20] == places(mixture, 10**9, 10, 20)
+    assert sum(mixture.draws_before(10**9).values()) == 10**12
 
 
-def test_without_weights_sources_count_by_their_windows():
-    class Named:
-        def __init__(self, name, num_windows):
-            self.name, self.num_windows = name, num_windows
+def test_a_new_phase_goes_on_where_every_source_stands():
+    before = order(block_size=30)
+    after = before.with_phase(Phase(step=13, sequences_per_step=7, weights={"b": 2.0, "c": 1.0, "new": 1.0}))
+    assert steps(after, 0, 13) == steps(before, 0, 13)
+    samples = steps(after, 0, 60)
+    for name in (*NUM_WINDOWS, "new"):
+        draws = [draw for source, draw in samples if source == name]
+        assert sorted(draws) == list(range(len(draws)))
 
-    mixture = GlobalOrder.of([Named("a", 300), Named("b", 100)], seed=0)
-    assert mixture.counts_per_block == (750, 250)
+
+def test_a_phase_of_the_same_mixture_is_none():
+    mixture = order()
+    (phase,) = mixture.phases
+    assert mixture.with_phase(dataclasses.replace(phase, step=50)).phases == mixture.phases
+
+
+def test_phases_that_do_not_come_about_any_more_are_dropped():
+    mixture = order().with_phase(Phase(step=50, sequences_per_step=20, weights={"a": 1.0}))
+    back = mixture.with_phase(Phase(step=40, sequences_per_step=20, weights={"b": 1.0}))
+    assert [(phase.step, dict(phase.weights)) for phase in back.phases[1:]] == [(40, {"b": 1.0})]
+
+
+def test_phases_are_written_and_read_back():
+    mixture = order().with_phase(Phase(step=50, sequences_per_step=12, weights={"a": 1.0}, block_size=10))
+    again = GlobalOrder(mixture.seed, phases_of_json(json.loads(json.dumps(mixture.as_json()))))
+    assert again.phases == mixture.phases
+    assert steps(again, 45, 55) == steps(mixture, 45, 55)
 
 
 def test_a_weight_below_the_resolution_of_a_block_is_refused():
     with pytest.raises(UserError, match=r"weight 0.0001 of source 'b' is less than one place in 1000 samples; raise"):
-        order(num_windows=(5, 5), weights=(1.0, 0.0001))
-
-
-def test_sources_of_the_same_name_are_refused():
-    with pytest.raises(UserError, match=r"the sources' names \(a, a\) must differ; rename one"):
-        GlobalOrder(seed=0, names=("a", "a"), num_windows=(5, 5), weights=(1.0, 1.0))
+        order(weights={"a": 1.0, "b": 0.0001})

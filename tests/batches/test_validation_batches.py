@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from gpt2x.batches.validation import ValidationBatches
+from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.errors import UserError
 
 EOS = 7
@@ -22,7 +22,11 @@ def index(make_index):
 
 def validation(index, sequence_length=8, batch_size=3, rank=0, num_processes=1):
     return ValidationBatches(
-        index, sequence_length=sequence_length, batch_size=batch_size, rank=rank, num_processes=num_processes
+        HeldOut.of(index),
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        rank=rank,
+        num_processes=num_processes,
     )
 
 

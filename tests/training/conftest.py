@@ -39,7 +39,7 @@ from gpt2x.training.start import make_job
 from gpt2x.training.state import Progress
 
 WORDS = ["def", "return", "(", ")", ":", "\n", "    ", "self", "value", "=", "1", "for", "in", "été", "naïve", "if"]
-CLOCK = ("elapsed_s", "tokens_per_s")
+CLOCK = ("elapsed_s", "tokens_per_s", "data/waited_s")
 SECTIONS = ("run", "model", "data", "train", "optimizer", "evaluation")
 
 
@@ -63,6 +63,21 @@ def shards_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             corpus=CorpusSection(kind="files", paths=[f"{root}/texts/*.txt"], validation_fraction=0.2),
             tokenizer=TokenizerSection(path=str(root / "tokenizer"), vocab_size=280),
             tokens_per_shard=4000,
+        )
+    )
+    return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def other_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of the same size, made by another tokenizer."""
+    root = tmp_path_factory.mktemp("other")
+    write_corpus(root / "texts")
+    prepare(
+        PreparationRecipe(
+            output_dir=root / "shards",
+            corpus=CorpusSection(kind="files", paths=[f"{root}/texts/*.txt"], validation_fraction=0.2),
+            tokenizer=TokenizerSection(path=str(root / "tokenizer"), vocab_size=270),
         )
     )
     return root / "shards"

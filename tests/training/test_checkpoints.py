@@ -264,14 +264,15 @@ def test_another_optimizer_is_refused_even_where_resuming_is_forced(recipe, chan
 def test_other_token_shards_are_refused(recipe, pretrain):
     stopped = pretrain(recipe, stop_after=2)
     trainer = stopped.path / "checkpoints" / "step-000002" / "state" / "trainer.json"
-    content = trainer.read_text().replace(stopped.job.data_fingerprint, "0" * 64)
+    (source,) = stopped.job.batches.batches.sources.values()
+    content = trainer.read_text().replace(source.fingerprint, "0" * 64)
     trainer.write_text(content)
     manifest = trainer.parents[1] / "manifest.json"
     files = json.loads(manifest.read_text())
     files["files"]["state/trainer.json"]["sha256"] = hashlib.sha256(content.encode()).hexdigest()
     manifest.write_text(json.dumps(files))
     message = (
-        r"the token shards have changed since .*step-000002 was made \(fingerprint 000000000000, now \w{12}\); rest"
+        r"data of source 'train' has changed since the .* was made \(fingerprint 000000000000, now \w{12}\); restore"
     )
     with pytest.raises(UserError, match=message):
         pretrain(recipe)

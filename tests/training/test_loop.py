@@ -122,7 +122,7 @@ def test_a_step_moves_the_weights_by_the_clipped_gradient(recipe, changed, start
     recipe = changed(recipe, optimizer={"warmup_steps": 0}, train={"max_grad_norm": 0.01})
     job, progress = start(recipe)
     before = torch.cat([parameter.detach().flatten().clone() for parameter in job.model.parameters()])
-    norm = optimizer_step(job, progress)["grad_norm"]
+    norm = optimizer_step(job, progress, job.batches.step(0).micro_batches)["grad_norm"]
     after = torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()])
     # With this epsilon AdamW divides every gradient by the same 1000, so the step is as long as the gradient.
     assert norm > 0.1
@@ -177,7 +177,7 @@ def test_the_same_recipe_trains_a_model_of_transformers_to_the_same_losses(recip
     optimizer = torch.optim.AdamW(stock.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     recorded = [record for record in run.records() if "train/loss" in record]
     for step, record in enumerate(recorded[:10]):
-        (batch,) = run.job.batches.step(step)
+        (batch,) = run.job.batches.step(step).micro_batches
         loss = stock(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(stock.parameters(), 1.0)

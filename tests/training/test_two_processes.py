@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from gpt2x.batches.validation import ValidationBatches
+from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.config import to_yaml
 from gpt2x.evaluation import validate
 from gpt2x.shards.index import load_index
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from gpt2x.batches.validation import ValidationBatches
+from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.evaluation import validate
 from gpt2x.shards.index import load_index
 from gpt2x.training.loop import accumulate_gradients, agree, clip_gradients
@@ -46,10 +46,14 @@ loss = accumulate_gradients(accelerator, model, [{"input_ids": i, "labels": t} f
 gradients = {name: p.grad.clone() for name, p in accelerator.unwrap_model(model).named_parameters()}
 norm = clip_gradients(accelerator, model, 1e9)
 batches = ValidationBatches(
-    load_index(shards_dir), sequence_length=16, batch_size=3, rank=rank, num_processes=accelerator.num_processes
+    HeldOut.of(load_index(shards_dir)),
+    sequence_length=16,
+    batch_size=3,
+    rank=rank,
+    num_processes=accelerator.num_processes,
 )
 validation = validate(model, batches, num_bytes=batches.num_bytes, accelerator=accelerator)
-stop = agree(accelerator, 10.0 + rank, rank == 1)
+stop = agree(accelerator, 10.0 + rank, rank == 1, 2**40 + rank)
 found = [loss.item(), norm, validation.metrics(), validation.num_tokens, stop, accelerator.num_processes]
 (directory / f"rank{rank}.json").write_text(json.dumps(found))
 if rank == 0:
@@ -110,7 +114,7 @@ def test_ragged_samples_over_two_ranks_give_the_gradient_of_their_mean(two_ranks
 
 def test_validation_over_two_ranks_is_that_of_one(two_ranks, shards_dir):
     directory, (_, _, metrics, num_tokens, *_), _ = two_ranks
-    batches = ValidationBatches(load_index(shards_dir), sequence_length=16, batch_size=7)
+    batches = ValidationBatches(HeldOut.of(load_index(shards_dir)), sequence_length=16, batch_size=7)
     model = GPT2XForCausalLM.from_pretrained(directory / "model")
     expected = validate(model, batches, num_bytes=batches.num_bytes, accelerator=Accelerator(cpu=True))
     assert metrics == pytest.approx(expected.metrics(), rel=1e-6)
@@ -118,12 +122,12 @@ def test_validation_over_two_ranks_is_that_of_one(two_ranks, shards_dir):
 
 
 def test_the_clock_is_rank_zeros_and_anyone_may_ask_to_stop(two_ranks):
-    assert two_ranks[1][4] == two_ranks[2][4] == [10.0, True]
+    assert two_ranks[1][4] == two_ranks[2][4] == [10.0, True, 2**41 + 1]
 
 
 def read(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    keys = ("train/loss", "grad_norm", "learning_rate", "val/loss")
+    keys = ("train/loss", "grad_norm", "learning_rate", "val/loss", "data/checksum")
     return {key: [line[key] for line in lines if key in line] for key in keys}
 
 
@@ -140,6 +144,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_from_them(recipe, chang
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     assert two["val/loss"] == pytest.approx(one["val/loss"], rel=1e-5)
     assert two["learning_rate"] == one["learning_rate"]
+    assert two["data/checksum"] == one["data/checksum"]
     shutil.rmtree(recipe.run.dir / "tiny" / "checkpoints" / "step-000020")
     resumed = pretrain(recipe)
     assert len(read(resumed.path)["train/loss"]) == 20

@@ -1,0 +1,89 @@
+"""Reading ahead: the next steps' batches are read while the present one is trained on."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from gpt2x.batches.loader import StepBatch, TrainingBatches
+
+
+class ReadAhead:
+    """Reads the steps to come in threads: numpy copies from the memory maps without holding Python's lock.
+
+    Since a step's batch is a pure function of its number, neither the number of threads nor how far they read ahead
+    can change anything but speed.
+
+    Attributes:
+        batches: what is read.
+        waited_s: how long the last step() has waited.
+    """
+
+    def __init__(
+        self, batches: TrainingBatches, *, num_workers: int = 1, prefetch_steps: int = 2, pin_memory: bool = False
+    ) -> None:
+        """Starts no thread yet.
+
+        Args:
+            batches: what to read.
+            num_workers: threads; 0 reads in step() itself.
+            prefetch_steps: how many steps are read ahead.
+            pin_memory: whether batches are put into page-locked memory, from which a GPU copies by itself.
+        """
+        self.batches, self.pin_memory, self.waited_s = batches, pin_memory, 0.0
+        self.prefetch_steps = prefetch_steps if num_workers else 0
+        self._threads = ThreadPoolExecutor(max(num_workers, 1), thread_name_prefix="read-ahead")
+        self._pending: dict[int, Future[StepBatch]] = {}
+
+    def step(self, step: int, *, last: int | None = None) -> StepBatch:
+        """This process's batch for a step.
+
+        Args:
+            step: any; in order it is there already.
+            last: the first step that will not be asked for, beyond which nothing is read.
+
+        Raises:
+            UserError: what reading it raised.
+        """
+        started = time.perf_counter()
+        batch = self._ahead(step, last) if self.prefetch_steps else self._read(step)
+        self.waited_s = time.perf_counter() - started
+        return batch
+
+    @property
+    def can_fail(self) -> bool:
+        """Whether a source may end in the middle of a run, as a stream may."""
+        return any(source.num_windows is None for source in self.batches.sources.values())
+
+    def release(self, step: int) -> None:
+        """Says that every process has trained on everything before this step."""
+        self.batches.release(step)
+
+    def accounts(self, step: int) -> dict[str, float]:
+        """How much of each source was trained on before a step, and how long the last step waited."""
+        return self.batches.accounts(step) | {"data/waited_s": self.waited_s}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint must hold of the data to go on at a step."""
+        return self.batches.state(step)
+
+    def _ahead(self, step: int, last: int | None) -> StepBatch:
+        wanted = range(step, min(step + self.prefetch_steps + 1, last or step + self.prefetch_steps + 1))
+        for number in [number for number in self._pending if number not in wanted]:
+            self._pending.pop(number).cancel()
+        for number in wanted:
+            if number not in self._pending:
+                self._pending[number] = self._threads.submit(self._read, number)
+        return self._pending.pop(step).result()
+
+    def _read(self, step: int) -> StepBatch:
+        batch = self.batches.step(step)
+        if not self.pin_memory:
+            return batch
+        pinned = [{name: tensor.pin_memory() for name, tensor in part.items()} for part in batch.micro_batches]
+        return batch._replace(micro_batches=pinned)
+
+    def close(self) -> None:
+        """Ends the threads, and what works for the sources."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.batches.close()
+        self._threads.shutdown(wait=True)

@@ -1,0 +1,125 @@
+"""The data of a run: opened at its start, or where its checkpoint stands."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from gpt2x.batches.loader import TrainingBatches, check_unchanged
+from gpt2x.batches.mixture import Mixture, open_mixture
+from gpt2x.batches.order import GlobalOrder, Phase, phases_of_json
+from gpt2x.batches.read_ahead import ReadAhead
+from gpt2x.batches.validation import ValidationBatches
+from gpt2x.config import Recipe
+from gpt2x.errors import UserError
+from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint
+from gpt2x.training.checks import check_batch, prepare_missing_shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        batches: this rank's share of any step.
+        validation_batches: this rank's share of the held-out documents.
+        tokenizer: the one that made the ids.
+        vocab_size: every id is below it.
+    """
+
+    batches: ReadAhead
+    validation_batches: ValidationBatches
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+
+
+def open_run_data(recipe: Recipe, accelerator: Accelerator, *, saved: Mapping[str, Any] | None, step: int) -> RunData:
+    """Opens the sources, the held-out documents and the tokenizer; token shards that are missing are prepared first.
+
+    Args:
+        recipe: what to open.
+        accelerator: of the run.
+        saved: what the checkpoint holds of the data; None at the start.
+        step: the next step.
+
+    Raises:
+        UserError: where data or tokenizer are missing, changed, do not belong together, or are not enough.
+    """
+    check_batch(recipe, num_processes=accelerator.num_processes)
+    if accelerator.is_main_process:
+        prepare_missing_shards(recipe)
+    accelerator.wait_for_everyone()
+    states = {name: source["state"] for name, source in saved["sources"].items()} if saved else {}
+    mixture = open_mixture(
+        recipe.data, seed=recipe.run.seed, states=states, fills_streams=accelerator.is_local_main_process
+    )
+    order = _order(recipe, mixture, accelerator, saved=saved, step=step)
+    tokenizer = _tokenizer(mixture)
+    batches = TrainingBatches(
+        order,
+        mixture.sources,
+        micro_batch_size=recipe.train.micro_batch_size,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        mask_documents_at=tokenizer.eos_token_id if recipe.data.packing == "documents" else None,
+    )
+    read_ahead = ReadAhead(
+        batches,
+        num_workers=recipe.data.num_workers,
+        prefetch_steps=recipe.data.prefetch_steps,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    validation_batches = ValidationBatches(
+        mixture.held_out,
+        sequence_length=recipe.data.sequence_length,
+        batch_size=recipe.evaluation.batch_size,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        masks_documents=recipe.data.packing == "documents",
+    )
+    return RunData(
+        batches=read_ahead,
+        validation_batches=validation_batches,
+        tokenizer=tokenizer,
+        vocab_size=mixture.vocab_size,
+    )
+
+
+def _order(
+    recipe: Recipe, mixture: Mixture, accelerator: Accelerator, *, saved: Mapping[str, Any] | None, step: int
+) -> GlobalOrder:
+    """The order of the whole run; where the recipe's mixture or batch size is another now, with a new phase."""
+    length = recipe.data.sequence_length
+    phase = Phase(
+        sequences_per_step=recipe.train.tokens_per_step // length,
+        weights=mixture.weights,
+        block_size=recipe.data.block_size,
+    )
+    if saved is None:
+        return GlobalOrder(recipe.run.seed, [phase])
+    check_unchanged(saved, mixture.sources, seed=recipe.run.seed, sequence_length=length)
+    before = GlobalOrder(recipe.run.seed, phases_of_json(saved["phases"]))
+    order = before.with_phase(replace(phase, step=step))
+    if len(order.phases) > len(before.phases):
+        accelerator.print(
+            f"data: from step {step} on a new mixture, {_shares(order.phases[-1])} in batches of "
+            f"{phase.sequences_per_step} sequences; every source goes on where it stands."
+        )
+    return order
+
+
+def _shares(phase: Phase) -> str:
+    counts = zip(phase.weights, phase.counts_per_block, strict=True)
+    return ", ".join(f"{name} {count / phase.block_size:.1%}" for name, count in counts)
+
+
+def _tokenizer(mixture: Mixture) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(mixture.tokenizer_dir)
+    if mixture.tokenizer_fingerprint not in (None, tokenizer_fingerprint(tokenizer)):
+        raise UserError(
+            f"the tokenizer at {mixture.tokenizer_dir} is not the one that made the token shards; prepare the shards "
+            f"again or restore the tokenizer."
+        )
+    return tokenizer

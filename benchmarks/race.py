@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
-from gpt2x.batches.validation import ValidationBatches
+from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe
 from gpt2x.evaluation import validate
@@ -104,7 +104,7 @@ def train_peer(index: Index, *, seconds: float, layers: int, width: int, rate: f
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
-    batches = ValidationBatches(index, sequence_length=BLOCK, batch_size=BATCH)
+    batches = ValidationBatches(HeldOut.of(index), sequence_length=BLOCK, batch_size=BATCH)
     validation = validate(model, batches, num_bytes=batches.num_bytes, accelerator=Accelerator(cpu=True))
     assert validation is not None
     return {"bits_per_byte": validation.bits_per_byte, "tokens": steps * BATCH * BLOCK, "seconds": elapsed}

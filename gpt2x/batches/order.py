@@ -21,6 +21,7 @@ import numpy as np
 from gpt2x.errors import UserError
 
 NUM_ROUNDS = 8
+PIECE = 2048
 
 
 def round_keys(*key: int | str) -> np.ndarray:
@@ -57,12 +58,12 @@ def _feistel(values: np.ndarray, num_bits: int, keys: np.ndarray) -> np.ndarray:
     low_mask, high_mask = np.uint64(2**low_bits - 1), np.uint64(2 ** (num_bits - low_bits) - 1)
     high, low = values >> np.uint64(low_bits), values & low_mask
     for high_key, low_key in keys.reshape(-1, 2):
-        high = high ^ (_mixed(low ^ high_key) & high_mask)
-        low = low ^ (_mixed(high ^ low_key) & low_mask)
+        high = high ^ (mixed(low ^ high_key) & high_mask)
+        low = low ^ (mixed(high ^ low_key) & low_mask)
     return (high << np.uint64(low_bits)) | low
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def mixed(values: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele et al., OOPSLA 2014): every input bit reaches every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -82,11 +83,19 @@ def epoch_windows(draws: np.ndarray, num_windows: int, *, seed: int, name: str) 
         (n,) int64 in 0..num_windows-1.
     """
     epochs, places = np.divmod(draws, num_windows)
+    pieces = places // PIECE
     windows = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        windows[here] = permute(places[here], num_windows, round_keys(seed, "source", name, int(epoch)))
+    for epoch, piece in set(zip(epochs.tolist(), pieces.tolist())):
+        here = (epochs == epoch) & (pieces == piece)
+        windows[here] = _epoch_piece(seed, name, num_windows, epoch, piece)[places[here] - piece * PIECE]
     return windows
+
+
+@lru_cache(maxsize=64)
+def _epoch_piece(seed: int, name: str, num_windows: int, epoch: int, piece: int) -> np.ndarray:
+    """A stretch of an epoch's permutation: numpy's price per call is that of some thousand elements."""
+    places = np.arange(piece * PIECE, min((piece + 1) * PIECE, num_windows))
+    return permute(places, num_windows, round_keys(seed, "source", name, epoch))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +201,9 @@ class GlobalOrder:
 
     def _draws_before_position(self, number: int, position: int) -> dict[str, int]:
         phase, total = self.phases[number], self._draws_before_phase(number)
+        if len(phase.weights) == 1:
+            (name,) = phase.weights
+            return {**total, name: total.get(name, 0) + position}
         block, rest = divmod(position, phase.block_size)
         in_block = np.bincount(self._block(number, block)[0][:rest], minlength=len(phase.weights))
         counts = block * np.array(phase.counts_per_block) + in_block
@@ -200,6 +212,8 @@ class GlobalOrder:
     def _draws(self, number: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Per position of a phase its source, and how many positions of the phase before it have the same one."""
         phase = self.phases[number]
+        if len(phase.weights) == 1:
+            return np.zeros_like(positions), positions
         counts = np.array(phase.counts_per_block)
         blocks, places = np.divmod(positions, phase.block_size)
         sources, draws = np.empty_like(positions), np.empty_like(positions)

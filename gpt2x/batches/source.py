@@ -127,9 +127,13 @@ class ShardSource(Source):
 
     def windows(self, indices: np.ndarray) -> np.ndarray:
         """The windows of these numbers, in the order of the shards, (len(indices), T) int64."""
-        windows = np.empty((len(indices), self.sequence_length), np.int64)
         shard_numbers = np.searchsorted(self.first_windows, indices, side="right") - 1
-        for number in np.unique(shard_numbers):
+        numbers = set(shard_numbers.tolist())
+        if len(numbers) == 1:
+            (number,) = numbers
+            return self._windows_of(number, indices - self.first_windows[number]).astype(np.int64)
+        windows = np.empty((len(indices), self.sequence_length), np.int64)
+        for number in numbers:
             here = shard_numbers == number
             windows[here] = self._windows_of(number, indices[here] - self.first_windows[number])
         return windows
@@ -146,7 +150,8 @@ class ShardSource(Source):
 
 def _document_starts(shard: Shard, length: int) -> np.ndarray:
     """Where the windows of a shard begin that begin where documents begin, int64: eight bytes per window."""
-    documents, starts, end = shard.documents, [], 0
+    documents, end = shard.documents, 0
+    starts: list[int] = []
     while True:
         position = int(np.searchsorted(documents[:-1], end))
         if position >= documents.size - 1 or documents[position] + length > shard.tokens.size:

@@ -1,17 +1,23 @@
 """Every test is offline, on few threads, and warned when it reaches for the network all the same."""
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 from typing import Any
 
 import pytest
 
 # Read by the libraries when they are imported, hence before any of them is; subprocesses of tests inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpt2x-tests-")
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The models of tests are so small that more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 LOOPBACK = ("localhost", "127.", "::1")
 

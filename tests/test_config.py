@@ -83,6 +83,14 @@ BROKEN_RULES = [
         "another project; or else a stream.",
     ),
     (DataSection, {"path": "x", "block_size": 0}, "data.block_size (0) must be positive."),
+    *(
+        (
+            DataSection,
+            {"path": "x", "skip": skip},
+            f"data.skip ({skip!r}) must list batches that do not overlap, as 120-135 or 7, 120-135.",
+        )
+        for skip in ("a", "9-7", "3-5, 5-6", "1-")
+    ),
     (
         DataSection,
         {"path": "x", "num_workers": -1},

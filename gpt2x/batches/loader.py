@@ -137,6 +137,7 @@ class TrainingBatches:
             "seed": self.order.seed,
             "sequence_length": self.sequence_length,
             "phases": self.order.as_json(),
+            "skipped": [list(pair) for pair in self.order.skipped],
             "sources": sources,
         }
 

@@ -103,8 +103,8 @@ class Phase:
     """A stretch of the run with one mixture and one batch size. All windows have the same number of tokens, so
     weights are shares of tokens."""
 
-    step: int = 0
-    """The phase's first optimizer step."""
+    first_batch: int = 0
+    """The phase's first batch; the number of its step, unless batches were skipped before."""
     sequences_per_step: int
     """The batch size."""
     weights: Mapping[str, float]
@@ -132,7 +132,7 @@ class Phase:
 
     def has_mixture_of(self, other: "Phase") -> bool:
         """Whether both phases draw alike."""
-        return replace(self, step=other.step) == other
+        return replace(self, first_batch=other.first_batch) == other
 
 
 class GlobalOrder:
@@ -140,17 +140,25 @@ class GlobalOrder:
 
     Attributes:
         seed: another seed is another order.
-        phases: what was drawn when, by their first steps.
+        phases: what was drawn when, by their first batches.
+        skipped: batches that no step reads, as (first, last), in order.
     """
 
-    def __init__(self, seed: int, phases: Sequence[Phase]) -> None:
-        assert phases[0].step == 0
-        assert list(phases) == sorted(phases, key=lambda phase: phase.step)
-        self.seed, self.phases = seed, tuple(phases)
+    def __init__(self, seed: int, phases: Sequence[Phase], skipped: Sequence[tuple[int, int]] = ()) -> None:
+        assert phases[0].first_batch == 0
+        assert list(phases) == sorted(phases, key=lambda phase: phase.first_batch)
+        self.seed, self.phases, self.skipped = seed, tuple(phases), tuple(sorted(skipped))
+
+    def batch_of(self, step: int) -> int:
+        """The number of the batch that a step reads: its own, unless batches were skipped."""
+        batch = step
+        for first, last in self.skipped:
+            batch += last - first + 1 if batch >= first else 0
+        return batch
 
     def phase_at(self, step: int) -> Phase:
         """The phase that a step belongs to."""
-        return self.phases[self._number_of_phase(step)]
+        return self.phases[self._number_of_phase(self.batch_of(step))]
 
     def samples(self, step: int, start: int, stop: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """What stands at the places start to stop of a step's batch.
@@ -159,9 +167,10 @@ class GlobalOrder:
             For each source that has some of them, by its name: which of the places, (n,) int64 counted from start,
             and which draws of the source stand there, (n,) int64.
         """
-        number = self._number_of_phase(step)
+        batch = self.batch_of(step)
+        number = self._number_of_phase(batch)
         phase, before = self.phases[number], self._draws_before_phase(number)
-        first = (step - phase.step) * phase.sequences_per_step
+        first = (batch - phase.first_batch) * phase.sequences_per_step
         sources, draws = self._draws(number, np.arange(first + start, first + stop))
         found = {}
         for source, name in enumerate(phase.weights):
@@ -171,33 +180,50 @@ class GlobalOrder:
         return found
 
     def draws_before(self, step: int) -> dict[str, int]:
-        """How many windows of each source are drawn before a step, for all sources of all phases up to there."""
-        number = self._number_of_phase(step)
-        return self._draws_before_position(
-            number, (step - self.phases[number].step) * self.phases[number].sequences_per_step
-        )
+        """How many windows of each source come before a step, for all sources of all phases up to there."""
+        batch = self.batch_of(step)
+        number = self._number_of_phase(batch)
+        phase = self.phases[number]
+        return self._draws_before_position(number, (batch - phase.first_batch) * phase.sequences_per_step)
 
     def with_phase(self, phase: Phase) -> "GlobalOrder":
-        """The order that goes on with another mixture or batch size from the phase's step on; the same order where
-        that changes nothing. Phases from that step on, which no longer come about, are dropped."""
-        kept = [earlier for earlier in self.phases if earlier.step < phase.step]
+        """The order that goes on with another mixture or batch size from a batch on; the same order where that
+        changes nothing. Phases from that batch on, which no longer come about, are dropped."""
+        kept = [earlier for earlier in self.phases if earlier.first_batch < phase.first_batch]
         if not kept:
-            return GlobalOrder(self.seed, [replace(phase, step=0)])
-        return GlobalOrder(self.seed, kept if phase.has_mixture_of(kept[-1]) else [*kept, phase])
+            return GlobalOrder(self.seed, [replace(phase, first_batch=0)], self.skipped)
+        phases = kept if phase.has_mixture_of(kept[-1]) else [*kept, phase]
+        return GlobalOrder(self.seed, phases, self.skipped)
+
+    def with_skipped(self, skipped: Sequence[tuple[int, int]], *, step: int) -> "GlobalOrder":
+        """The order in which the steps from this one on pass over other batches.
+
+        Raises:
+            UserError: where batches before that step are skipped that were not, or not that were.
+        """
+        done = self.batch_of(step)
+        before, now = ([pair for pair in pairs if pair[0] < done] for pairs in (self.skipped, sorted(skipped)))
+        if before != now:
+            past, asked = (", ".join(f"{first}-{last}" for first, last in pairs) or "none" for pairs in (before, now))
+            raise UserError(
+                f"data.skip ({asked}) must agree with what was skipped before batch {done} ({past}), which is past; "
+                f"go on from an earlier checkpoint."
+            )
+        return GlobalOrder(self.seed, self.phases, skipped)
 
     def as_json(self) -> list[dict[str, Any]]:
         """The phases as plain data; phases_of_json reads them back."""
         return [{**asdict(phase), "weights": dict(phase.weights)} for phase in self.phases]
 
-    def _number_of_phase(self, step: int) -> int:
-        return max(number for number, phase in enumerate(self.phases) if phase.step <= step)
+    def _number_of_phase(self, batch: int) -> int:
+        return max(number for number, phase in enumerate(self.phases) if phase.first_batch <= batch)
 
     def _draws_before_phase(self, number: int) -> dict[str, int]:
         if number == 0:
             return {}
         previous = self.phases[number - 1]
-        num_steps = self.phases[number].step - previous.step
-        return self._draws_before_position(number - 1, num_steps * previous.sequences_per_step)
+        num_batches = self.phases[number].first_batch - previous.first_batch
+        return self._draws_before_position(number - 1, num_batches * previous.sequences_per_step)
 
     def _draws_before_position(self, number: int, position: int) -> dict[str, int]:
         phase, total = self.phases[number], self._draws_before_phase(number)

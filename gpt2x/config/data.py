@@ -1,5 +1,7 @@
 """Where tokens come from: corpora, preparation, the sources of a run."""
 
+import itertools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -203,6 +205,8 @@ class DataSection:
     """Whether tokens see what stands before them in the sequence (GPT-2), or only their own document."""
     align_documents: bool = False
     """Whether sequences begin where documents begin; what a cut document has left is not read."""
+    skip: str | None = None
+    """Batches that are passed over, by number: 120-135, or 7, 120-135. Without any a batch has its step's number."""
     num_workers: int = 1
     """Threads that read ahead; 0 reads when the step begins. Changes nothing but speed."""
     prefetch_steps: int = 2
@@ -213,6 +217,7 @@ class DataSection:
         check_positive("data.", prefetch_steps=self.prefetch_steps)
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers ({self.num_workers}) must not be negative; 0 turns reading ahead off.")
+        self.skipped_batches  # raises for what is no list of numbers  # noqa: B018
         single = {name: getattr(self, name) for name in ("path", "validation_path", "preparation", "stream")}
         given = [name for name, value in single.items() if value is not None]
         if self.sources and given:
@@ -225,6 +230,19 @@ class DataSection:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"data.sources: two are called {twice[0]!r}; give each its own name.")
+
+    @property
+    def skipped_batches(self) -> list[tuple[int, int]]:
+        """The first and the last of each stretch of batches that are passed over, in order."""
+        parts = [part.strip() for part in (self.skip or "").split(",") if part.strip()]
+        found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in parts]
+        pairs = sorted((int(match[1]), int(match[2] or match[1])) for match in found if match)
+        is_in_order = all(first <= last for first, last in pairs)
+        if len(pairs) < len(parts) or not is_in_order or any(b[0] <= a[1] for a, b in itertools.pairwise(pairs)):
+            raise ValueError(
+                f"data.skip ({self.skip!r}) must list batches that do not overlap, as 120-135 or 7, 120-135."
+            )
+        return pairs
 
     @property
     def mixture(self) -> tuple[SourceSection, ...]:

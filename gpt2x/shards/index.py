@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt2x.errors import UserError
 from gpt2x.shards.files import REMEDY, Shard, open_shard, write_durably
-from gpt2x.shards.scan import scan
+from gpt2x.shards.scan import Scan, scan_all
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -96,7 +96,9 @@ class Index:
             raise UserError(
                 f"{self.directory} holds no {split} tokens; prepare it again with corpus.validation_fraction above 0."
             )
-        return [self._open(split, entry) for entry in self.splits[split]]
+        shards = [self._open(split, entry) for entry in self.splits[split]]
+        scans = scan_all([(shard.file, shard.tokens) for shard in shards])
+        return [self._checked(*opened) for opened in zip(shards, self.splits[split], scans, strict=True)]
 
     def _open(self, split: str, entry: ShardEntry) -> Shard:
         file = self.directory / split / entry.file
@@ -110,11 +112,10 @@ class Index:
                 f"tokenizer {self.tokenizer_fingerprint[:8]}, the file has {found[0]}, {found[1]} and "
                 f"{str(found[2])[:8]}; {REMEDY}."
             )
-        return self._checked(shard, entry)
+        return shard
 
-    def _checked(self, shard: Shard, entry: ShardEntry) -> Shard:
-        """Compares the content with the entry and the vocabulary: one pass over a file that is new here."""
-        found = scan(shard.file, shard.tokens)
+    def _checked(self, shard: Shard, entry: ShardEntry, found: Scan) -> Shard:
+        """Compares the content with the entry and the vocabulary."""
         if found.sha256 != entry.sha256:
             raise UserError(
                 f"{shard.file}: its content has changed ({INDEX_FILE} lists sha256 {entry.sha256[:12]}, the file has "

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,15 +45,18 @@ def identity(file: Path) -> dict[str, str | int]:
     return {"path": str(file.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def scan(file: Path, tokens: np.ndarray) -> Scan:
-    """The sha256 and the range of ids of a file, by one pass over its bytes unless it is known from before.
+def scan_all(mapped: Sequence[tuple[Path, np.ndarray]]) -> Iterator[Scan]:
+    """The sha256 and the range of ids of files, by one pass over the bytes of those that are not known from before.
 
     Args:
-        file: read in chunks.
-        tokens: (num_tokens,), memory-mapped from that file.
+        mapped: files, each with the tokens, (num_tokens,), that are memory-mapped from it.
     """
-    of = {**identity(file), "dtype": str(tokens.dtype), "num_tokens": tokens.size}
-    return Scan(**remembered("scan", of, lambda: asdict(_scan(file, tokens))))
+    unknown = [file for file, tokens in mapped if _kept("scan", _read_as(file, tokens)) is None]
+    size = sum(file.stat().st_size for file in unknown)
+    if size >= LARGE_BYTES:
+        print(f"{unknown[0].parent}: checking what is new there, once ({size / 1e9:.1f} GB)", file=sys.stderr)
+    for file, tokens in mapped:
+        yield _remembered_scan(file, tokens)
 
 
 def remembered(question: str, of: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -64,27 +67,41 @@ def remembered(question: str, of: Mapping[str, Any], compute: Callable[[], dict[
         of: everything that the answer depends on, as JSON gives it back.
         compute: gives the answer, also as JSON gives it back.
     """
-    key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:32]
-    file = cache_dir() / f"{question}-{key}.json"
-    answer = _kept(file, of)
+    answer, file = _kept(question, of), _place(question, of)
     if answer is not None:
         return answer
+    lock_file = file.with_suffix(".lock")
     with ExitStack() as stack:
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(WeakFileLock(file.with_suffix(".lock")))
-        answer = _kept(file, of)  # of the process that was faster
+            stack.enter_context(WeakFileLock(lock_file))
+        answer = _kept(question, of)  # of the process that was faster
         if answer is None:
             answer = compute()
             with suppress(OSError):
                 _keep(file, {"of": of, "answer": answer})
+        with suppress(OSError):
+            lock_file.unlink()  # whoever comes later finds the answer
     return answer
 
 
-def _kept(file: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The answer in a file, or None where there is none, or not of that."""
+def _remembered_scan(file: Path, tokens: np.ndarray) -> Scan:
+    return Scan(**remembered("scan", _read_as(file, tokens), lambda: asdict(_scan(file, tokens))))
+
+
+def _read_as(file: Path, tokens: np.ndarray) -> dict[str, str | int]:
+    return {**identity(file), "dtype": str(tokens.dtype), "num_tokens": tokens.size}
+
+
+def _place(question: str, of: Mapping[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_dir() / f"{question}-{key}.json"
+
+
+def _kept(question: str, of: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The answer, or None where there is none, or not of that."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(_place(question, of).read_bytes())
         return content["answer"] if content["of"] == of else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -98,8 +115,6 @@ def _keep(file: Path, content: dict[str, Any]) -> None:
 
 def _scan(file: Path, tokens: np.ndarray) -> Scan:
     size, digest, buffer = file.stat().st_size, hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    if size >= LARGE_BYTES:
-        print(f"{file}: reading its {size / 1e9:.1f} GB once, to check them", file=sys.stderr)
     smallest, largest, start = int(tokens[0]), int(tokens[0]), 0
     # The ids of about the same chunk, while it is in the page cache: the disk is read once.
     step = -(-tokens.size * CHUNK_BYTES // size)

@@ -97,11 +97,12 @@ def _order(
         weights=mixture.weights,
         block_size=recipe.data.block_size,
     )
+    skipped = recipe.data.skipped_batches
     if saved is None:
-        return GlobalOrder(recipe.run.seed, [phase])
+        return GlobalOrder(recipe.run.seed, [phase], skipped)
     check_unchanged(saved, mixture.sources, seed=recipe.run.seed, sequence_length=length)
-    before = GlobalOrder(recipe.run.seed, phases_of_json(saved["phases"]))
-    order = before.with_phase(replace(phase, step=step))
+    before = GlobalOrder(recipe.run.seed, phases_of_json(saved["phases"]), [tuple(pair) for pair in saved["skipped"]])
+    order = before.with_skipped(skipped, step=step).with_phase(replace(phase, first_batch=before.batch_of(step)))
     if len(order.phases) > len(before.phases):
         accelerator.print(
             f"data: from step {step} on a new mixture, {_shares(order.phases[-1])} in batches of "

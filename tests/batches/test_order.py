@@ -121,7 +121,9 @@ def test_the_draws_of_each_source_are_counted_without_a_gap():
 
 
 def test_draws_before_a_step_are_those_of_the_steps_before():
-    mixture = order(block_size=30).with_phase(Phase(step=7, sequences_per_step=11, weights={"b": 1.0, "d": 2.0}))
+    mixture = order(block_size=30).with_phase(
+        Phase(first_batch=7, sequences_per_step=11, weights={"b": 1.0, "d": 2.0})
+    )
     for step in (0, 1, 7, 8, 50):
         counts = Counter(name for name, _ in steps(mixture, 0, step))
         assert {name: n for name, n in mixture.draws_before(step).items() if n} == counts
@@ -155,7 +157,7 @@ def test_far_steps_cost_no_more_than_near_ones():
 
 def test_a_new_phase_goes_on_where_every_source_stands():
     before = order(block_size=30)
-    after = before.with_phase(Phase(step=13, sequences_per_step=7, weights={"b": 2.0, "c": 1.0, "new": 1.0}))
+    after = before.with_phase(Phase(first_batch=13, sequences_per_step=7, weights={"b": 2.0, "c": 1.0, "new": 1.0}))
     assert steps(after, 0, 13) == steps(before, 0, 13)
     samples = steps(after, 0, 60)
     for name in (*NUM_WINDOWS, "new"):
@@ -166,20 +168,37 @@ def test_a_new_phase_goes_on_where_every_source_stands():
 def test_a_phase_of_the_same_mixture_is_none():
     mixture = order()
     (phase,) = mixture.phases
-    assert mixture.with_phase(dataclasses.replace(phase, step=50)).phases == mixture.phases
+    assert mixture.with_phase(dataclasses.replace(phase, first_batch=50)).phases == mixture.phases
 
 
 def test_phases_that_do_not_come_about_any_more_are_dropped():
-    mixture = order().with_phase(Phase(step=50, sequences_per_step=20, weights={"a": 1.0}))
-    back = mixture.with_phase(Phase(step=40, sequences_per_step=20, weights={"b": 1.0}))
-    assert [(phase.step, dict(phase.weights)) for phase in back.phases[1:]] == [(40, {"b": 1.0})]
+    mixture = order().with_phase(Phase(first_batch=50, sequences_per_step=20, weights={"a": 1.0}))
+    back = mixture.with_phase(Phase(first_batch=40, sequences_per_step=20, weights={"b": 1.0}))
+    assert [(phase.first_batch, dict(phase.weights)) for phase in back.phases[1:]] == [(40, {"b": 1.0})]
 
 
 def test_phases_are_written_and_read_back():
-    mixture = order().with_phase(Phase(step=50, sequences_per_step=12, weights={"a": 1.0}, block_size=10))
+    mixture = order().with_phase(Phase(first_batch=50, sequences_per_step=12, weights={"a": 1.0}, block_size=10))
     again = GlobalOrder(mixture.seed, phases_of_json(json.loads(json.dumps(mixture.as_json()))))
     assert again.phases == mixture.phases
     assert steps(again, 45, 55) == steps(mixture, 45, 55)
+
+
+def test_skipped_batches_are_passed_over_and_nothing_else():
+    whole = order(block_size=30)
+    (phase,) = whole.phases
+    skipping = GlobalOrder(0, [phase], [(3, 5), (8, 8)])
+    assert [skipping.batch_of(step) for step in range(8)] == [0, 1, 2, 6, 7, 9, 10, 11]
+    for step in range(8):
+        assert places(skipping, step) == places(whole, skipping.batch_of(step))
+
+
+def test_batches_to_come_may_be_skipped_and_those_that_are_past_may_not():
+    before = GlobalOrder(0, order().phases, [(3, 5)])
+    assert before.with_skipped([(3, 5), (20, 20)], step=10).skipped == ((3, 5), (20, 20))
+    for skipped in ([(3, 5), (7, 7)], []):
+        with pytest.raises(UserError, match=r"data.skip \(.*\) must agree with .* before batch 13 \(3-5\), which is"):
+            before.with_skipped(skipped, step=10)
 
 
 def test_a_weight_below_the_resolution_of_a_block_is_refused():

@@ -1,13 +1,23 @@
 """The index says what is there, and a wrong one reaches nothing outside its directory."""
 
 import json
+import os
 import shutil
 
 import pytest
+from huggingface_hub import constants
 
 from gpt2x.errors import UserError
+from gpt2x.shards import scan as scanning
+from gpt2x.shards.files import open_shard, write_shard
 from gpt2x.shards.index import load_index
 from gpt2x.shards.preparation import prepare
+from gpt2x.shards.tokens import open_tokens
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
@@ -90,3 +100,71 @@ def test_a_split_without_shards_is_refused(index):
     change(index, lambda content: content["splits"].update(validation=[]))
     with pytest.raises(UserError, match=r"holds no validation tokens; prepare it again with corpus.validation_frac"):
         load_index(index.directory).open_split("validation")
+
+
+def first_shard(index):
+    return index.directory / "train" / "tokens_part_00000.safetensors"
+
+
+def test_a_flipped_bit_is_noticed(index):
+    content = bytearray(first_shard(index).read_bytes())
+    content[-1000] ^= 1
+    index.open_split("train")
+    first_shard(index).write_bytes(content)
+    listed = index.splits["train"][0].sha256[:12]
+    message = rf"00000.safetensors: its content has changed \(index.json lists sha256 {listed}, the file has"
+    for _ in range(2):
+        with pytest.raises(UserError, match=message + r" \w{12}\); delete the directory and prepare"):
+            index.open_split("train")
+
+
+def test_a_shard_that_was_replaced_by_one_of_the_same_counts_is_noticed(index):
+    shard = open_shard(first_shard(index))
+    tokens, documents = shard.tokens[::-1].copy(), shard.documents.copy()
+    write_shard(first_shard(index), tokens=tokens, documents=documents, metadata=shard.metadata)
+    with pytest.raises(UserError, match=r"tokens_part_00000.safetensors: its content has changed"):
+        index.open_split("train")
+
+
+@pytest.mark.parametrize("change", [-2, 2])
+def test_a_shard_that_was_truncated_or_has_grown_is_noticed(index, change):
+    size = first_shard(index).stat().st_size
+    os.truncate(first_shard(index), size + change)
+    with pytest.raises(UserError, match=rf"00000.safetensors: expected {size} bytes, found {size + change};"):
+        index.open_split("train")
+
+
+def test_an_id_outside_the_vocabulary_is_named(index):
+    change(index, lambda content: content.update(vocab_size=299))
+    with pytest.raises(UserError, match=r"00000.safetensors: token id 299 at position \d+ is outside the vocab"):
+        load_index(index.directory).open_split("train")
+
+
+def test_opening_again_reads_no_token(index, monkeypatch):
+    shards = index.open_split("train")
+
+    def fail(file, tokens):
+        raise AssertionError(f"{file} is read again")
+
+    monkeypatch.setattr(scanning, "_scan", fail)
+    assert [shard.id_range for shard in index.open_split("train")] == [shard.id_range for shard in shards]
+
+
+def test_a_directory_with_an_index_is_opened_as_shards(index):
+    assert open_tokens(str(index.directory)) == index
+    assert open_tokens(str(index.directory), tokenizer=str(index.tokenizer_dir)) == index
+
+
+def test_shards_take_no_other_tokenizer(index, recipe, tmp_path):
+    other = shutil.copytree(index.tokenizer_dir, tmp_path / "other")
+    content = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(content.replace('"<|endoftext|>"', '"<|end|>"'))
+    config = (other / "tokenizer_config.json").read_text()
+    (other / "tokenizer_config.json").write_text(config.replace('"<|endoftext|>"', '"<|end|>"'))
+    with pytest.raises(UserError, match=r"data.tokenizer \(.*other\) is not the one that made the shards of '.*'"):
+        open_tokens(str(index.directory), tokenizer=str(other))
+
+
+def test_shards_take_no_other_held_out_files(index):
+    with pytest.raises(UserError, match=r"data.validation_path \(x.bin\) belongs to token files of another project"):
+        open_tokens(str(index.directory), validation_path="x.bin")

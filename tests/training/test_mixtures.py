@@ -39,7 +39,10 @@ def test_other_weights_start_a_phase_in_which_no_sample_comes_again(mixture, pre
     printed = "data: from step 5 on a new mixture, web 25.0%, code 25.0%, chat 50.0% in batches of 8 sequences; "
     assert printed in capsys.readouterr().out
     phases = resumed.job.batches.batches.order.phases
-    assert [(phase.step, dict(phase.weights)) for phase in phases] == [(0, {"web": 3.0, "code": 1.0}), (5, weights)]
+    assert [(phase.first_batch, dict(phase.weights)) for phase in phases] == [
+        (0, {"web": 3.0, "code": 1.0}),
+        (5, weights),
+    ]
     records = train_records(resumed)
     assert records[-1]["data/web/tokens"] == (30 + 30) * 16
     assert records[-1]["data/chat/tokens"] == 60 * 16
@@ -54,9 +57,9 @@ def test_a_phase_stays_after_the_next_resume(mixture, pretrain, assert_equal_ten
     pretrain(mixture({"web": 3.0, "code": 1.0}), stop_after=5)
     later = mixture({"web": 1.0, "code": 1.0})
     straight = pretrain(changed(later, resume=True, run={"name": "tiny"}), stop_after=12)
-    assert [phase.step for phase in straight.job.batches.batches.order.phases] == [0, 5]
+    assert [phase.first_batch for phase in straight.job.batches.batches.order.phases] == [0, 5]
     again = pretrain(later)
-    assert [phase.step for phase in again.job.batches.batches.order.phases] == [0, 5]
+    assert [phase.first_batch for phase in again.job.batches.batches.order.phases] == [0, 5]
 
 
 def test_another_batch_size_goes_on_with_the_samples_that_are_next(recipe, changed, pretrain):
@@ -112,3 +115,13 @@ def test_the_number_of_workers_changes_nothing(recipe, changed, pretrain, assert
     none = pretrain(changed(recipe, data={"num_workers": 0}, run={"name": "none"}))
     three = pretrain(changed(recipe, data={"num_workers": 3}, run={"name": "three"}))
     assert_equal_tensors(none.saved(), three.saved())
+
+
+def test_a_run_replays_from_its_checkpoint_without_the_batches_that_are_skipped(recipe, changed, pretrain):
+    whole = train_records(pretrain(recipe))
+    skipping = changed(recipe, run={"name": "skipping"})
+    pretrain(skipping, stop_after=5)
+    resumed = pretrain(changed(skipping, data={"skip": "8-10"}, resume=True))
+    checksums = [record["data/checksum"] for record in train_records(resumed)]
+    expected = [record["data/checksum"] for record in whole]
+    assert checksums[:17] == expected[:8] + expected[11:]

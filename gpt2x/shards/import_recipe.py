@@ -1,0 +1,33 @@
+"""What scripts/import_tokens.py runs; imports neither torch nor transformers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2x.config.checks import check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRecipe:
+    """Token files of another project to token shards."""
+
+    path: str
+    """Token files: a directory, a file or a pattern; or a directory of token shards, to cut it anew."""
+    tokenizer: str
+    """Directory or Hub id of the tokenizer that made the ids; saved beside the shards."""
+    output_dir: Path
+    """Directory of the token shards and their index."""
+    validation_path: str | None = None
+    """Held-out token files, where path does not hold them under a name with `val`."""
+    tokens_per_shard: int = 100_000_000
+    """Tokens per shard file at most, about 200 MB; documents stay whole."""
+    validation_fraction: float = 0.005
+    """Share of the documents, chosen by the hash of their ids, that is held out where the input holds out none."""
+    split_seed: int = 0
+    """Another seed holds out other documents."""
+
+    def __post_init__(self) -> None:
+        check_positive("", tokens_per_shard=self.tokens_per_shard)
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction ({self.validation_fraction}) must be at least 0 and below 1; 0.005 is usual."
+            )

@@ -1,0 +1,32 @@
+"""Rewrites token files of another project (nanoGPT, llm.c, numpy, datatrove, torch, Arrow, Parquet) as token shards.
+
+python scripts/import_tokens.py --path ../nanoGPT/data/openwebtext --tokenizer gpt2 --output_dir shards
+"""
+
+import sys
+from collections.abc import Sequence
+
+from gpt2x.command_line import parse_recipe
+from gpt2x.errors import exit_on_user_error
+from gpt2x.shards.import_recipe import ImportRecipe
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the import that a command line describes."""
+    # --- 1. The recipe. What imports transformers waits until it is known to be right ---
+    recipe, _ = parse_recipe(ImportRecipe, argv, script="import_tokens.py")
+    from gpt2x.shards.foreign_import import import_tokens
+    from gpt2x.shards.statistics import statistics
+
+    # --- 2. Token files to token shards; what is finished is left alone ---
+    with exit_on_user_error():
+        index = import_tokens(recipe)
+
+    # --- 3. What was made, and how to go on ---
+    print(statistics(index))
+    print(f"token shards and their tokenizer: {index.directory}")
+    print(f"train on them: python scripts/pretrain.py --data.path {index.directory}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

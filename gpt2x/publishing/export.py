@@ -1,0 +1,101 @@
+"""One model to one form: written beside its place, compared with the original, and only then there."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpt2x.errors import UserError
+from gpt2x.models import find_model, load_for_inference
+from gpt2x.publishing.comparison import Difference
+from gpt2x.publishing.files import size_bytes, whole_or_nothing
+from gpt2x.publishing.recipes import ExportRecipe
+from gpt2x.shards.tokenizer import load_tokenizer, save_tokenizer
+
+_NEEDED = {"native": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
+# Model types that transformers.js loads by name.
+_JAVASCRIPT_TYPES = ("gpt2", "llama", "qwen3", "nanochat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was written."""
+
+    path: Path
+    """The model file, or the directory of the native form."""
+    num_bytes: int
+    """Its size."""
+    difference: Difference
+    """How far it is from the original."""
+    note: str | None = None
+    """What its user should know."""
+
+
+def export_model(recipe: ExportRecipe) -> Export:
+    """Exports a model.
+
+    Raises:
+        UserError: where there is no model, where the form cannot hold it, where the result computes something else,
+            and where a library that the form needs is not installed.
+    """
+    _check_installed(recipe.to)
+    directory = find_model(recipe.model)
+    exporters = {"native": _export_native, "onnx": _export_onnx, "gguf": _export_gguf}
+    return exporters[recipe.to](recipe, directory)
+
+
+def _check_installed(form: str) -> None:
+    missing = [name for name in _NEEDED[form] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--to {form} needs {', '.join(missing)}, not installed; run pip install -e '.[{form}]'.")
+
+
+def _export_native(recipe: ExportRecipe, directory: str) -> Export:
+    from gpt2x.publishing.native import check_native, load_native, write_native
+
+    with whole_or_nothing(recipe.output_dir) as partial:
+        save_tokenizer(load_tokenizer(directory), partial)
+        write_native(load_native(directory), partial, dtype=recipe.dtype)
+        difference = check_native(partial, load_native(directory), dtype=recipe.dtype)
+        num_bytes = size_bytes(partial, "*.safetensors")
+    return Export(path=recipe.output_dir, num_bytes=num_bytes, difference=difference)
+
+
+def _export_onnx(recipe: ExportRecipe, directory: str) -> Export:
+    from gpt2x.publishing.onnx import check_onnx, write_onnx
+
+    with whole_or_nothing(recipe.output_dir) as partial:
+        save_tokenizer(load_tokenizer(directory), partial)
+        model = load_for_inference(directory, dtype=torch.float32)
+        onnx_file = write_onnx(model, partial, dtype=recipe.dtype)
+        difference = check_onnx(partial, load_for_inference(directory, dtype=torch.float32), dtype=recipe.dtype)
+        num_bytes = size_bytes(partial, f"onnx/{onnx_file.name}*")
+    model_type = model.config.model_type
+    note = None
+    if model_type not in _JAVASCRIPT_TYPES:
+        note = f"transformers.js does not know {model_type}; ONNX Runtime runs it in every language"
+    path = recipe.output_dir / "onnx" / onnx_file.name
+    return Export(path=path, num_bytes=num_bytes, difference=difference, note=note)
+
+
+def _export_gguf(recipe: ExportRecipe, directory: str) -> Export:
+    from gpt2x.publishing.gguf import check_expressible, check_gguf, write_gguf
+
+    model = load_for_inference(directory, dtype=torch.float32)
+    check_expressible(model.config)
+    name = model_name(recipe.model)
+    with whole_or_nothing(recipe.output_dir) as partial:
+        gguf_file = partial / f"{name}-{recipe.dtype}.gguf"
+        write_gguf(model, load_tokenizer(directory), gguf_file, dtype=recipe.dtype, name=name)
+        difference = check_gguf(gguf_file, model, dtype=recipe.dtype)
+    path = recipe.output_dir / gguf_file.name
+    return Export(path=path, num_bytes=path.stat().st_size, difference=difference)
+
+
+def model_name(model: str) -> str:
+    """What to call a model: a run's name for its directory and those inside it, else the last part of the path."""
+    path = Path(model).resolve() if Path(model).exists() else Path(model)
+    while path.name in ("final", "model", "checkpoints") or path.parent.name == "checkpoints":
+        path = path.parent
+    return path.name

@@ -1,0 +1,31 @@
+"""Uploads a model: `python scripts/push_to_hub.py RUN_OR_MODEL --repo_id USER/NAME [--public true]`.
+
+It uploads the model, its card and its plots in one commit, to a private repository unless told otherwise, as the user
+of the environment's HF_TOKEN or of `hf auth login`.
+"""
+
+import sys
+from pathlib import Path
+
+from gpt2x.command_line import parse_recipe
+from gpt2x.errors import exit_on_user_error
+from gpt2x.publishing.recipes import PushRecipe
+
+
+def main(recipe: PushRecipe) -> None:
+    """Uploads and prints the address."""
+    from gpt2x.publishing.hub import Push, push_run
+
+    push = Push(
+        repo_id=recipe.repo_id,
+        is_public=recipe.public,
+        license=recipe.license,
+        time_limit_s=recipe.time_limit_s,
+    )
+    print(push_run(Path(recipe.model), push))
+
+
+if __name__ == "__main__":
+    parsed, _ = parse_recipe(PushRecipe, sys.argv[1:], script="push_to_hub.py", positional="model")
+    with exit_on_user_error():
+        main(parsed)

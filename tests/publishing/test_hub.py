@@ -1,0 +1,176 @@
+"""The Hub: the real client against a server on loopback, what arrives there, and one line where it does not."""
+
+import json
+import subprocess
+import sys
+import traceback
+
+import pytest
+import yaml
+from hub_server import running_hub
+from transformers import LlamaForCausalLM
+
+from gpt2x.errors import UserError
+from gpt2x.publishing.hub import Push, files_to_push, push_run
+from gpt2x.shards.tokenizer import load_tokenizer
+
+TOKEN = "hf_PlantedTokenThatNobodyMaySee"
+PUSH = Push(repo_id="user/tiny")
+
+
+@pytest.fixture
+def hub():
+    with running_hub(TOKEN) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch, tmp_path, hub):
+    """What the client's process inherits: the server, a token, a home without other tokens, no Xet."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf_home")}
+    for name, value in {**settings, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def run_dir(tmp_path, saved):
+    """The directory of a finished run."""
+    directory = tmp_path / "runs" / "tiny"
+    (directory / "plots").mkdir(parents=True)
+    saved("llama").rename(directory / "final")
+    recipe = {
+        "data": {"path": None, "preparation": {"output_dir": "data/python-stdlib"}, "sequence_length": 128},
+        "train": {"max_steps": 10, "mixed_precision": "bf16"},
+        "optimizer": {"name": "muon", "lr_scheduler_type": "wsd"},
+        "init_from": None,
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(recipe))
+    stats = {"tokens": 40960, "parameters": 27000, "val/loss": 3.25, "val/bits_per_byte": 1.5}
+    (directory / "stats.json").write_text(json.dumps(stats))
+    (directory / "metrics.jsonl").write_text(json.dumps({"step": 10, "train/loss": 3.0}) + "\n")
+    (directory / "plots" / "loss.png").write_bytes(b"\x89PNG a picture")
+    return directory
+
+
+def test_a_pushed_run_is_one_private_commit_of_model_card_and_plots(hub, run_dir):
+    assert push_run(run_dir, PUSH) == f"{hub.url}/user/tiny"
+    repository = hub.repositories["user/tiny"]
+    assert repository["private"]
+    assert repository["commits"] == 1
+    model_files = {file.name for file in (run_dir / "final").iterdir()}
+    assert set(repository["files"]) == model_files | {"README.md", "plots/loss.png"}
+    for file in (run_dir / "final").iterdir():
+        assert repository["files"][file.name] == file.read_bytes()
+    assert b"![loss](plots/loss.png)" in repository["files"]["README.md"]
+
+
+def test_a_second_push_updates_the_same_repository_and_leaves_it_as_visible_as_it_is(hub, run_dir):
+    push_run(run_dir, Push(repo_id="user/tiny", is_public=True))
+    (run_dir / "plots" / "loss.png").write_bytes(b"another picture")
+    push_run(run_dir, PUSH)
+    repository = hub.repositories["user/tiny"]
+    assert (repository["private"], repository["commits"]) == (False, 2)
+    assert repository["files"]["plots/loss.png"] == b"another picture"
+
+
+def test_from_pretrained_loads_what_was_pushed(hub, run_dir):
+    push_run(run_dir, PUSH)
+    code = (
+        "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained('user/tiny').eval()\n"
+        "ids = AutoTokenizer.from_pretrained('user/tiny')('import torch', return_tensors='pt')['input_ids']\n"
+        "print(ids.tolist(), round(model(ids).logits.double().sum().item(), 2), sep='|')"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ids = load_tokenizer(run_dir / "final")("import torch", return_tensors="pt")["input_ids"]
+    expected = LlamaForCausalLM.from_pretrained(run_dir / "final").eval()(ids).logits.double().sum().item()
+    assert loaded.stdout == f"{ids.tolist()}|{round(expected, 2)}\n", loaded.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "reason"),
+    [
+        ("repos/create", 401, r"the Hub does not accept the token \(401\); set HF_TOKEN to a valid one or run"),
+        ("repos/create", 403, r"the token may not write there \(403\); use one with write access"),
+        ("/lfs/", 413, r"the Hub refuses a file as too large \(413\); export a smaller dtype"),
+        ("/commit/", 500, r"the Hub has a failure of its own \(500\); wait some minutes"),
+        ("validate-yaml", "html", "the Hub's answer is not what its client expects; it may be down"),
+    ],
+)
+def test_a_refusal_is_one_line_that_says_how_to_retry(hub, run_dir, path, status, reason):
+    hub.faults[path] = status
+    remedy = rf"; then `python scripts/push_to_hub\.py {run_dir} --repo_id user/tiny` tries again\."
+    with pytest.raises(UserError, match=rf"^user/tiny was not updated: {reason}.*{remedy}$"):
+        push_run(run_dir, PUSH)
+
+
+def test_a_server_that_does_not_answer_is_given_up_after_the_time_limit(hub, run_dir):
+    hub.faults["/commit/"] = "hang"
+    with pytest.raises(UserError, match=r"user/tiny was not updated: the Hub did not answer within 2 s .*tries again"):
+        push_run(run_dir, Push(repo_id="user/tiny", time_limit_s=2))
+
+
+def test_a_server_that_is_not_there_is_one_line(hub, run_dir, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(UserError, match=r"^user/tiny was not updated: .*refused.*; then `python .*$"):
+        push_run(run_dir, PUSH)
+
+
+def test_without_a_token_nothing_is_sent(hub, run_dir, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match=r"user/tiny was not updated: there is no token; set HF_TOKEN or run"):
+        push_run(run_dir, PUSH)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("repo_id", ["tiny", "user/a/b", "user/ti ny"])
+def test_a_repository_must_be_named_by_user_and_name(run_dir, repo_id):
+    with pytest.raises(UserError, match=r"repo_id \('.*'\) must be USER/NAME"):
+        push_run(run_dir, Push(repo_id=repo_id))
+
+
+def test_exports_hidden_files_and_unfinished_ones_are_not_pushed(saved):
+    directory = saved("llama")
+    for name in ("exports/onnx/model.onnx", ".cache/x", "model.safetensors.tmp", ".gitignore"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("x")
+    assert {name.split("/")[0] for name in files_to_push(directory)} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_a_card_of_the_users_own_is_kept(hub, saved):
+    directory = saved("gpt2")
+    (directory / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    push_run(directory, PUSH)
+    assert hub.repositories["user/tiny"]["files"]["README.md"] == (directory / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize("fault", [None, 401, 500])
+def test_the_token_is_in_no_file_no_log_and_no_traceback(hub, run_dir, tmp_path, capfd, monkeypatch, fault):
+    monkeypatch.setenv("HF_DEBUG", "1")
+    said = ""
+    if fault is None:
+        push_run(run_dir, PUSH)
+    else:
+        hub.faults["/commit/"] = fault
+        with pytest.raises(UserError) as caught:
+            push_run(run_dir, PUSH)
+        said = "".join(traceback.format_exception(caught.value))
+    assert f"Bearer {TOKEN}" in {authorization for _, _, authorization in hub.requests}
+    assert TOKEN not in said + "".join(capfd.readouterr())
+    sent = b"".join(b"".join(repository["files"].values()) for repository in hub.repositories.values())
+    kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert TOKEN.encode() not in sent + kept
+
+
+def test_a_message_of_the_client_that_quotes_the_token_is_cut(monkeypatch, run_dir):
+    crash = [sys.executable, "-c", f"raise RuntimeError('bad header: {TOKEN}')"]
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda _, **options: run(crash, **options))
+    with pytest.raises(UserError, match=r"was not updated: RuntimeError: bad header: <token>; then"):
+        push_run(run_dir, PUSH)

@@ -1,0 +1,122 @@
+"""Model cards: written from what a run left, read by the Hub's own parser."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from gpt2x.publishing.model_card import model_card
+
+RECIPE = {
+    "run": {"name": "tiny", "seed": 1337},
+    "data": {
+        "path": None,
+        "preparation": {"output_dir": "/home/somebody/shards", "corpus": {"kind": "python_stdlib", "paths": []}},
+        "sequence_length": 128,
+    },
+    "train": {"max_steps": 10, "tokens_per_step": 4096, "torch_compile": True},
+    "optimizer": {"name": "muon", "learning_rate": 0.016, "lr_scheduler_type": "wsd"},
+    "init_from": None,
+}
+STATS = {
+    "tokens": 40960,
+    "parameters": 27136,
+    "steps": 10,
+    "val/loss": 3.25,
+    "val/bits_per_byte": 1.5,
+    "versions": {"torch": "2.13.0"},
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path, saved):
+    directory = tmp_path / "runs" / "tiny"
+    (directory / "plots").mkdir(parents=True)
+    (directory / "plots" / "loss.png").write_bytes(b"\x89PNG")
+    saved("llama").rename(directory / "final")
+    (directory / "config.yaml").write_text(yaml.safe_dump(RECIPE))
+    (directory / "stats.json").write_text(json.dumps(STATS))
+    records = [{"step": 5, "val/token_accuracy": 0.25}, {"step": 10, "val/token_accuracy": 0.5}]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return directory
+
+
+def card_of(directory, **options):
+    return ModelCard(model_card(directory, **{"repo_id": "user/tiny", "license": "mit", **options}))
+
+
+def rows(card, section):
+    body = card.text.split(f"## {section}\n")[1].split("\n## ")[0]
+    cells = [line.strip("|").split("|") for line in body.splitlines() if line.startswith("|")][2:]
+    return {label.strip(): value.strip() for label, value in cells}
+
+
+def test_its_metadata_says_what_the_hub_shows(run_dir):
+    metadata = card_of(run_dir).data.to_dict()
+    assert metadata["license"] == "mit"
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert metadata["tags"] == ["gpt2x", "llama"]
+    results = metadata["model-index"][0]["results"][0]["metrics"]
+    assert {result["type"]: result["value"] for result in results} == {
+        "loss": 3.25,
+        "bits_per_byte": 1.5,
+        "token_accuracy": 0.5,
+    }
+
+
+def test_its_tables_hold_architecture_data_schedule_and_evaluation(run_dir):
+    card = card_of(run_dir)
+    assert rows(card, "Architecture") | {"layers": "2", "width": "32", "key and value heads": "2"} == rows(
+        card, "Architecture"
+    )
+    assert rows(card, "Data") == {
+        "preparation.output_dir": "shards",
+        "preparation.corpus.kind": "python_stdlib",
+        "sequence_length": "128",
+    }
+    training = rows(card, "Training")
+    assert training["tokens seen"] == "40,960"
+    assert training["optimizer.lr_scheduler_type"] == "wsd"
+    assert training["train.torch_compile"] == "yes"
+    assert training["version of torch"] == "2.13.0"
+    assert rows(card, "Evaluation") == {
+        "validation, cross-entropy (nats per token)": "3.25",
+        "validation, bits per byte": "1.5",
+        "validation, token accuracy": "0.5",
+    }
+    assert "![loss](plots/loss.png)" in card.text
+
+
+def test_paths_of_ones_own_machine_stay_there(run_dir):
+    assert "somebody" not in card_of(run_dir).content
+    assert str(run_dir) not in card_of(run_dir).content
+
+
+def test_the_final_model_of_a_run_has_the_runs_card(run_dir):
+    assert card_of(run_dir / "final").content == card_of(run_dir).content
+
+
+def test_a_bare_model_has_a_card_of_what_is_known(saved):
+    card = card_of(saved("gpt2"))
+    assert rows(card, "Architecture")["longest sequence"] == "128"
+    assert "`GPT2LMHeadModel`" in card.text
+    assert "## Training" not in card.text
+    assert "## Evaluation" not in card.text
+    assert "model-index" not in card.data.to_dict()
+
+
+@pytest.mark.parametrize(("form", "is_remote"), [("llama", False), ("gpt2x", True)])
+def test_it_says_how_to_load_the_model(saved, form, is_remote):
+    card = card_of(saved(form))
+    assert 'AutoModelForCausalLM.from_pretrained("user/tiny"' in card.text
+    assert ('"user/tiny", trust_remote_code=True)' in card.text) == is_remote
+
+
+@pytest.mark.parametrize(
+    ("init_from", "base"), [("openai-community/gpt2", "openai-community/gpt2"), ("runs/x/final", None)]
+)
+def test_a_model_that_was_continued_names_the_one_on_the_hub_it_came_from(run_dir, init_from, base):
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({**RECIPE, "init_from": init_from}))
+    assert card_of(run_dir).data.to_dict().get("base_model") == base

@@ -1,0 +1,235 @@
+"""The ONNX file: its signature, and text from it token by token as from the torch model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from published_models import random_model
+
+from gpt2x.errors import UserError
+from gpt2x.publishing.recipes import ExportRecipe
+from gpt2x.shards.tokenizer import save_tokenizer
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+
+from gpt2x.publishing.export import export_model  # noqa: E402
+from gpt2x.publishing.onnx import check_onnx, write_onnx  # noqa: E402
+from gpt2x.publishing.onnx_generation import OnnxDecoder, Sampling, generate, generate_text, sample  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+JAVASCRIPT = Path(__file__).parent / "transformers_js"
+PROMPTS = {"one": [[5, 60, 7, 99, 280]], "three, padded": [[9, 17, 250], [4] * 3 + [77] * 6, list(range(40, 60))]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Grouped queries, tied embeddings, RoPE."""
+    return random_model("llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def exported(model, tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("onnx") / "llama"
+    model.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
+    export = export_model(ExportRecipe(model=str(directory), to="onnx"))
+    assert export.difference.largest < 1e-4
+    assert export.path == directory / "exports" / "onnx" / "onnx" / "model.onnx"
+    assert export.num_bytes == export.path.stat().st_size
+    return directory / "exports" / "onnx"
+
+
+@pytest.fixture
+def decoder(exported):
+    return OnnxDecoder(exported, num_threads=1)
+
+
+def left_padded(prompts):
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def test_the_file_has_the_signature_that_readers_of_decoders_expect(exported):
+    session = onnxruntime.InferenceSession(exported / "onnx" / "model.onnx")
+    total = "past_sequence_length + sequence_length"
+    cache = ["batch_size", 2, "past_sequence_length", 8]
+    names = [f"{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
+    assert {value.name: value.shape for value in session.get_inputs()} == {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", total],
+        "position_ids": ["batch_size", "sequence_length"],
+        **{f"past_key_values.{name}": cache for name in names},
+    }
+    assert {value.name: value.shape for value in session.get_outputs()} == {
+        "logits": ["batch_size", "sequence_length", 304],
+        **{f"present.{name}": ["batch_size", 2, total, 8] for name in names},
+    }
+
+
+def test_what_readers_look_for_lies_beside_it(exported):
+    files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
+    assert files == {
+        "config.json",
+        "generation_config.json",
+        "onnx/model.onnx",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((exported / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["transformers.js_config"] == {"kv_cache_dtype": {"fp16": "float16"}}
+
+
+def test_a_tied_head_is_stored_once_and_no_path_of_this_machine_is(exported, model):
+    content = (exported / "onnx" / "model.onnx").read_bytes()
+    assert content.count(model.lm_head.weight.detach().numpy().tobytes()) == 1
+    assert str(ROOT).encode() not in content
+    assert b"site-packages" not in content
+
+
+@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+def test_greedy_text_equals_the_torch_models(decoder, model, prompts):
+    ids, mask = left_padded(prompts)
+    expected = model.generate(
+        ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    decoder.eos_token_ids = []
+    assert generate(decoder, prompts, max_new_tokens=64) == expected[:, ids.shape[1] :].tolist()
+
+
+def test_after_the_prompt_every_step_reads_one_token_and_the_cache(decoder, monkeypatch):
+    lengths, step = [], decoder.step
+
+    def spy(ids, mask, cache):
+        lengths.append((ids.shape[1], cache["past_key_values.1.value"].shape()[2], mask.shape[1]))
+        return step(ids, mask, cache)
+
+    monkeypatch.setattr(decoder, "step", spy)
+    generate(decoder, PROMPTS["three, padded"], max_new_tokens=4)
+    assert lengths == [(20, 0, 20), (1, 20, 21), (1, 21, 22), (1, 22, 23)]
+
+
+def test_a_seed_draws_what_the_same_sampler_draws_from_torch_logits(decoder, model):
+    prompts = PROMPTS["three, padded"]
+    sampling = Sampling(temperature=0.9, top_k=50, top_p=0.9, seed=7)
+    decoder.eos_token_ids = []
+    (ids, mask), generator, length = left_padded(prompts), np.random.default_rng(7), 20
+    for _ in range(12):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1].numpy()
+        tokens = torch.from_numpy(sample(logits, sampling, generator))[:, None]
+        ids, mask = torch.cat([ids, tokens], 1), torch.cat([mask, torch.ones_like(tokens)], 1)
+    assert generate(decoder, prompts, max_new_tokens=12, sampling=sampling) == ids[:, length:].tolist()
+
+
+def test_a_text_ends_with_the_end_of_text_while_the_others_go_on(decoder):
+    decoder.eos_token_ids = []
+    prompts = PROMPTS["three, padded"]
+    free = generate(decoder, prompts, max_new_tokens=10)
+    decoder.eos_token_ids = [free[1][3]]
+    ended = generate(decoder, prompts, max_new_tokens=10)
+    assert ended[1] == free[1][: free[1].index(free[1][3]) + 1]
+    assert ended[0][:2] == free[0][:2]
+    assert max(map(len, ended)) > len(ended[1])
+
+
+def test_it_runs_without_torch_and_transformers(exported, decoder):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from gpt2x.publishing.onnx_generation import *\n"
+        "decoder = OnnxDecoder(Path(sys.argv[1]))\n"
+        "print(ascii(generate_text(decoder, ['import json', ''], max_new_tokens=8)))\n"
+        "print({'torch', 'transformers', 'onnx', 'datasets'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, exported], capture_output=True, text=True, cwd=ROOT)
+    texts = ascii(generate_text(decoder, ["import json", ""], max_new_tokens=8))
+    assert ran.stdout == f"{texts}\nset()\n", ran.stderr
+
+
+@pytest.mark.parametrize("prompts", [[], [[]]])
+def test_a_prompt_without_tokens_is_refused(decoder, prompts):
+    with pytest.raises(UserError, match=r"prompts must have a token at least; start from the end of text"):
+        generate(decoder, prompts, max_new_tokens=1)
+
+
+def test_more_tokens_than_the_model_takes_are_refused(decoder):
+    message = r"max_new_tokens \(100\) after a prompt of 29 tokens is more than the model's 128; shorten one of them"
+    with pytest.raises(UserError, match=message):
+        generate(decoder, [[1] * 29], max_new_tokens=100)
+
+
+def test_a_precision_that_was_not_exported_is_refused(exported):
+    with pytest.raises(UserError, match=r"model_fp16\.onnx does not exist; python scripts/export\.py MODEL --to onnx"):
+        OnnxDecoder(exported, dtype="float16")
+
+
+def test_an_export_that_computes_something_else_is_refused(exported, model):
+    other = random_model("llama", tie_word_embeddings=True)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.add_(1.0)
+    with pytest.raises(UserError, match=r"the float32 export differs from the model by .* of its logits, more than"):
+        check_onnx(exported, other, dtype="float32")
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_length_are_refused(rope_type, tmp_path):
+    model = random_model("llama")
+    model.config.rope_parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UserError, match=rf"rope_type \({rope_type}\) changes the angles with the text's length"):
+        write_onnx(model, tmp_path, dtype="float32")
+
+
+def test_transformers_js_reads_the_same_tokens_and_writes_the_same_text(exported, model, tokenizer):
+    installed = JAVASCRIPT / "node_modules" / "@huggingface" / "transformers" / "dist" / "transformers.node.mjs"
+    library = Path(os.environ.get("TRANSFORMERS_JS", installed))
+    if shutil.which("node") is None or not library.is_file():
+        pytest.skip(
+            "needs Node and transformers.js: `npm install --ignore-scripts` in tests/publishing/transformers_js"
+        )
+    prompt = "def main(self):\n    return 12 + 'é'"
+    (exported / "prompt.txt").write_text(prompt)
+    ids = tokenizer(prompt)["input_ids"]
+    command = ["node", JAVASCRIPT / "generate.mjs", library, exported, "fp32", json.dumps(ids), "32"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    (exported / "prompt.txt").unlink()
+    assert ran.returncode == 0, ran.stderr
+    options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
+    assert json.loads(ran.stdout) == {"encoded": ids, "continuation": expected[0, len(ids) :].tolist()}
+
+
+# ------------------------------------------------------------------------------------------------------- the sampler
+LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+
+
+def drawn_shares(**options):
+    rows = np.tile(LOGITS, (20_000, 1))
+    tokens = sample(rows, Sampling(**{"temperature": 1.0, **options}), np.random.default_rng(0))
+    return np.bincount(tokens, minlength=4) / len(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"temperature": 0.5}, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365),
+        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.6}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.1}, [1, 0, 0, 0]),
+        ({"temperature": 0.0}, [1, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities(options, expected):
+    shares = drawn_shares(**options)
+    np.testing.assert_allclose(shares, expected, atol=0.015)
+    assert not shares[np.array(expected) == 0].any()

@@ -110,17 +110,6 @@ class GPT2XConfig(PreTrainedConfig):
         "resid_pdrop": "hidden_dropout",
         "embd_pdrop": "embedding_dropout",
     }
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -157,6 +146,16 @@ class GPT2XConfig(PreTrainedConfig):
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the projections which this model has."""
+        attention, mlp = "layers.*.self_attn", "layers.*.mlp"
+        plan = {f"{attention}.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
+        plan |= {f"{mlp}.{name}": "colwise" for name in (("gate_proj", "up_proj") if self.gated_mlp else ("up_proj",))}
+        if self.qk_norm == "weight":
+            plan |= {f"{attention}.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
+        return {**plan, f"{attention}.o_proj": "rowwise", f"{mlp}.down_proj": "rowwise"}
 
     def __post_init__(self, **kwargs: Any) -> None:
         for old_name in [name for name in kwargs if name in self.attribute_map]:
@@ -242,10 +241,12 @@ class GPT2XConfig(PreTrainedConfig):
                 "'sliding_attention'; set sliding_window."
             )
         if self.sliding_window is not None and not slides:
-            raise ValueError(
+            # No error, as in Qwen3's configs: transformers sets it on any config that has the field.
+            message = (
                 f"sliding_window ({self.sliding_window}) has no effect without a 'sliding_attention' entry in "
                 "layer_types; add one or drop sliding_window."
             )
+            warnings.warn(message, UserWarning, stacklevel=4)
 
     def _take_rope_parameters(self, kwargs: dict[str, Any]) -> None:
         """Sets `rope_parameters` if RoPE is on. transformers fills in a default wherever the attribute exists."""

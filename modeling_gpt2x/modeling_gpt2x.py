@@ -1,6 +1,6 @@
 """GPT2X: GPT-2 (Radford et al., 2019) and its modern successors in one decoder.
 
-Read from top to bottom: norm, rotary positions, MLP, attention, layer, GPT2XModel, GPT2XForCausalLM.
+Read from top to bottom: norm, rotary positions, MLP, attention, layer, GPT2XModel, GPT2XForCausalLM, classifiers.
 
 Tensors wear their shape as a suffix, so that q_BTHD is a tensor of shape (B, T, H, D):
 
@@ -13,6 +13,7 @@ Tensors wear their shape as a suffix, so that q_BTHD is a tensor of shape (B, T,
 
 import math
 from collections.abc import Callable, Mapping
+from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,12 +27,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    find_packed_sequence_indices,
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -47,12 +47,17 @@ from .conversion_gpt2x import (
     to_stock_config,
     to_stock_state_dict,
 )
+from .import_gpt2x import read_nanogpt
 from .loss_gpt2x import chunked_linear_cross_entropy, shift_labels_left
+from .masks_gpt2x import make_attention_masks
+from .packed_gpt2x import packed_linears
 
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2x.GPT2XConfig",
     "AutoModel": "modeling_gpt2x.GPT2XModel",
     "AutoModelForCausalLM": "modeling_gpt2x.GPT2XForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_gpt2x.GPT2XForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_gpt2x.GPT2XForTokenClassification",
 }
 # Arguments of from_pretrained that say where a checkpoint lies.
 HUB_KWARGS = (
@@ -262,51 +267,6 @@ class GPT2XDecoderLayer(GradientCheckpointingLayer):
         return x_BTC + F.dropout(mlp_BTC, self.hidden_dropout, self.training)
 
 
-# --------------------------------------------------------------------------------------------------------- masks
-def make_attention_masks(
-    config: GPT2XConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | dict | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor | None,
-) -> dict[str, torch.Tensor | None]:
-    """One mask per layer type, in the form the attention implementation wants; `None` is plainly causal.
-
-    `past_key_values` and `position_ids` must be the caller's own, before any default is filled in. Positions that
-    restart within a row then are packed documents which must not see each other, with or without an
-    attention_mask, and even though this forward pass creates a cache. Where the caller gives neither positions nor
-    a mask nor a cache nothing is looked at, so that plain batches need no mask and compile into one graph.
-    """
-    if isinstance(attention_mask, dict):
-        return attention_mask
-    makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    mask_kwargs: dict[str, Any] = {
-        "config": config,
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
-        "position_ids": position_ids,
-    }
-    if (
-        past_key_values is None
-        and position_ids is not None
-        and attention_mask is not None
-        and attention_mask.ndim == 2
-    ):
-        document_BT = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
-        if document_BT is not None:
-            mask_kwargs["and_mask_function"] = lambda b, h, q, kv: document_BT[b, q] == document_BT[b, kv]
-    is_plain = position_ids is None and attention_mask is None and past_key_values is None
-    masks = {}
-    for layer_type in sorted(set(config.layer_types)):
-        window = config.sliding_window if layer_type == "sliding_attention" else None
-        fits_window = window is None or inputs_embeds.shape[1] <= window
-        # transformers skips the mask in this case too, but not while compiling.
-        skips_mask = is_plain and fits_window and config._attn_implementation == "sdpa"
-        masks[layer_type] = None if skips_mask else makers[layer_type](**mask_kwargs)
-    return masks
-
-
 # --------------------------------------------------------------------------------------------------------- model
 class GPT2XPreTrainedModel(PreTrainedModel):
     """What transformers needs to know about every GPT2X model."""
@@ -372,6 +332,11 @@ class GPT2XPreTrainedModel(PreTrainedModel):
         stock, loading = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, output_loading_info=True, **hub_kwargs
         )
+        if loading["unexpected_keys"]:
+            raise ValueError(
+                f"{name_or_path} holds {sorted(loading['unexpected_keys'])[0]}, which GPT2X has no place for; load it "
+                "by its own class."
+            )
         if loading["missing_keys"]:
             raise ValueError(
                 f"{name_or_path} lacks {sorted(loading['missing_keys'])[0]}, which a {stock.config.model_type} model "
@@ -498,6 +463,19 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_nanogpt(
+        cls, path: str | PathLike, *, num_attention_heads: int | None = None, hidden_act: str = "gelu"
+    ) -> "GPT2XForCausalLM":
+        """Loads a nanoGPT `ckpt.pt` or a bare state dict with GPT-2's names; see `read_nanogpt` for the arguments.
+
+        Raises:
+            ValueError: if it is none, holds more than tensors and plain values (nothing is executed), or leaves the
+                number of heads open.
+        """
+        config, state_dict = read_nanogpt(path, num_attention_heads=num_attention_heads, hidden_act=hidden_act)
+        return cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=config.dtype)
+
     @can_return_tuple
     def forward(
         self,
@@ -553,6 +531,11 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with packed_linears(self):
+            return super().generate(*args, **kwargs)
 
     def save_stock(
         self,
@@ -625,4 +608,35 @@ def is_plain_linear(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks)
 
 
-__all__ = ["GPT2XForCausalLM", "GPT2XModel", "GPT2XPreTrainedModel"]
+# --------------------------------------------------------------------------------------------------- classifiers
+class GPT2XForSequenceClassification(GenericForSequenceClassification, GPT2XPreTrainedModel):
+    """GPT2X with one score per class, read at the last token that is no padding (`pad_token_id`)."""
+
+    def __init__(self, config: GPT2XConfig):
+        # Not the generic class's own: it asks AutoModel, which knows no code that came from the Hub.
+        GPT2XPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
+        self.num_labels = config.num_labels
+        self.model = GPT2XModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class GPT2XForTokenClassification(GenericForTokenClassification, GPT2XPreTrainedModel):
+    """GPT2X with one score per class and token, after a dropout of `hidden_dropout`."""
+
+    def __init__(self, config: GPT2XConfig):
+        GPT2XPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
+        self.num_labels = config.num_labels
+        self.model = GPT2XModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "GPT2XForCausalLM",
+    "GPT2XForSequenceClassification",
+    "GPT2XForTokenClassification",
+    "GPT2XModel",
+    "GPT2XPreTrainedModel",
+]

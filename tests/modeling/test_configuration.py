@@ -57,7 +57,6 @@ def test_gpt2s_old_names_are_understood() -> None:
         ({"layer_types": ["global"]}, r"layer_types contains 'global'; each entry must be one of full_attention, sl"),
         ({"layer_types": ["full_attention"]}, r"layer_types has 1 entries but num_hidden_layers is 12; give one"),
         ({"layer_types": ["sliding_attention"] * 12}, r"sliding_window \(None\) must be at least 1 .*; set sliding"),
-        ({"sliding_window": 8}, r"sliding_window \(8\) has no effect without a 'sliding_attention' entry .*; add one"),
         ({"rope_theta": 1e4}, r"rope_theta needs position_embedding='rope', but position_embedding is 'learned'; set"),
         ({"rope_parameters": {"rope_theta": 1e4}}, r"rope_parameters needs position_embedding='rope'"),
         (
@@ -79,6 +78,11 @@ def test_contradictions_are_refused_with_value_rule_and_remedy(options: dict, me
 def test_unknown_keys_warn_with_the_nearest_name(name: str, nearest: str) -> None:
     with pytest.warns(UserWarning, match=f"no option '{name}'; it has no effect; did you mean '{nearest}'"):
         GPT2XConfig(**{name: 1})
+
+
+def test_a_window_without_a_layer_that_slides_warns() -> None:
+    with pytest.warns(UserWarning, match=r"sliding_window \(8\) has no effect without a 'sliding_attention' .*; add"):
+        GPT2XConfig(sliding_window=8)
 
 
 @pytest.mark.parametrize("options", [{}, MODERN, {"position_embedding": "rope", "rope_theta": 5e5}])

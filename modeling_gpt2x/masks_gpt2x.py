@@ -1,0 +1,131 @@
+"""Which positions a token may see: the past, its window, its own document, and no padding.
+
+Shapes: B batch, T positions of this forward pass, S positions seen with the cache included.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
+from transformers.utils import is_torchdynamo_compiling
+
+MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+def make_attention_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | dict | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
+) -> dict[str, Any]:
+    """One mask per layer type, in the form the attention implementation wants; `None` is plainly causal.
+
+    `past_key_values` and `position_ids` must be the caller's own, before any default is filled in. Positions that
+    restart within a row are packed documents which must not see each other: with or without an attention_mask, with
+    or without a cache. Where the caller gives neither positions nor a mask nor a cache nothing is looked at, so that
+    plain batches need no mask and compile into one graph.
+
+    Args:
+        config: of the model.
+        inputs_embeds: (B, T, C).
+        attention_mask: (B, S), 1 for tokens and 0 for padding; masks already made are returned as they are.
+        past_key_values: the cache before this pass.
+        position_ids: (B, T) or (1, T).
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    mask_kwargs: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+    }
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    if make_mask is flash_attention_mask:
+        mask_kwargs["position_ids"] = position_ids  # flash attention finds the documents by itself
+    elif make_mask is not None:
+        mask_kwargs["and_mask_function"] = _same_document(inputs_embeds, attention_mask, past_key_values, position_ids)
+    is_plain = position_ids is None and attention_mask is None and past_key_values is None
+    masks = {}
+    for layer_type in sorted(set(config.layer_types)):
+        window = config.sliding_window if layer_type == "sliding_attention" else None
+        fits_window = window is None or inputs_embeds.shape[1] <= window
+        # transformers skips the mask in this case too, but not while compiling.
+        skips_mask = is_plain and fits_window and make_mask is sdpa_mask
+        masks[layer_type] = None if skips_mask else MASK_MAKERS[layer_type](**mask_kwargs)
+    return masks
+
+
+def _same_document(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
+) -> Callable | None:
+    """The mask function that keeps packed documents apart; `None` if no row holds more than one.
+
+    While compiling nothing can be decided by what is in a tensor, so positions then always make a mask. Only a cache
+    under the compiler leaves documents unseparated: whoever compiles decoding packs no documents.
+    """
+    is_compiling = is_torchdynamo_compiling()
+    if position_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
+        return None
+    if is_compiling and past_key_values is not None:
+        return None
+    B, T = inputs_embeds.shape[:2]
+    num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    is_token_BS = _token_flags(attention_mask, (B, num_past + T), inputs_embeds.device)
+    start_BT, rank_BS = document_starts(position_ids.expand(B, -1), is_token_BS)
+    if not is_compiling and not (start_BT > 0).any():
+        return None
+
+    def sees_own_document(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        # A static cache has room behind the positions seen; nothing there is visible anyway.
+        return rank_BS[b, kv.clamp(max=num_past + T - 1)] >= start_BT[b, q - num_past]
+
+    return sees_own_document
+
+
+def _token_flags(attention_mask: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Whether each position is a token and no padding, (B, S)."""
+    if attention_mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    return F.pad(attention_mask.to(device).bool(), (0, max(0, shape[1] - attention_mask.shape[1])))[:, : shape[1]]
+
+
+def document_starts(position_BT: torch.Tensor, is_token_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the document of each of the last T positions begins, counted in tokens without padding.
+
+    A document begins where a position does not follow the one of the token before it; padding between two tokens may
+    or may not have been counted. At position p it also began at most p tokens ago, which tells how much of a cache
+    belongs to it.
+
+    Returns:
+        start_BT, the number of tokens before each position's document, and rank_BS, the number before each position.
+    """
+    T, S = position_BT.shape[1], is_token_BS.shape[1]
+    rank_BS = is_token_BS.cumsum(-1) - is_token_BS.long()
+    rank_BT, is_token_BT = rank_BS[:, S - T :], is_token_BS[:, S - T :]
+    index_T = torch.arange(T, device=position_BT.device)
+    # The index of the last token up to and including each position, then of the last one before it.
+    last_BT = torch.where(is_token_BT, index_T, -1).cummax(-1).values
+    previous_BT = F.pad(last_BT[:, :-1], (1, 0), value=-1)
+    step_BT = position_BT - position_BT.gather(1, previous_BT.clamp(min=0))
+    follows_BT = (step_BT >= 1) & (step_BT <= index_T - previous_BT)
+    breaks_BT = is_token_BT & (previous_BT >= 0) & ~follows_BT
+    start_BT = torch.where(breaks_BT, rank_BT, 0).cummax(-1).values
+    return torch.where(is_token_BT, torch.maximum(start_BT, rank_BT - position_BT), 0), rank_BS
+
+
+__all__ = ["document_starts", "make_attention_masks"]

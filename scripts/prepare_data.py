@@ -1,10 +1,14 @@
 """Prepares a corpus: trains its tokenizer where the recipe asks for that, and writes token shards.
 
 python scripts/prepare_data.py --config configuration/data/python-stdlib.yaml
+
+On a cluster every job of an array makes one part, and the same command without --task finishes:
+python scripts/prepare_data.py --config RECIPE.yaml --num_tasks 100 --task $SLURM_ARRAY_TASK_ID
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2x.command_line import parse_recipe
@@ -14,14 +18,31 @@ from gpt2x.errors import exit_on_user_error
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configuration" / "data" / "python-stdlib.yaml"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparationCommand(PreparationRecipe):
+    """Text to token shards: what scripts/prepare_data.py runs."""
+
+    task: int | None = None
+    """Makes this part alone, of 0 to num_tasks - 1, as a job of a cluster array; null makes all that are missing and
+    finishes."""
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the preparation that a command line describes."""
     # --- 1. The recipe. What imports transformers waits until it is known to be right ---
-    recipe, _ = parse_recipe(PreparationRecipe, argv, script="prepare_data.py", default_config=DEFAULT_CONFIG)
-    from gpt2x.shards.preparation import prepare, statistics
+    command, _ = parse_recipe(PreparationCommand, argv, script="prepare_data.py", default_config=DEFAULT_CONFIG)
+    fields = dict(vars(command))
+    task = fields.pop("task")
+    recipe = PreparationRecipe(**fields)
+    from gpt2x.shards.preparation import prepare, prepare_task
+    from gpt2x.shards.statistics import statistics
 
     # --- 2. Text to token shards; what is finished is left alone ---
     with exit_on_user_error():
+        if task is not None:
+            prepare_task(recipe, task)
+            print(f"task {task} of {recipe.num_tasks} is finished; without --task this command finishes the rest")
+            return
         index = prepare(recipe)
 
     # --- 3. What was made, and how to go on ---
@@ -31,4 +52,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the tasks that are not finished", file=sys.stderr)
+        sys.exit(130)

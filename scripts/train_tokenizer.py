@@ -31,4 +31,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("stopped; nothing is saved", file=sys.stderr)
+        sys.exit(130)

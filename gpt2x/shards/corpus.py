@@ -1,127 +1,233 @@
-"""Where documents come from, and on which side of the train/validation split each one falls."""
+"""Where documents come from, which of them a task reads, and on which side of the split each one falls."""
 
-import glob
+import codecs
 import hashlib
-import json
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from datasets import Dataset, IterableDataset
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
+from gpt2x.shards.cutting import CHARACTERS_PER_PIECE, chunks_of, cut
+from gpt2x.shards.rows import open_rows, text_of
+from gpt2x.shards.text_files import (
+    Advance,
+    LongFile,
+    OpenedFile,
+    Row,
+    matching_files,
+    rows_of,
+    size_of,
+)
 
 # Tests are long tables of cases and would be a third of the corpus; the packages are not the library's.
-NOT_LIBRARY_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+NOT_LIBRARY_SOURCES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
-class Document(NamedTuple):
-    """One text and where it came from."""
+class Piece(NamedTuple):
+    """A document, or a part of a long one. The parts of a document follow each other."""
 
     name: str
     """Path of the file, with the line number where a file holds many documents."""
     text: str
+    is_validation: bool
+    """Whether the whole document is held out."""
+    is_last: bool
+    """Whether the document ends here."""
 
 
-def documents(corpus: CorpusSection, *, dropped: Counter[str] | None = None) -> Iterator[Document]:
-    """The documents of a corpus, in an order that the file system has no say in.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of a corpus a task reads."""
+
+    task: int = 0
+    num_tasks: int = 1
+
+
+WHOLE = Share()
+
+
+class Reading(NamedTuple):
+    """A share of a corpus that is about to be read."""
+
+    rows: Iterator[Row | LongFile]
+    size: int | None
+    """How much there is to read, in the unit; None where nobody knows."""
+    unit: str
+    """Of the size: B or rows."""
+
+
+def is_validation(text: str, corpus: CorpusSection) -> bool:
+    """Whether a document is held out: a function of its text and the split's seed, so duplicates stay together."""
+    digest = _split_hash(corpus)
+    digest.update(text.encode())
+    return _is_held_out(digest, corpus)
+
+
+def _split_hash(corpus: CorpusSection) -> Any:
+    return hashlib.blake2b(digest_size=8, person=b"gpt2x split", key=str(corpus.split_seed).encode())
+
+
+def _is_held_out(digest: Any, corpus: CorpusSection) -> bool:
+    return int.from_bytes(digest.digest(), "little") < corpus.validation_fraction * 2**64
+
+
+def read_pieces(reading: Reading, corpus: CorpusSection, *, dropped: Counter[str], cuts: bool) -> Iterator[Piece]:
+    """The documents of a share, long ones in pieces, in an order that the file system has no say in.
 
     Texts are what the bytes say: line ends and byte order marks stay. Documents without anything but whitespace and
     documents that are not UTF-8 are left out.
 
     Args:
-        corpus: what to read.
+        reading: what to read.
+        corpus: decides what is held out.
         dropped: counts what was left out, by reason.
+        cuts: whether long documents may be cut.
 
     Raises:
-        UserError: for a path that matches no file, an unknown kind of file, a broken .jsonl line, a missing column.
+        UserError: for a file that is not what its name says, a broken .jsonl line, a missing column.
     """
-    dropped = Counter() if dropped is None else dropped
-    for name, text in _stdlib_texts() if corpus.kind == "python_stdlib" else _file_texts(corpus):
-        if text is None:
-            dropped["not UTF-8"] += 1
-        elif not text.strip():
-            dropped["empty"] += 1
-        else:
-            yield Document(name, text)
+    for row in reading.rows:
+        if isinstance(row, LongFile):
+            yield from _long_file(row, corpus, dropped=dropped, cuts=cuts)
+            continue
+        text = row.text(dropped)
+        if text is not None:
+            parts = cut(chunks_of(text)) if cuts and len(text) > 2 * CHARACTERS_PER_PIECE else iter((text,))
+            yield from _as_pieces(row.name, parts, is_validation(text, corpus))
 
 
-def is_validation(text: str, corpus: CorpusSection) -> bool:
-    """Whether a document is held out: a function of its text and the split's seed, so duplicates stay together."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"gpt2x split", key=str(corpus.split_seed).encode())
-    return int.from_bytes(digest.digest(), "little") < corpus.validation_fraction * 2**64
+def _as_pieces(name: str, parts: Iterator[str], held_out: bool) -> Iterator[Piece]:
+    part = next(parts)
+    for following in parts:
+        yield Piece(name, part, held_out, False)
+        part = following
+    yield Piece(name, part, held_out, True)
 
 
-def _stdlib_texts() -> Iterator[tuple[str, str | None]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for name in sorted(file.relative_to(root).as_posix() for file in _python_files(root)):
-        yield name, _decoded((root / name).read_bytes())
+def _long_file(row: LongFile, corpus: CorpusSection, *, dropped: Counter[str], cuts: bool) -> Iterator[Piece]:
+    """Reads the file twice, since the side it falls on is known at its end."""
+    digest, is_empty = _split_hash(corpus), True
+    try:
+        for text in _chunks(row.file, lambda _: None):
+            digest.update(text.encode())
+            is_empty = is_empty and text.isspace()
+    except UnicodeDecodeError:
+        dropped["not UTF-8"] += 1
+        return
+    if is_empty:
+        dropped["empty"] += 1
+        return
+    chunks = _chunks(row.file, row.advance)
+    parts = cut(chunks) if cuts else iter(("".join(chunks),))
+    yield from _as_pieces(row.name, parts, _is_held_out(digest, corpus))
 
 
-def _python_files(root: Path) -> Iterator[Path]:
+def _chunks(file: Path, advance: Advance) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with OpenedFile(file) as opened:
+        while content := opened.stream.read(CHARACTERS_PER_PIECE):
+            if text := decoder.decode(content):
+                yield text
+            opened.tell(advance)
+    decoder.decode(b"", final=True)
+
+
+def open_corpus(corpus: CorpusSection, advance: Advance, *, share: Share = WHOLE) -> Reading:
+    """Finds out what a task has to read. It is told which part, and finds it without reading the others if it can.
+
+    The files are dealt out in turn where there are enough for every task, a dataset's own shards likewise; else each
+    task takes every num_tasks-th row.
+
+    Args:
+        corpus: what to read.
+        advance: told how much of Reading.size has been read since it was told before.
+        share: which part.
+
+    Raises:
+        UserError: for a path that matches no file, an unknown kind of file, a dataset that cannot be opened.
+    """
+    if corpus.kind == "dataset":
+        return _open_dataset(corpus, advance, share)
+    files = _files(corpus)
+    if len(files) >= share.num_tasks:
+        files = files[share.task :: share.num_tasks]
+        return Reading(_rows(files, corpus, advance), size_of(files), "B")
+    every = islice(_rows(files, corpus, advance), share.task, None, share.num_tasks)
+    return Reading(every, size_of(files), "B")
+
+
+def size_to_read(corpus: CorpusSection, tasks: Sequence[int], *, num_tasks: int) -> tuple[int | None, str]:
+    """How much these tasks have to read in all, None where nobody knows; and its unit."""
+    if corpus.kind == "dataset":
+        reading = _open_dataset(corpus, lambda _: None, Share(task=tasks[0], num_tasks=num_tasks))
+        return reading.size and reading.size * len(tasks), reading.unit
+    files = _files(corpus)
+    if len(files) < num_tasks:
+        return size_of(files) * len(tasks), "B"
+    return sum(size_of(files[task::num_tasks]) for task in tasks), "B"
+
+
+def _rows(files: list[Path], corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
+    for file in files:
+        yield from rows_of(file, corpus, advance)
+
+
+def _files(corpus: CorpusSection) -> list[Path]:
+    if corpus.kind == "files":
+        return matching_files(corpus.paths)
+    if corpus.kind == "python_stdlib":
+        return _python_files(Path(sysconfig.get_path("stdlib")), NOT_LIBRARY_SOURCES)
+    roots = sorted({Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")})
+    return [file for root in roots for file in _python_files(root, frozenset({"__pycache__"}))]
+
+
+def _python_files(root: Path, left_out: frozenset[str]) -> list[Path]:
+    found = []
     for directory, subdirectories, names in os.walk(root):
         # In place, so that site-packages is not even walked through.
-        subdirectories[:] = [name for name in subdirectories if name not in NOT_LIBRARY_SOURCES]
-        yield from (Path(directory, name) for name in names if name.endswith(".py"))
+        subdirectories[:] = [name for name in subdirectories if name not in left_out]
+        found += [Path(directory, name) for name in names if name.endswith(".py")]
+    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-def _file_texts(corpus: CorpusSection) -> Iterator[tuple[str, str | None]]:
-    for file in _matching_files(corpus.paths):
-        if file.suffix == ".jsonl":
-            yield from _jsonl_texts(file, corpus.text_column)
-        else:
-            yield str(file), _decoded(file.read_bytes())
-
-
-def _matching_files(patterns: list[str]) -> list[Path]:
-    """The files of all patterns, each once: patterns in the given order, the matches of one pattern sorted."""
-    files = []
-    for pattern in patterns:
-        matches = sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise UserError(f"corpus.paths: {pattern!r} matches no file; correct the path, or quote the pattern.")
-        files += [_text_file(Path(match)) for match in matches]
-    return list(dict.fromkeys(files))
-
-
-def _text_file(file: Path) -> Path:
-    if file.is_dir():
-        raise UserError(f"corpus.paths: '{file}' is a directory; name its files, for example '{file}/*.txt'.")
-    if file.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"corpus.paths: '{file}' must end in .txt or .jsonl; rename it or leave it out.")
-    return file
-
-
-# Not datasets' reader: its type inference turns a text that looks like a date into one.
-def _jsonl_texts(file: Path, column: str) -> Iterator[tuple[str, str | None]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{file}:{number}", _jsonl_text(f"{file}:{number}", line, column)
-
-
-def _jsonl_text(name: str, line: bytes, column: str) -> str | None:
-    decoded = _decoded(line)
-    if decoded is None:
-        return None
+def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share) -> Reading:
     try:
-        row = json.loads(decoded)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name} is not JSON ({error.msg}); a .jsonl file holds one object per line.") from None
-    if not isinstance(row, dict) or column not in row:
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{name} has no field {column!r}, only: {found}; set corpus.text_column to one of them.")
-    text = row[column]
-    if not isinstance(text, str | None):
-        raise UserError(f"{name}: field {column!r} must hold text, not {text!r}; set corpus.text_column to another.")
-    # JSON can spell lone surrogates, which no UTF-8 and no tokenizer can.
-    return _decoded((text or "").encode("utf-8", "surrogatepass"))
+        rows = open_rows(corpus)
+    except ConnectionError as error:
+        raise UserError(f"corpus.dataset ({corpus.dataset}): {error}; try again when it can be reached.") from None
+    if isinstance(rows, Dataset):
+        first = rows.num_rows // share.num_tasks * share.task + min(share.task, rows.num_rows % share.num_tasks)
+        rows = rows.select_columns([corpus.text_column]).shard(share.num_tasks, share.task, contiguous=True)
+        return Reading(_dataset_rows(rows, first, corpus, advance), rows.num_rows, "rows")
+    num_rows = rows.info.splits[corpus.dataset_split].num_examples if _knows_its_length(rows, corpus) else None
+    if rows.num_shards >= share.num_tasks:
+        rows = rows.shard(share.num_tasks, share.task, contiguous=False)
+        size = num_rows and num_rows // share.num_tasks
+        return Reading(_dataset_rows(rows, 0, corpus, advance), size, "rows")
+    every = _dataset_rows(rows, 0, corpus, advance)
+    return Reading(islice(every, share.task, None, share.num_tasks), num_rows, "rows")
 
 
-def _decoded(content: bytes) -> str | None:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+def _knows_its_length(rows: IterableDataset, corpus: CorpusSection) -> bool:
+    return bool(rows.info.splits) and corpus.dataset_split in rows.info.splits
+
+
+def _dataset_rows(
+    rows: Dataset | IterableDataset, first: int, corpus: CorpusSection, advance: Advance
+) -> Iterator[Row]:
+    for number, row in enumerate(rows, start=first):
+        yield _dataset_row(f"{corpus.dataset} row {number}", row, corpus)
+        advance(1)
+
+
+def _dataset_row(name: str, row: dict[str, Any], corpus: CorpusSection) -> Row:
+    column = corpus.text_column
+    return Row(name, lambda dropped: text_of(row.get(column), name=name, column=column, dropped=dropped))

@@ -1,55 +1,81 @@
 """Preparation: text to token shards.
 
-A preparation is a number of independent tasks, each of which reads every num_tasks-th document, and a last step that
+A preparation is a number of independent tasks, each of which reads its share of the corpus, and a last step that
 writes the index. A finished task is not run again; one that was killed is, to the same bytes. So processes, cluster
 arrays and a loop run the same function.
 """
 
 import dataclasses
-import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import count, islice
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
-from gpt2x.shards.corpus import Document, documents, is_validation
-from gpt2x.shards.files import write_durably
-from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index, write_index
+from gpt2x.shards.corpus import Piece, Share, open_corpus, read_pieces, size_to_read
+from gpt2x.shards.cutting import can_be_cut
+from gpt2x.shards.encoding import encoded
+from gpt2x.shards.index import SPLITS, Index, ShardEntry, write_index
+from gpt2x.shards.progress import ProgressBar, Report
+from gpt2x.shards.records import (
+    Plan,
+    finished_index,
+    forget_other_preparations,
+    plan_of,
+    recorded,
+    tasks_dir,
+    write_record,
+)
 from gpt2x.shards.tokenizer import (
     is_saved,
     load_tokenizer,
     save_tokenizer,
     text_encoder,
-    tokenizer_fingerprint,
     train_tokenizer,
     vocabulary_size,
 )
+from gpt2x.shards.workers import run_parts, usable_cores
 from gpt2x.shards.writer import ShardWriter
 
-# What is given to the tokenizer at once: enough for its threads, little beside a shard.
-CHARACTERS_PER_BATCH = 4_000_000
 
-
-def prepare(recipe: PreparationRecipe, *, num_tasks: int = 1) -> Index:
+def prepare(recipe: PreparationRecipe) -> Index:
     """Makes the token shards of a recipe: the tokenizer where it is to be trained, every task, the index.
 
-    What is finished is left alone.
+    What is finished is left alone. The shards do not depend on the number of workers.
 
     Raises:
         UserError: what the steps raise.
     """
-    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
-    for task in range(num_tasks):
-        prepare_task(recipe, task, num_tasks=num_tasks)
-    return finalize(recipe, num_tasks=num_tasks)
+    plan = plan_of(recipe, prepare_tokenizer(recipe.tokenizer, recipe.corpus))
+    if finished := finished_index(plan):
+        shutil.rmtree(tasks_dir(recipe.output_dir), ignore_errors=True)
+        return finished
+    missing = [task for task in range(recipe.num_tasks) if not recorded(plan, task)]
+    num_workers = min(recipe.num_workers or usable_cores(), len(missing))
+    with _progress(recipe, missing) as progress:
+        if num_workers > 1:
+            run_parts(_work, recipe, missing, num_workers=num_workers, report=progress.report)
+        else:
+            for task in missing:
+                _run_task(plan, task, progress.report)
+    return _finalize(plan)
+
+
+def _progress(recipe: PreparationRecipe, tasks: list[int]) -> ProgressBar:
+    size, unit = size_to_read(recipe.corpus, tasks, num_tasks=recipe.num_tasks) if tasks else (0, "B")
+    return ProgressBar("tokenizing", total=size, unit=unit)
+
+
+def _work(recipe: PreparationRecipe, task: int, report: Report) -> None:
+    prepare_task(recipe, task, report=report)
 
 
 def prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection) -> PreTrainedTokenizerFast:
@@ -59,9 +85,11 @@ def prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection) -> PreTr
         UserError: where the saved one has another vocabulary size; and what training and loading raise.
     """
     if section.vocab_size is not None and not is_saved(section.path):
-        texts = (text for _, text in documents(corpus) if not is_validation(text, corpus))
-        progress = tqdm(texts, desc="training the tokenizer", unit=" documents", disable=None)
-        save_tokenizer(train_tokenizer(progress, section), Path(section.path))
+        reading = open_corpus(corpus, lambda read: progress.report(read, 0))
+        with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
+            pieces = read_pieces(reading, corpus, dropped=Counter(), cuts=True)
+            texts = (piece.text for piece in pieces if not piece.is_validation)
+            save_tokenizer(train_tokenizer(texts, section), Path(section.path))
     tokenizer = load_tokenizer(section.path)
     if section.vocab_size not in (None, vocabulary_size(tokenizer)):
         raise UserError(
@@ -71,143 +99,105 @@ def prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection) -> PreTr
     return tokenizer
 
 
-def prepare_task(recipe: PreparationRecipe, task: int, *, num_tasks: int = 1) -> None:
-    """Tokenizes the documents task, task + num_tasks, ... of the corpus into shards and records them.
+def prepare_task(recipe: PreparationRecipe, task: int, *, report: Report | None = None) -> None:
+    """Tokenizes a task's share of the corpus into shards and records them; does nothing where that is done.
 
     The shards of task t are numbered t, t + num_tasks, ..., so tasks need not know of each other. A shard ends before
-    the document that would make it longer than tokens_per_shard. Memory: one shard and the longest document.
+    the document that would make it longer than tokens_per_shard. Memory: some batches of text and their encodings.
+
+    Args:
+        recipe: names the number of tasks.
+        task: below it.
+        report: told how far the task is.
 
     Raises:
         UserError: for a corpus or tokenizer that cannot be read, and an output_dir with data of another recipe.
     """
-    tokenizer = load_tokenizer(recipe.tokenizer.path)
-    made_of = {**_made_of(recipe, tokenizer), "num_tasks": num_tasks}
-    if _finished(recipe, tokenizer) or _recorded(recipe.output_dir, task, made_of):
-        return
-    _forget_other_preparations(recipe.output_dir, made_of)
+    if not 0 <= task < recipe.num_tasks:
+        raise UserError(f"task ({task}) must be at least 0 and below num_tasks ({recipe.num_tasks}).")
+    plan = plan_of(recipe, load_tokenizer(recipe.tokenizer.path))
+    if not finished_index(plan) and not recorded(plan, task):
+        _run_task(plan, task, report or (lambda *_: None))
+
+
+def _run_task(plan: Plan, task: int, report: Report) -> None:
+    forget_other_preparations(plan)
+    with ExitStack() as stack:
+        numbers = {split: count(task, plan.recipe.num_tasks) for split in SPLITS}
+        writers = {split: stack.enter_context(ShardWriter(plan, split, numbers[split])) for split in SPLITS}
+        dropped = _tokenize(plan, task, writers, report)
+        splits = {split: [dataclasses.asdict(entry) for entry in writers[split].finish()] for split in SPLITS}
+    write_record(plan, task, {"splits": splits, "dropped": dict(dropped)})
+
+
+def _tokenize(plan: Plan, task: int, writers: dict[str, ShardWriter], report: Report) -> Counter[str]:
+    """Reads, encodes and writes a task's documents; returns how many were left out, by reason."""
     dropped: Counter[str] = Counter()
-    writers = {split: ShardWriter(recipe, tokenizer, split, count(task, num_tasks)) for split in SPLITS}
-    chosen = islice(documents(recipe.corpus, dropped=dropped), task, None, num_tasks)
-    progress = tqdm(chosen, desc=f"tokenizing (task {task + 1} of {num_tasks})", unit=" documents", disable=None)
-    for document, ids in _tokenized(progress, tokenizer):
-        split = "validation" if is_validation(document.text, recipe.corpus) else "train"
-        writers[split].add(document, ids)
-    splits = {split: [dataclasses.asdict(entry) for entry in writer.close()] for split, writer in writers.items()}
-    record = {"made_of": made_of, "splits": splits, "dropped": dict(dropped)}
-    write_durably(_record_file(recipe.output_dir, task), [json.dumps(record).encode()])
+    unreported = 0
+
+    def advance(read: int) -> None:
+        nonlocal unreported
+        unreported += read
+
+    corpus, encoder = plan.recipe.corpus, text_encoder(plan.tokenizer)
+    reading = open_corpus(corpus, advance, share=Share(task=task, num_tasks=plan.recipe.num_tasks))
+    pieces = read_pieces(reading, corpus, dropped=dropped, cuts=can_be_cut(encoder))
+    for batch, encodings in encoded(pieces, encoder):
+        num_tokens = sum(_write(piece, encoding, writers) for piece, encoding in zip(batch, encodings, strict=True))
+        report(unreported, num_tokens)
+        unreported = 0
+    report(unreported, 0)
+    return dropped
 
 
-def finalize(recipe: PreparationRecipe, *, num_tasks: int = 1) -> Index:
+def _write(piece: Piece, encoding: Encoding, writers: dict[str, ShardWriter]) -> int:
+    writer = writers["validation" if piece.is_validation else "train"]
+    ids = np.array(encoding.ids, np.uint32)
+    writer.add(piece.name, ids, len(piece.text.encode()))
+    if piece.is_last:
+        writer.end_document()
+    return ids.size + piece.is_last
+
+
+def finalize(recipe: PreparationRecipe) -> Index:
     """Collects the tasks' records into the index.
 
     Raises:
         UserError: where a task is not finished, where a split that should have documents has none, and for an
             output_dir with data of another recipe.
     """
-    tokenizer = load_tokenizer(recipe.tokenizer.path)
-    if finished := _finished(recipe, tokenizer):
-        return finished
-    made_of = _made_of(recipe, tokenizer)
-    records = [_recorded(recipe.output_dir, task, {**made_of, "num_tasks": num_tasks}) for task in range(num_tasks)]
-    missing = [task for task, record in enumerate(records) if record is None]
-    if missing:
-        raise UserError(f"tasks {missing} of {num_tasks} are not finished in '{recipe.output_dir}'; run them first.")
-    splits = {split: _in_order(ShardEntry(**e) for r in records if r for e in r["splits"][split]) for split in SPLITS}
-    _check_split(recipe, {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS})
-    assert records[0] is not None
+    plan = plan_of(recipe, load_tokenizer(recipe.tokenizer.path))
+    return finished_index(plan) or _finalize(plan)
+
+
+def _finalize(plan: Plan) -> Index:
+    records = _all_records(plan)
+    splits = {split: _in_order(ShardEntry(**e) for r in records for e in r["splits"][split]) for split in SPLITS}
+    _check_split(plan.recipe, {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS})
     index = Index(
-        directory=recipe.output_dir,
+        directory=plan.output_dir,
         splits=splits,
-        tokenizer_fingerprint=made_of["tokenizer_fingerprint"],
-        vocab_size=vocabulary_size(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        recipe=made_of,
-        dropped=records[0]["dropped"],
+        tokenizer_fingerprint=plan.fingerprint,
+        vocab_size=plan.vocab_size,
+        eos_token_id=plan.tokenizer.eos_token_id,
+        recipe=plan.made_of,
+        dropped=dict(sum((Counter(record["dropped"]) for record in records), Counter())),
     )
-    if Path(recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
-        save_tokenizer(tokenizer, index.tokenizer_dir)
+    if Path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
+        save_tokenizer(plan.tokenizer, index.tokenizer_dir)
     _remove_unlisted_shards(index)
     write_index(index)
-    shutil.rmtree(recipe.output_dir / "tasks")
+    shutil.rmtree(tasks_dir(plan.output_dir))
     return index
 
 
-def statistics(index: Index) -> str:
-    """What a directory of token shards holds, a line per split and one for what was left out."""
-    lines = []
-    for split in SPLITS:
-        tokens, num_bytes = index.total(split, "num_tokens"), index.total(split, "num_bytes")
-        lines.append(
-            f"{split}: {index.total(split, 'num_documents'):,} documents, {num_bytes:,} bytes, {tokens:,} tokens "
-            f"in {len(index.splits[split])} shards, {num_bytes / max(tokens, 1):.3f} bytes per token"
-        )
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(index.dropped.items())) or "nothing"
-    return "\n".join([*lines, f"left out: {dropped}"])
-
-
-def _tokenized(
-    chosen: Iterable[Document], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[Document, np.ndarray]]:
-    encoder = text_encoder(tokenizer)
-    for batch in _batches(chosen):
-        encodings = encoder.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-        for document, encoding in zip(batch, encodings, strict=True):
-            yield document, np.array(encoding.ids, np.int64)
-
-
-def _batches(chosen: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in chosen:
-        batch.append(document)
-        size += len(document.text)
-        if size >= CHARACTERS_PER_BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _made_of(recipe: PreparationRecipe, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What determines the shards, as JSON gives it back."""
-    return {
-        **dataclasses.asdict(recipe.corpus),
-        "tokens_per_shard": recipe.tokens_per_shard,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-    }
-
-
-def _finished(recipe: PreparationRecipe, tokenizer: PreTrainedTokenizerFast) -> Index | None:
-    """The finished data in output_dir, if there is any; it must be this recipe's."""
-    if not (recipe.output_dir / INDEX_FILE).is_file():
-        return None
-    index, wanted = load_index(recipe.output_dir), _made_of(recipe, tokenizer)
-    found = index.recipe
-    changed = [f"{key} {found.get(key)!r} -> {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
-    if changed:
-        raise UserError(
-            f"'{recipe.output_dir}' holds data of another recipe ({', '.join(changed)}); "
-            f"set another output_dir, or delete that directory."
-        )
-    return index
-
-
-def _record_file(output_dir: Path, task: int) -> Path:
-    return output_dir / "tasks" / f"task_{task:05d}.json"
-
-
-def _recorded(output_dir: Path, task: int, made_of: dict[str, Any]) -> dict[str, Any] | None:
-    """What a finished task made, or None where it is not finished or was another preparation's."""
-    file = _record_file(output_dir, task)
-    record = json.loads(file.read_bytes()) if file.is_file() else {}
-    return record if record.get("made_of") == made_of else None
-
-
-def _forget_other_preparations(output_dir: Path, made_of: dict[str, Any]) -> None:
-    """A preparation that was changed half-way must not be finished with the shards of before."""
-    (output_dir / "tasks").mkdir(parents=True, exist_ok=True)
-    for file in (output_dir / "tasks").glob("task_*.json"):
-        if json.loads(file.read_bytes())["made_of"] != made_of:
-            file.unlink()
+def _all_records(plan: Plan) -> list[dict[str, Any]]:
+    num_tasks = plan.recipe.num_tasks
+    found = {task: recorded(plan, task) for task in range(num_tasks)}
+    missing = [task for task, record in found.items() if record is None]
+    if missing:
+        raise UserError(f"tasks {missing} of {num_tasks} are not finished in '{plan.output_dir}'; run them first.")
+    return [record for record in found.values() if record is not None]
 
 
 def _remove_unlisted_shards(index: Index) -> None:
@@ -228,7 +218,8 @@ def _check_split(recipe: PreparationRecipe, num_documents: dict[str, int]) -> No
     total, fraction = sum(num_documents.values()), recipe.corpus.validation_fraction
     if total == 0:
         raise UserError(
-            f"the corpus ({recipe.corpus.paths or recipe.corpus.kind}) has no document; give it some text."
+            f"the corpus ({recipe.corpus.paths or recipe.corpus.dataset or recipe.corpus.kind}) has no document; give "
+            f"it some text."
         )
     for split in SPLITS if fraction else ("train",):
         if num_documents[split] == 0:

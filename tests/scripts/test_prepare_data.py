@@ -1,11 +1,16 @@
 """The two scripts that come before training: what they make, what they say, and how they refuse."""
 
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+
+from gpt2x.shards.index import load_index
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,3 +89,75 @@ def test_the_default_recipe_is_found_from_any_directory(run):
     code, _, complaint = run("prepare_data.py", "--tokens_per_shard=0")
     assert code == 2
     assert "tokens_per_shard (0) must be positive" in complaint
+
+
+def test_parts_made_one_by_one_are_finished_by_the_plain_command(run, tmp_path, corpus, tokenizer):
+    run("train_tokenizer.py", *corpus, *tokenizer)
+    arguments = [*corpus, *tokenizer, "--num_tasks=3", "--num_workers=1"]
+    code, printed, _ = run("prepare_data.py", *arguments, "--output_dir=parts", "--task=1")
+    assert (code, printed.split(";")[0]) == (0, "task 1 of 3 is finished")
+    made = sorted(file.name for file in (tmp_path / "parts").rglob("*.safetensors"))
+    assert set(made) == {"tokens_part_00001.safetensors"}
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").rglob("*.safetensors")}
+    assert run("prepare_data.py", *arguments, "--output_dir=parts")[0] == 0
+    assert before == {file: file.stat().st_mtime_ns for file in before}, "the finished part was left alone"
+    assert run("prepare_data.py", *arguments, "--output_dir=whole")[0] == 0
+    parts, whole = (tmp_path / name / "index.json" for name in ("parts", "whole"))
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_a_part_alone_needs_the_tokenizer_first(run, corpus, tokenizer):
+    code, _, complaint = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards", "--task=0")
+    assert code == 1
+    assert "error: 'tokenizer' holds no tokenizer" in complaint
+    assert complaint.endswith("train one by scripts/train_tokenizer.py or correct the path.\n")
+
+
+def test_a_part_that_does_not_exist_is_refused(run, corpus, tokenizer):
+    code, _, complaint = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards", "--task=1")
+    expected = "error: task (1) must be at least 0 and below num_tasks (1).\n"
+    assert (code, complaint) == (1, expected)
+
+
+def test_the_statistics_name_the_longest_document_and_what_was_left_out(run, tmp_path, corpus, tokenizer):
+    (tmp_path / "empty.txt").write_text(" ")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    _, printed, _ = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards")
+    lines = printed.splitlines()
+    assert re.search(r"^train: \d+ documents, .* bytes per token, the longest document \d+ tokens$", lines[0])
+    assert lines[2] == "left out: 1 empty, 1 not UTF-8"
+
+
+def rows_of(recipe: str) -> list[dict]:
+    """Rows of the shape that the recipe's dataset has on the Hub."""
+    texts = [f"document {number} says that {number} times {number} is {number**2}" for number in range(60)]
+    if recipe == "smol-smoltalk":
+        chats = [[{"role": "user", "content": "How much?"}, {"role": "assistant", "content": text}] for text in texts]
+        return [{"messages": chat, "source": "smol-magpie-ultra"} for chat in chats]
+    if recipe == "wikitext":
+        return [
+            {"text": text} for pair in ((" = A headline = \n", ""), *((text, "") for text in texts)) for text in pair
+        ]
+    return [{"text": text, "id": str(number), "score": 3.5} for number, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("recipe", ["openwebtext", "fineweb-edu", "smol-smoltalk", "wikitext"])
+def test_a_recipe_of_the_hub_prepares_rows_of_that_shape(run, tmp_path, monkeypatch, tokenizer, recipe):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    table = pyarrow.Table.from_pylist(rows_of(recipe))
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    local = [
+        "--corpus.dataset=parquet",
+        "--corpus.dataset_config=null",
+        f'--corpus.data_files=["{tmp_path}/*.parquet"]',
+    ]
+    config = ["--config", str(ROOT / "configuration" / "data" / f"{recipe}.yaml")]
+    fields = ["--corpus.validation_fraction=0.3", "--num_workers=1", "--num_tasks=2"]
+    code, printed, complaint = run("prepare_data.py", *config, *local, *fields, *tokenizer)
+    assert code == 0, complaint
+    assert printed.endswith(f"--data.path data/{recipe}\n")
+    index = load_index(tmp_path / "data" / recipe)
+    assert index.total("train", "num_documents") + index.total("validation", "num_documents") == 60 + (
+        recipe == "wikitext"
+    )
+    assert index.dropped == ({"empty": 61} if recipe == "wikitext" else {})

@@ -1,25 +1,38 @@
 """Documents come in a fixed order, and a document's text alone says which split it falls into."""
 
 import dataclasses
+import gzip
+import json
 import os
+import random
 import re
 import sysconfig
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
-from gpt2x.shards.corpus import documents, is_validation
+from gpt2x.shards import text_files
+from gpt2x.shards.corpus import Share, is_validation, open_corpus, read_pieces
 
 
 def files(*paths: Path | str, **fields: str) -> CorpusSection:
     return CorpusSection(kind="files", paths=[str(path) for path in paths], **fields)
 
 
+def documents(corpus, *, dropped=None, share=None, cuts=False):
+    reading = open_corpus(corpus, lambda _: None, share=share or Share())
+    return read_pieces(reading, corpus, dropped=Counter() if dropped is None else dropped, cuts=cuts)
+
+
 def test_the_standard_library_comes_without_tests_and_packages_in_the_order_of_its_names():
-    names = [document.name for document in documents(CorpusSection())]
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [Path(document.name).relative_to(root).as_posix() for document in documents(CorpusSection())]
     assert names == sorted(names)
     assert "json/decoder.py" in names
     excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -27,7 +40,7 @@ def test_the_standard_library_comes_without_tests_and_packages_in_the_order_of_i
 
 
 def test_a_standard_library_document_is_the_file_byte_for_byte():
-    document = next(document for document in documents(CorpusSection()) if document.name == "json/decoder.py")
+    document = next(document for document in documents(CorpusSection()) if document.name.endswith("json/decoder.py"))
     assert document.text.encode() == Path(sysconfig.get_path("stdlib"), "json/decoder.py").read_bytes()
 
 
@@ -73,15 +86,151 @@ def test_a_path_that_matches_nothing_is_refused(tmp_path):
         list(documents(files(tmp_path / "none*")))
 
 
-def test_a_directory_is_refused_with_the_pattern_that_reads_it(tmp_path):
-    with pytest.raises(UserError, match=re.escape(f"'{tmp_path}' is a directory; name its files")):
+def test_a_folder_stands_for_everything_readable_in_it(tmp_path):
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    (tmp_path / "b" / "c" / "a.txt").write_text("two")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b" / "d.jsonl").write_text('{"text": "three"}\n')
+    (tmp_path / "b" / "picture.png").write_bytes(b"\x89")
+    assert [document.text for document in documents(files(tmp_path))] == ["one", "two", "three"]
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match=re.escape(f"the folder '{tmp_path}' holds no file of .txt, .jsonl, .parquet")):
         list(documents(files(tmp_path)))
 
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(UserError, match=r"a.pdf' must end in .txt or .jsonl"):
+    with pytest.raises(UserError, match=r"a.pdf' is of an unknown kind; rename it to one of .txt, .jsonl, .parquet"):
         list(documents(files(tmp_path / "a.pdf")))
+
+
+def compressed(file: Path, content: bytes) -> Path:
+    """Writes a file of two compressed members, as parallel compressors do."""
+    codec = {".gz": gzip.compress, ".zst": lambda part: pyarrow.compress(part, "zstd", asbytes=True)}[file.suffix]
+    file.write_bytes(codec(content[:9]) + codec(content[9:]))
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_are_read_as_what_they_hold(tmp_path, suffix):
+    jsonl = compressed(tmp_path / f"a.jsonl{suffix}", '{"text": "grün"}\n{"text": "two"}\n'.encode())
+    text = compressed(tmp_path / f"b.txt{suffix}", b"one document\n")
+    assert [document.text for document in documents(files(jsonl, text))] == ["grün", "two", "one document\n"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, damage):
+    file = compressed(tmp_path / f"a.txt{suffix}", bytes(range(65, 90)) * 99)
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] if damage == "cut" else b"plain text, no archive")
+    with pytest.raises(UserError, match=rf"a.txt{suffix}' cannot be read \(.+\); repair it or leave it out"):
+        list(documents(files(file)))
+
+
+def tables(directory: Path, table: pyarrow.Table) -> list[Path]:
+    """A table as parquet, as an Arrow stream, which datasets writes, and as an Arrow file."""
+    pyarrow.parquet.write_table(table, directory / "a.parquet", row_group_size=2)
+    for name, writer in (("b.arrow", pyarrow.ipc.new_stream), ("c.arrow", pyarrow.ipc.new_file)):
+        with writer(directory / name, table.schema) as opened:
+            opened.write_table(table, max_chunksize=2)
+    return [directory / name for name in ("a.parquet", "b.arrow", "c.arrow")]
+
+
+def test_parquet_and_both_kinds_of_arrow_files_are_read_by_their_text_column(tmp_path):
+    invalid = pyarrow.array([b"one", None, b"caf\xe9", b" ", b"two"]).view(pyarrow.string())
+    found = tables(tmp_path, pyarrow.table({"id": range(5), "text": invalid}))
+    for file in found:
+        dropped: Counter[str] = Counter()
+        read = list(documents(files(file), dropped=dropped))
+        assert [(Path(piece.name).name, piece.text) for piece in read] == [
+            (f"{file.name}:1", "one"),
+            (f"{file.name}:5", "two"),
+        ]
+        assert dropped == {"empty": 2, "not UTF-8": 1}
+
+
+def test_a_column_of_chat_messages_in_a_table_gives_their_contents(tmp_path):
+    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    for file in tables(tmp_path, pyarrow.table({"messages": [chat]})):
+        assert [piece.text for piece in documents(files(file, text_column="messages"))] == ["Hi.\n\nHello."]
+
+
+def test_a_missing_column_of_a_table_is_refused_with_those_found(tmp_path):
+    for file in tables(tmp_path, pyarrow.table({"id": [1], "content": ["x"]})):
+        with pytest.raises(UserError, match=rf"{file.name} has no column 'text', only: id, content; set corp"):
+            list(documents(files(file)))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_table_that_is_none_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("no table at all")
+    with pytest.raises(UserError, match=rf"{name}' cannot be read \(.+\); repair it or leave it out"):
+        list(documents(files(tmp_path / name)))
+
+
+@pytest.mark.parametrize("separator", ["<|end|>", "\n\n", "ü"])
+def test_a_separator_cuts_a_text_file_into_documents_wherever_it_lies(tmp_path, separator, monkeypatch):
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("abc \n<|é", k=generator.randrange(1, 50))) + "x" for _ in range(500)]
+    (tmp_path / "a.txt").write_text(separator.join(texts) + separator)
+    read = [document.text for document in documents(files(tmp_path / "a.txt", document_separator=separator))]
+    assert read == [text for text in separator.join(texts).split(separator) if text.strip()]
+
+
+def test_a_document_between_separators_that_is_not_utf8_is_left_out_alone(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one;caf\xe9;;two")
+    dropped: Counter[str] = Counter()
+    read = documents(files(tmp_path / "a.txt", document_separator=";"), dropped=dropped)
+    assert [document.text for document in read] == ["one", "two"]
+    assert dropped == {"not UTF-8": 1, "empty": 1}
+
+
+def test_every_installed_packages_sources_are_read_and_nothing_compiled():
+    corpus = CorpusSection(kind="python_packages")
+    names = [row.name for row in open_corpus(corpus, lambda _: None).rows]
+    assert any(name.endswith("/numpy/__init__.py") for name in names)
+    assert all(name.endswith(".py") for name in names)
+    assert not [name for name in names if "__pycache__" in name]
+
+
+def make_dataset(directory: Path, *, num_files: int) -> CorpusSection:
+    for number in range(num_files):
+        rows = [{"text": f"{number} {row}"} for row in range(5)]
+        (directory / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return CorpusSection(kind="dataset", dataset="json", data_files=[f"{directory}/*.jsonl"])
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 7])
+def test_the_shares_of_a_dataset_are_the_whole_dataset_once(tmp_path, monkeypatch, streaming, num_tasks):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    corpus = dataclasses.replace(make_dataset(tmp_path, num_files=3), streaming=streaming)
+    shares = [Share(task=task, num_tasks=num_tasks) for task in range(num_tasks)]
+    read = [[document.text for document in documents(corpus, share=share)] for share in shares]
+    expected = [f"{number} {row}" for number in range(3) for row in range(5)]
+    assert sorted(text for share in read for text in share) == expected
+    assert max(map(len, read)) <= 5 or num_tasks < 3
+    if num_tasks == 1:
+        assert read[0] == expected
+
+
+def test_a_task_opens_only_its_own_files_where_there_are_enough(tmp_path, monkeypatch):
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(str(number))
+    opened = []
+    monkeypatch.setattr(text_files, "decoded", lambda content: opened.append(content) or content.decode())
+    read = [piece.text for piece in documents(files(tmp_path), share=Share(task=1, num_tasks=2))]
+    assert read == ["1", "3"]
+    assert opened == [b"1", b"3"]
+
+
+def test_a_task_parses_no_row_of_another(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\nbroken\n{"text": "three"}\nbroken\n')
+    read = documents(files(tmp_path), share=Share(task=0, num_tasks=2))
+    assert [piece.text for piece in read] == ["one", "three"]
 
 
 def test_a_missing_column_is_refused_with_those_found(tmp_path):
@@ -92,7 +241,7 @@ def test_a_missing_column_is_refused_with_those_found(tmp_path):
 
 def test_a_column_without_text_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "id": 1}\n')
-    with pytest.raises(UserError, match=r"a.jsonl:1: field 'id' must hold text, not 1"):
+    with pytest.raises(UserError, match=r"a.jsonl:1: field 'id' must hold text or chat messages, not 1"):
         list(documents(files(tmp_path / "a.jsonl", text_column="id")))
 
 

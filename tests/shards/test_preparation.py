@@ -2,7 +2,10 @@
 
 import dataclasses
 import hashlib
+import io
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,14 +18,16 @@ from transformers import AutoTokenizer
 
 from gpt2x.config import PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
-from gpt2x.shards.corpus import Document, documents, is_validation
+from gpt2x.shards.corpus import is_validation
+from gpt2x.shards.index import load_index
 from gpt2x.shards.preparation import (
     finalize,
     prepare,
     prepare_task,
     prepare_tokenizer,
-    statistics,
 )
+from gpt2x.shards.records import plan_of
+from gpt2x.shards.statistics import statistics
 from gpt2x.shards.writer import ShardWriter
 
 
@@ -35,6 +40,12 @@ def texts(index, split):
             assert shard.tokens[end - 1] == index.eos_token_id
             decoded.append(tokenizer.decode(shard.tokens[start : end - 1].tolist()))
     return decoded
+
+
+def whole_texts(corpus):
+    """The texts of the fixture's corpus, read without gpt2x."""
+    jsonl, txt = sorted(Path(corpus.paths[0]).parent.iterdir())
+    return [json.loads(line)["text"] for line in jsonl.read_text().splitlines()] + [txt.read_text()]
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -54,9 +65,9 @@ def test_no_text_is_in_both_splits_even_if_the_corpus_repeats_it(recipe, corpus,
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 7])
 def test_every_document_is_in_its_split_once(recipe, corpus, num_tasks):
-    index = prepare(recipe, num_tasks=num_tasks)
+    index = prepare(dataclasses.replace(recipe, num_tasks=num_tasks))
     for split in ("train", "validation"):
-        expected = [text for _, text in documents(corpus) if is_validation(text, corpus) == (split == "validation")]
+        expected = [text for text in whole_texts(corpus) if is_validation(text, corpus) == (split == "validation")]
         read = texts(index, split)
         assert sorted(read) == sorted(expected)
         if num_tasks == 1:
@@ -123,13 +134,38 @@ def test_without_its_index_a_preparation_is_redone_to_the_same_bytes(recipe):
 
 
 def test_tasks_in_any_order_and_twice_give_the_same_bytes(recipe, tmp_path):
-    prepare(recipe, num_tasks=3)
+    recipe = dataclasses.replace(recipe, num_tasks=3)
+    prepare(recipe)
     expected = hashes(recipe.output_dir)
     again = dataclasses.replace(recipe, output_dir=tmp_path / "again")
     for task in (2, 0, 2, 1, 0):
-        prepare_task(again, task, num_tasks=3)
-    finalize(again, num_tasks=3)
+        prepare_task(again, task)
+    finalize(again)
     assert hashes(again.output_dir) == expected
+
+
+def test_the_number_of_workers_does_not_change_a_byte(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, num_tasks=3, num_workers=1)
+    prepare(recipe)
+    again = dataclasses.replace(recipe, num_workers=2, output_dir=tmp_path / "again")
+    prepare(again)
+    assert hashes(again.output_dir) == hashes(recipe.output_dir)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3])
+def test_a_bar_shows_how_much_is_read_and_the_tokens_per_second(recipe, monkeypatch, num_tasks):
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    index = prepare(dataclasses.replace(recipe, num_tasks=num_tasks, num_workers=1))
+    *_, last = sys.stderr.getvalue().strip().split("\r")
+    assert last.startswith("tokenizing: 100%")
+    tokens = sum(index.total(split, "num_tokens") for split in index.splits)
+    assert re.search(rf"{tokens / 1e6:,.1f}M tokens, [\d,]+k tokens/s\]$", last)
 
 
 def test_a_finished_task_is_not_run_again(recipe, corpus_dir):
@@ -143,18 +179,20 @@ def test_a_finished_task_is_not_run_again(recipe, corpus_dir):
 
 def test_an_unfinished_task_is_refused_by_its_number(recipe):
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
-    prepare_task(recipe, 1, num_tasks=3)
+    recipe = dataclasses.replace(recipe, num_tasks=3)
+    prepare_task(recipe, 1)
     with pytest.raises(UserError, match=r"tasks \[0, 2\] of 3 are not finished in '.*shards'; run them first"):
-        finalize(recipe, num_tasks=3)
+        finalize(recipe)
 
 
 def test_tasks_of_another_recipe_do_not_count_as_finished(recipe):
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    recipe = dataclasses.replace(recipe, num_tasks=2)
     for task in range(2):
-        prepare_task(recipe, task, num_tasks=2)
-    prepare_task(dataclasses.replace(recipe, tokens_per_shard=500), 0, num_tasks=2)
+        prepare_task(recipe, task)
+    prepare_task(dataclasses.replace(recipe, tokens_per_shard=500), 0)
     with pytest.raises(UserError, match=r"tasks \[0, 1\] of 2 are not finished"):
-        finalize(recipe, num_tasks=2)
+        finalize(recipe)
 
 
 def test_a_killed_preparation_is_finished_to_the_same_bytes(recipe, tmp_path):
@@ -206,14 +244,49 @@ def test_a_tokenizer_without_vocab_size_is_used_as_it_is(recipe, tmp_path):
     assert index.fingerprint == expected.fingerprint
 
 
+def test_a_tokenizer_that_changed_between_two_starts_is_refused(recipe, corpus):
+    recipe = dataclasses.replace(recipe, num_tasks=2)
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    prepare_task(recipe, 0)
+    other = dataclasses.replace(recipe.tokenizer, path=recipe.tokenizer.path + "_2", vocab_size=301)
+    prepare_tokenizer(other, corpus)
+    with pytest.raises(UserError, match=r"parts made with another tokenizer \(\w{8}, now \w{8}\); restore the"):
+        prepare(dataclasses.replace(recipe, tokenizer=other))
+    prepare(recipe)
+    with pytest.raises(UserError, match=r"another recipe \(tokenizer_fingerprint '\w+' -> '\w+'\); set another"):
+        prepare(dataclasses.replace(recipe, tokenizer=other))
+
+
+@pytest.mark.parametrize("task", [-1, 3])
+def test_a_task_that_does_not_exist_is_refused(recipe, task):
+    with pytest.raises(UserError, match=rf"task \({task}\) must be at least 0 and below num_tasks \(3\)"):
+        prepare_task(dataclasses.replace(recipe, num_tasks=3), task)
+
+
+def test_finished_data_counts_whatever_the_number_of_tasks_and_fields_that_came_later(recipe):
+    index = prepare(recipe)
+    content = json.loads((recipe.output_dir / "index.json").read_text())
+    for later in ("dataset", "streaming", "data_files", "document_separator", "num_tasks"):
+        del content["recipe"][later]
+    (recipe.output_dir / "index.json").write_text(json.dumps(content))
+    assert prepare(dataclasses.replace(recipe, num_tasks=5)).fingerprint == index.fingerprint
+
+
+def test_every_task_counts_what_it_leaves_out_once(recipe, corpus_dir):
+    (corpus_dir / "empty.jsonl").write_text('{"text": null}\n{"text": " "}\n{"text": "\\ud800"}\n')
+    (corpus_dir / "latin.txt").write_bytes(b"caf\xe9")
+    for num_tasks in (1, 3, 9):
+        again = dataclasses.replace(recipe, num_tasks=num_tasks, output_dir=recipe.output_dir / str(num_tasks))
+        assert prepare(again).dropped == {"empty": 2, "not UTF-8": 2}
+
+
 def test_an_id_outside_the_vocabulary_is_refused_before_it_wraps(recipe):
     tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
-    writer = ShardWriter(recipe, tokenizer, "train", range(9))
-    for outside in (300, 70_000, -1):
-        with pytest.raises(
-            UserError, match=rf"a.txt: the tokenizer gives id {outside}, outside its vocabulary of 300"
-        ):
-            writer.add(Document("a.txt", "x"), np.array([5, outside]))
+    with ShardWriter(plan_of(recipe, tokenizer), "train", range(9)) as writer:
+        for outside in (300, 70_000, -1):
+            complaint = rf"a.txt: the tokenizer gives id {outside}, outside its vocabulary of 300"
+            with pytest.raises(UserError, match=complaint):
+                writer.add("a.txt", np.array([5, outside]), 1)
 
 
 def test_a_corpus_without_documents_is_refused(recipe, corpus_dir):
@@ -243,5 +316,6 @@ def test_the_statistics_say_what_was_made_and_left_out(recipe, corpus_dir):
     lines = statistics(prepare(recipe)).split("\n")
     assert lines[0].startswith("train: ")
     assert lines[1].startswith("validation: ")
-    assert lines[0].endswith(" bytes per token")
+    longest = max(int(np.diff(shard.documents).max()) for shard in load_index(recipe.output_dir).open_split("train"))
+    assert lines[0].endswith(f" bytes per token, the longest document {longest} tokens")
     assert lines[2] == "left out: 1 empty"

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from transformers import AutoTokenizer
 
 from gpt2x.config import TokenizerSection
 from gpt2x.errors import UserError
-from gpt2x.shards.corpus import documents
+from gpt2x.shards.corpus import open_corpus, read_pieces
 from gpt2x.shards.tokenizer import (
     load_tokenizer,
     save_tokenizer,
@@ -33,6 +34,11 @@ TEXTS = [
 ]
 
 
+def texts(corpus):
+    reading = open_corpus(corpus, lambda _: None)
+    return (piece.text for piece in read_pieces(reading, corpus, dropped=Counter(), cuts=False))
+
+
 @pytest.fixture
 def section(tmp_path):
     return TokenizerSection(path=str(tmp_path / "tokenizer"), vocab_size=300)
@@ -40,7 +46,7 @@ def section(tmp_path):
 
 @pytest.fixture
 def tokenizer(corpus, section):
-    return train_tokenizer((text for _, text in documents(corpus)), section)
+    return train_tokenizer(texts(corpus), section)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -61,10 +67,13 @@ def test_the_vocabulary_has_the_size_asked_for_and_every_byte(tokenizer):
 def test_training_again_gives_the_same_tokenizer_also_in_another_process(corpus, section, tokenizer, tmp_path):
     code = (
         "import sys; from gpt2x.config import CorpusSection, TokenizerSection;"
-        "from gpt2x.shards.corpus import documents; from gpt2x.shards.tokenizer import *;"
+        "from collections import Counter; from gpt2x.shards.tokenizer import *;"
+        "from gpt2x.shards.corpus import open_corpus, read_pieces;"
         "corpus = CorpusSection(kind='files', paths=[sys.argv[1]]);"
         "section = TokenizerSection(path='x', vocab_size=300);"
-        "print(tokenizer_fingerprint(train_tokenizer((text for _, text in documents(corpus)), section)))"
+        "reading = open_corpus(corpus, lambda _: None);"
+        "pieces = read_pieces(reading, corpus, dropped=Counter(), cuts=True);"
+        "print(tokenizer_fingerprint(train_tokenizer((piece.text for piece in pieces), section)))"
     )
     other = subprocess.run([sys.executable, "-c", code, corpus.paths[0]], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == tokenizer_fingerprint(tokenizer)
@@ -107,7 +116,7 @@ def test_the_fingerprint_survives_saving_and_use(tokenizer, section, tmp_path):
 
 def test_the_fingerprint_differs_between_tokenizers(corpus, tokenizer):
     other = TokenizerSection(path="x", vocab_size=299)
-    smaller = train_tokenizer((text for _, text in documents(corpus)), other)
+    smaller = train_tokenizer(texts(corpus), other)
     assert tokenizer_fingerprint(smaller) != tokenizer_fingerprint(tokenizer)
 
 

@@ -1,0 +1,113 @@
+"""Rows of a dataset, and the text in a row's column.
+
+The reader is the `datasets` library: a Hub id, or a builder (json, parquet, arrow, text) of local or remote files.
+"""
+
+from collections import Counter
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from gpt2x.config import CorpusSection
+from gpt2x.errors import UserError
+
+# Without files these read the current directory, whatever is there.
+BUILDERS = ("json", "parquet", "arrow", "text", "csv")
+
+
+def open_rows(corpus: CorpusSection) -> Dataset | IterableDataset:
+    """Opens the split of a dataset; reads at most its first row. Code that comes with a dataset is never run.
+
+    Args:
+        corpus: of kind dataset.
+
+    Raises:
+        UserError: where there is no such dataset, configuration, split or column, and for files that cannot be read.
+        ConnectionError: where the dataset is elsewhere and cannot be reached; trying again may help.
+    """
+    assert corpus.dataset is not None, "a corpus of kind dataset names one"
+    if corpus.dataset in BUILDERS and not corpus.data_files:
+        raise UserError(f"corpus.dataset ({corpus.dataset}) reads files; name them in corpus.data_files.")
+    try:
+        rows = load_dataset(
+            corpus.dataset,
+            name=corpus.dataset_config,
+            data_files=corpus.data_files or None,
+            split=corpus.dataset_split,
+            streaming=corpus.streaming,
+        )
+        found = rows.column_names or list(next(iter(rows.take(1)), {corpus.text_column: None}))
+    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+        raise UserError(_complaint(corpus, error)) from None
+    if corpus.text_column not in found:
+        raise UserError(
+            f"corpus.dataset ({corpus.dataset}) has no column {corpus.text_column!r}, only: {', '.join(found)}; "
+            f"set corpus.text_column to one of them."
+        )
+    return rows
+
+
+def _complaint(corpus: CorpusSection, error: Exception) -> str:
+    reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+    return (
+        f"corpus.dataset ({corpus.dataset}) cannot be read: {reason}; correct corpus.dataset, dataset_config, "
+        f"dataset_split or data_files."
+    )
+
+
+def text_of(value: Any, *, name: str, column: str, dropped: Counter[str] | None = None) -> str | None:
+    """The text of a row.
+
+    Args:
+        value: what the column holds: a text, null, or a list of chat messages with role and content, whose contents
+            are joined by blank lines.
+        name: of the row, for messages.
+        column: its name, for messages.
+        dropped: counts the rows that are left out, by reason.
+
+    Returns:
+        The text; None for a row to leave out: null, empty, nothing but whitespace, or no Unicode (lone surrogates,
+        which JSON can spell and no UTF-8 and no tokenizer can).
+
+    Raises:
+        UserError: for any other value.
+    """
+    text = _joined(value) if isinstance(value, list) else value
+    if text is None or (isinstance(text, str) and (not text or text.isspace())):
+        reason = "empty"
+    elif not isinstance(text, str):
+        raise UserError(
+            f"{name}: field {column!r} must hold text or chat messages, not {_shown(value)}; set corpus.text_column "
+            f"to another."
+        )
+    elif text.isascii() or _is_unicode(text):
+        return text
+    else:
+        reason = "not UTF-8"
+    if dropped is not None:
+        dropped[reason] += 1
+    return None
+
+
+def _joined(messages: list[Any]) -> str | list[Any]:
+    """The contents of chat messages; what is no chat is given back as it is."""
+    contents = [message.get("content") if isinstance(message, dict) else message for message in messages]
+    if not all(isinstance(message, dict) for message in messages):
+        return messages
+    if not all(isinstance(content, str | None) for content in contents):
+        return messages
+    return "\n\n".join(content for content in contents if content)
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,148 @@
+"""A long text may be cut into pieces, and nobody can tell from its ids."""
+
+import dataclasses
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from gpt2x.config import CorpusSection, TokenizerSection
+from gpt2x.shards import corpus as corpora
+from gpt2x.shards import cutting, text_files
+from gpt2x.shards.corpus import is_validation, open_corpus, read_pieces
+from gpt2x.shards.cutting import can_be_cut, chunks_of, cut
+from gpt2x.shards.preparation import prepare, prepare_tokenizer
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+LLAMA3 = (
+    rf"{CONTRACTIONS}[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT4O = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def byte_level(pattern: str | None) -> Tokenizer:
+    """A byte-level BPE with a few hundred merges, cut by a pattern or by GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([awkward_text(seed) for seed in range(8)], trainer)
+    return tokenizer
+
+
+def awkward_text(seed: int) -> str:
+    """Whitespace, line ends, punctuation, digits and letters of several scripts in every neighbourhood."""
+    letters = [
+        "\n",
+        "\n",
+        "\n",
+        "\r\n",
+        " ",
+        "  ",
+        "\t",
+        "\x0b",
+        "\u2028",
+        "\xa0",
+        "a",
+        "été",
+        "中文",
+        "。",
+        "/",
+        ";",
+        "'s",
+        "12",
+    ]
+    return "".join(
+        random.Random(seed).choices([*letters, "\u180e", "\u0301", "//", "👩‍👩‍👧", "\ufeff", "\x85"], k=2000)
+    )
+
+
+@pytest.mark.parametrize("pattern", [None, LLAMA3, GPT4O], ids=["GPT-2", "Llama 3", "GPT-4o"])
+def test_the_pieces_have_the_ids_of_the_whole_wherever_it_is_cut(pattern, monkeypatch):
+    monkeypatch.setattr(cutting, "CHARACTERS_PER_PIECE", 40)
+    encoder = byte_level(pattern)
+    assert can_be_cut(encoder)
+    num_pieces = 0
+    for seed in range(20):
+        text = awkward_text(seed)
+        pieces = list(cut(chunks_of(text)))
+        num_pieces += len(pieces)
+        assert "".join(pieces) == text
+        assert [token for piece in pieces for token in encoder.encode(piece).ids] == encoder.encode(text).ids
+    assert num_pieces > 200
+
+
+def test_a_text_without_lines_is_one_piece(monkeypatch):
+    monkeypatch.setattr(cutting, "CHARACTERS_PER_PIECE", 10)
+    assert list(cut(chunks_of("word " * 100))) == ["word " * 100]
+    assert list(cut(chunks_of("\n" * 100))) == ["\n" * 100]
+
+
+def test_a_tokenizer_that_sees_more_than_lines_is_not_given_pieces():
+    prefix, added, normalized = (byte_level(None) for _ in range(3))
+    prefix.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    added.add_tokens(["\nsecond"])
+    normalized.normalizer = normalizers.Strip()
+    assert [can_be_cut(encoder) for encoder in (prefix, added, normalized)] == [False] * 3
+
+
+@pytest.fixture
+def long_file(corpus_dir, monkeypatch) -> str:
+    """A file that is held to be too long for memory, beside the fixture's."""
+    monkeypatch.setattr(text_files, "LONG_FILE_BYTES", 1000)
+    for module in (cutting, corpora):
+        monkeypatch.setattr(module, "CHARACTERS_PER_PIECE", 100)
+    text = "".join(f"line {number} of the long file: grün, 中文.\n\n  {number}\n" for number in range(400))
+    (corpus_dir / "long.txt").write_text(text)
+    return text
+
+
+def test_a_long_file_is_one_document_with_the_ids_of_one_piece(recipe, long_file):
+    tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    index = prepare(recipe)
+    side = "validation" if is_validation(long_file, recipe.corpus) else "train"
+    lengths = {shard.tokens.size: shard for shard in index.open_split(side) if shard.documents.size == 2}
+    expected = tokenizer(long_file)["input_ids"] + [tokenizer.eos_token_id]
+    assert lengths[len(expected)].tokens.tolist() == expected
+    assert index.total("train", "num_documents") + index.total("validation", "num_documents") == 62
+
+
+def test_the_pieces_of_a_document_fall_on_its_side_also_where_two_copies_are_read_differently(recipe, long_file):
+    for seed in range(6):
+        corpus = dataclasses.replace(recipe.corpus, validation_fraction=0.5, split_seed=seed)
+        pieces = list(read_pieces(open_corpus(corpus, lambda _: None), corpus, dropped=Counter(), cuts=True))
+        sides = {piece.is_validation for piece in pieces if piece.name.endswith("long.txt")}
+        assert sides == {is_validation(long_file, corpus)}
+        assert sum(piece.is_last for piece in pieces) == 62
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b" \n" * 999, "empty"), (b"x" * 1500 + b"\xc3", "not UTF-8")])
+def test_a_long_file_that_is_no_text_is_left_out(recipe, corpus_dir, long_file, content, reason):
+    (corpus_dir / "long.txt").write_bytes(content)
+    assert prepare(recipe).dropped == {reason: 1}
+
+
+def test_tiny_shakespeare_has_the_published_number_of_tokens(tmp_path, recipe, monkeypatch):
+    file, tokenizer = DATA / "tinyshakespeare" / "input.txt", DATA / "gpt2-tokenizer"
+    if not file.exists() or not tokenizer.exists():
+        pytest.skip("needs Tiny Shakespeare and GPT-2's tokenizer beside the checkout")
+    corpus = CorpusSection(kind="files", paths=[str(file)], validation_fraction=0)
+    recipe = dataclasses.replace(recipe, corpus=corpus, tokenizer=TokenizerSection(path=str(tokenizer)))
+    whole = prepare(dataclasses.replace(recipe, output_dir=tmp_path / "whole"))
+    monkeypatch.setattr(text_files, "LONG_FILE_BYTES", 10_000)
+    monkeypatch.setattr(cutting, "CHARACTERS_PER_PIECE", 5_000)
+    monkeypatch.setattr(corpora, "CHARACTERS_PER_PIECE", 5_000)
+    pieces = prepare(dataclasses.replace(recipe, output_dir=tmp_path / "pieces"))
+    assert whole.total("train", "num_tokens") == 338_025 + 1
+    assert pieces.splits["train"] == whole.splits["train"]
+    assert np.array_equal(pieces.open_split("train")[0].documents, [0, 338_026])

@@ -81,9 +81,10 @@ class TrainingBatches:
         Raises:
             UserError: where a stream is broken for good; on every process of a node at the same step.
         """
+        firsts = self.order.draws_before(step)
         for name, num_draws in self.order.draws_before(step + 1).items():
             if name in self.sources:
-                self.sources[name].require(num_draws)
+                self.sources[name].require(num_draws, first=firsts.get(name, 0))
         per_process = self.order.phase_at(step).sequences_per_step // self.num_processes
         ids_BT = self._sequences(step, self.rank * per_process, (self.rank + 1) * per_process)
         batch = {"input_ids": torch.from_numpy(ids_BT)}

@@ -1,15 +1,15 @@
 """From the recipe's data section to open sources: what a run trains on, and what it is validated on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2x.batches.source import ShardSource, Source, tokens_of
+from gpt2x.batches.stream import StreamSource
 from gpt2x.batches.validation import HeldOut
 from gpt2x.config import DataSection, SourceSection
 from gpt2x.errors import UserError
-from gpt2x.shards.tokens import TokenSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,20 @@ class Mixture:
     vocab_size: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A source, and what it says of its tokenizer."""
+
+    source: Source
+    location: str
+    held_out: Callable[[], HeldOut | None]
+    """A stream's are there when its first shard is: all streams begin before one is waited for."""
+    tokenizer_dir: str | Path | None
+    tokenizer_fingerprint: str | None
+    vocab_size: int
+    eos_token_id: int
+
+
 def open_mixture(
     data: DataSection,
     *,
@@ -52,58 +66,97 @@ def open_mixture(
         UserError: for whatever is wrong with a source, for sources of different tokenizers, and where nothing is
             held out.
     """
-    opened = [
-        _open(section, data, seed=seed, state=(states or {}).get(section.key), fills_streams=fills_streams)
-        for section in data.mixture
-    ]
-    sources, token_sets = tuple(source for source, _ in opened), [tokens for _, tokens in opened]
-    _check_tokenizers(sources, token_sets)
-    held_out = [HeldOut.of(tokens) for tokens in token_sets if tokens.has_split("validation")]
+    opened: list[_Opened] = []
+    try:
+        for section in data.mixture:
+            if section.stream is None:
+                opened.append(_open_files(section, data, seed=seed))
+            else:
+                state = (states or {}).get(section.key)
+                opened.append(_open_stream(section, data, seed=seed, state=state, fills=fills_streams))
+        return _joined(data, opened)
+    except BaseException:
+        for found in opened:
+            found.source.close()
+        raise
+
+
+def _joined(data: DataSection, opened: Sequence[_Opened]) -> Mixture:
+    _check_tokenizers(opened)
+    held_out = [part for found in opened if (part := found.held_out()) is not None]
     if not held_out:
         raise UserError(
-            f"{token_sets[0].location} holds no validation tokens; prepare it again with corpus.validation_fraction "
+            f"{opened[0].location} holds no validation tokens; prepare it again with corpus.validation_fraction "
             f"above 0, or name held-out token files by data.validation_path."
         )
-    tokenizers = [tokens for tokens in token_sets if tokens.tokenizer_dir is not None]
-    if not tokenizers:
+    tokenizer_dirs = [found.tokenizer_dir for found in opened if found.tokenizer_dir is not None]
+    if not tokenizer_dirs:
         raise UserError(
-            f"{token_sets[0].location} does not say which tokenizer made it; name its directory by data.tokenizer."
+            f"{opened[0].location} does not say which tokenizer made it; name its directory by data.tokenizer."
         )
+    sources = tuple(found.source for found in opened)
     return Mixture(
         sources=sources,
         weights=_weights(data.mixture, sources),
         held_out=HeldOut.joined(held_out),
-        tokenizer_dir=tokenizers[0].tokenizer_dir or "",
-        tokenizer_fingerprint=next((t.tokenizer_fingerprint for t in tokenizers if t.tokenizer_fingerprint), None),
-        vocab_size=max(tokens.vocab_size for tokens in token_sets),
+        tokenizer_dir=tokenizer_dirs[0],
+        tokenizer_fingerprint=next((f.tokenizer_fingerprint for f in opened if f.tokenizer_fingerprint), None),
+        vocab_size=max(found.vocab_size for found in opened),
     )
 
 
-def _open(
-    section: SourceSection, data: DataSection, *, seed: int, state: Mapping[str, Any] | None, fills_streams: bool
-) -> tuple[Source, TokenSet]:
-    if section.stream is not None:
-        raise NotImplementedError
+def _open_files(section: SourceSection, data: DataSection, *, seed: int) -> _Opened:
     tokens = tokens_of(section)
     source = ShardSource(
-        tokens,
-        data.sequence_length,
-        seed=seed,
-        name=section.key,
-        align_documents=data.align_documents,
+        tokens, data.sequence_length, seed=seed, name=section.key, align_documents=data.align_documents
     )
-    return source, tokens
+    return _Opened(
+        source=source,
+        location=tokens.location,
+        held_out=lambda: HeldOut.of(tokens) if tokens.has_split("validation") else None,
+        tokenizer_dir=tokens.tokenizer_dir,
+        tokenizer_fingerprint=tokens.tokenizer_fingerprint,
+        vocab_size=tokens.vocab_size,
+        eos_token_id=tokens.eos_token_id,
+    )
 
 
-def _check_tokenizers(sources: Sequence[Source], token_sets: Sequence[TokenSet]) -> None:
-    first = token_sets[0]
-    for source, tokens in zip(sources, token_sets, strict=True):
-        found, wanted = tokens.tokenizer_fingerprint, first.tokenizer_fingerprint
+def _open_stream(
+    section: SourceSection, data: DataSection, *, seed: int, state: Mapping[str, Any] | None, fills: bool
+) -> _Opened:
+    assert section.stream is not None
+    if data.align_documents:
+        raise UserError("data.align_documents is not made for streams; set it to false, or prepare the corpus.")
+    source = StreamSource(
+        section.stream, data.sequence_length, seed=seed, name=section.key, fills=fills, state=state or None
+    )
+    return _Opened(
+        source=source,
+        location=section.location,
+        held_out=lambda: _held_out_of(source),
+        tokenizer_dir=section.stream.tokenizer,
+        tokenizer_fingerprint=source.tokenizer_fingerprint,
+        vocab_size=source.vocab_size,
+        eos_token_id=source.eos_token_id,
+    )
+
+
+def _held_out_of(source: StreamSource) -> HeldOut | None:
+    if not source.section.corpus.validation_fraction:
+        return None
+    shards, num_bytes = source.validation_shards()
+    return HeldOut(shards=shards, num_bytes=num_bytes, eos_token_id=source.eos_token_id)
+
+
+def _check_tokenizers(opened: Sequence[_Opened]) -> None:
+    first = opened[0]
+    for other in opened:
+        found, wanted = other.tokenizer_fingerprint, first.tokenizer_fingerprint
         differ = found is not None and wanted is not None and found != wanted
-        if differ or tokens.eos_token_id != first.eos_token_id:
+        if differ or other.eos_token_id != first.eos_token_id:
             raise UserError(
-                f"source {source.name!r} ({tokens.location}) was made by another tokenizer than {sources[0].name!r} "
-                f"({first.location}); prepare one of them again with the other's tokenizer."
+                f"source {other.source.name!r} ({other.location}) was made by another tokenizer than "
+                f"{first.source.name!r} ({first.location}); prepare one of them again with the other's tokenizer."
             )
 
 

@@ -43,8 +43,12 @@ class Source(ABC):
     def epochs(self, num_draws: int) -> float:
         """How often the source has been gone through after so many draws."""
 
-    def require(self, num_draws: int) -> None:  # noqa: B027 - what lies in files has nothing to wait for
+    def require(self, num_draws: int, *, first: int | None = None) -> None:  # noqa: B027 - files are simply there
         """Waits until the draws below num_draws can be read, on every process alike.
+
+        Args:
+            num_draws: one more than the last one.
+            first: the first that is needed together with them; what comes before will be released in time.
 
         Raises:
             UserError: where they never will be.

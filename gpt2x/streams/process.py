@@ -1,0 +1,132 @@
+"""Starting the filler, keeping it alive, ending it."""
+
+import contextlib
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from gpt2x.errors import UserError
+from gpt2x.streams.ledger import Beginning, failure_file, write_failure
+from gpt2x.streams.recipe import FillerRecipe
+
+# A filler that ends this soon after it was started again will not do better the next time.
+AT_ONCE_S = 20.0
+LOCK_WAIT_S = 10.0
+END_S = 5.0
+
+
+class FillerProcess:
+    """The filler of a cache, as a child of this process, which has the cache to itself as long as either lives."""
+
+    def __init__(self, name: str, cache_dir: Path) -> None:
+        """Takes possession of a cache.
+
+        Raises:
+            UserError: where another run uses it.
+        """
+        self.name, self.cache_dir, self.log_file = name, cache_dir, cache_dir / "filler.log"
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(cache_dir / "lock")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        # The number of the next shard when it was last started again.
+        self._restarted_at: int | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while there is one."""
+        return self._process.pid if self._process is not None else None
+
+    def start(self, recipe: FillerRecipe) -> None:
+        """Starts the process; what it says goes into filler.log."""
+        failure_file(self.cache_dir).unlink(missing_ok=True)
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gpt2x.streams"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                # The lock is free when nobody has it open any more, a filler that outlives this process included.
+                pass_fds=[self._lock.fileno()],
+                # Not of the terminal's group, whose Ctrl-C would reach it before it can ignore it.
+                start_new_session=True,
+            )
+        self._started_at = time.monotonic()
+        self._tell(asdict(recipe))
+
+    def keep_alive(self, recipe: Callable[[], FillerRecipe]) -> None:
+        """Starts the process again where it has died. Where it dies again at once, or before it has made a shard, the
+        failure is recorded instead."""
+        if self._process is None or self._process.poll() is None or failure_file(self.cache_dir).is_file():
+            return
+        status = self._end()
+        restart = recipe()
+        number = len(restart.ledger["shards"]) + restart.ledger["beginning"]["number"]
+        did_nothing = time.monotonic() - self._started_at < AT_ONCE_S or number == self._restarted_at
+        if self._restarted_at is not None and did_nothing:
+            write_failure(
+                self.cache_dir,
+                f"the filler of stream {self.name!r} ended twice (status {status}); its last words: "
+                f"{self._last_words()!r}; {self.log_file} has the rest.",
+            )
+            return
+        self._restarted_at = number
+        self.start(restart)
+
+    def forget_before(self, beginning: Beginning) -> None:
+        """Says which era is the oldest that is needed."""
+        self._tell(asdict(beginning))
+
+    def close(self) -> None:
+        """Ends the process and gives the cache free."""
+        self._end()
+        self._lock.close()
+
+    def _tell(self, content: dict) -> None:
+        if self._process is None or self._process.stdin is None:
+            return
+        # A filler that has died is noticed by keep_alive, and its successor is told everything.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(content).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _end(self) -> int | None:
+        """Ends the process, by its pipe or else by force; its exit status."""
+        if (process := self._process) is None:
+            return None
+        self._process = None
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            return process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    def _last_words(self) -> str:
+        lines = self.log_file.read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "none")
+
+
+def _locked(file: Path) -> IO[bytes]:
+    """An exclusively locked file. The filler of a run that was just killed may need a moment to end."""
+    lock, deadline = file.open("ab"), time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.close()
+                raise UserError(
+                    f"stream.cache_dir '{file.parent}' is used by another run; give each run its own, or end that one."
+                ) from None
+            time.sleep(0.05)

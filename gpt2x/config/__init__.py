@@ -15,6 +15,7 @@ from gpt2x.config.data import (
     TokenizerRecipe,
     TokenizerSection,
 )
+from gpt2x.config.hub import HubSection
 from gpt2x.config.model import ModelSection
 from gpt2x.config.recipes import GenerationRecipe, Recipe, to_yaml
 from gpt2x.config.train import (
@@ -32,6 +33,7 @@ __all__ = [
     "DataSection",
     "EvaluationSection",
     "GenerationRecipe",
+    "HubSection",
     "ModelSection",
     "OptimizerSection",
     "PreparationRecipe",

@@ -9,6 +9,7 @@ import yaml
 
 from gpt2x.config.checks import check_positive
 from gpt2x.config.data import DataSection, PreparationRecipe, TokenizerRecipe
+from gpt2x.config.hub import HubSection
 from gpt2x.config.model import ModelSection
 from gpt2x.config.train import EvaluationSection, OptimizerSection, RunSection, TrainSection
 
@@ -23,6 +24,7 @@ class Recipe:
     train: TrainSection
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    hub: HubSection = field(default_factory=HubSection)
     init_from: str | None = None
     """Directory or Hub id of a stock model to go on from, instead of random weights; its shape replaces model."""
     resume: bool = False

@@ -22,6 +22,8 @@ class RunSection:
     """Seed of the initial weights, of the data order and of dropout."""
     report_to: list[str] = field(default_factory=list)
     """Trackers of accelerate to report to: tensorboard, wandb, trackio, ..."""
+    force_lock: bool = False
+    """Take over the directory from a process on another machine, of which nobody here can know that it is dead."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -61,7 +63,15 @@ class TrainSection:
     save_steps: int | None = None
     """Steps between two checkpoints; null to save at the end only."""
     save_total_limit: int | None = 2
-    """How many checkpoints are kept; null for all."""
+    """How many checkpoints are kept, the newest; null for all."""
+    keep_steps: int | None = None
+    """Checkpoints at multiples of this many steps are kept for ever; a multiple of save_steps."""
+    save_best: bool = False
+    """Whether every validation that is the best so far is followed by a checkpoint, of which the last is kept."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What happens where a loss or gradient is not finite: the run stops, or the step leaves the weights alone."""
+    max_skipped_steps: int = 5
+    """With on_non_finite skip, how many such steps in a row are tolerated."""
 
     def __post_init__(self) -> None:
         budgets = {name: getattr(self, name) for name in BUDGETS}
@@ -73,7 +83,13 @@ class TrainSection:
         check_positive("train.", **budgets, tokens_per_step=self.tokens_per_step, max_grad_norm=self.max_grad_norm)
         check_positive("train.", micro_batch_size=self.micro_batch_size, num_threads=self.num_threads)
         check_positive("train.", logging_steps=self.logging_steps, save_steps=self.save_steps)
-        check_positive("train.", save_total_limit=self.save_total_limit)
+        check_positive("train.", save_total_limit=self.save_total_limit, keep_steps=self.keep_steps)
+        check_positive("train.", max_skipped_steps=self.max_skipped_steps)
+        if self.keep_steps is not None and (self.save_steps is None or self.keep_steps % self.save_steps):
+            raise ValueError(
+                f"train.keep_steps ({self.keep_steps}) must be a multiple of train.save_steps ({self.save_steps}), at "
+                f"which checkpoints are made."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def start_job(recipe: Recipe) -> tuple[Job, Progress]:
 def run_recipe(recipe: Recipe, *, stop_after: int | None = None, finishes: bool = False) -> Run:
     job, progress = start_job(recipe)
     recorder = Recorder(job)
-    validation = train(job, progress, recorder, StopAfter(progress, stop_after))
+    with closing(job.batches.batches):  # not the threads that read ahead, which tests go on asking
+        validation = train(job, progress, recorder, StopAfter(progress, stop_after))
     recorder.close()
     if validation is not None and finishes:
         finish(job, progress, validation)

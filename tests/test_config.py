@@ -19,6 +19,7 @@ from gpt2x.config import (
     CorpusSection,
     DataSection,
     EvaluationSection,
+    HubSection,
     ModelSection,
     OptimizerSection,
     PreparationRecipe,
@@ -38,6 +39,7 @@ SECTIONS = {
     "run": RunSection,
     "model": ModelSection,
     "data": DataSection,
+    "hub": HubSection,
     "train": TrainSection,
     "optimizer": OptimizerSection,
     "evaluation": EvaluationSection,
@@ -106,6 +108,7 @@ BROKEN_RULES = [
         {"sources": [SourceSection(path=Path("a/x")), SourceSection(path=Path("b/x"))]},
         "data.sources: two are called 'x'; give each its own name.",
     ),
+    (HubSection, {"push": True}, "hub.push needs hub.repo_id: USER/NAME."),
     (SourceSection, {"path": "x", "weight": 0.0}, "data.sources.weight (0.0) must be positive."),
     (
         StreamSection,
@@ -182,9 +185,20 @@ BROKEN_RULES = [
             "logging_steps",
             "save_steps",
             "save_total_limit",
+            "keep_steps",
+            "max_skipped_steps",
         )
     ],
     *[(TrainSection, {name: 0}, f"train.{name} (0) must be positive.") for name in ("max_steps", "max_tokens")],
+    *[
+        (
+            TrainSection,
+            {"max_steps": 1, "keep_steps": 100, "save_steps": save_steps},
+            f"train.keep_steps (100) must be a multiple of train.save_steps ({save_steps}), at which checkpoints are "
+            f"made.",
+        )
+        for save_steps in (30, None)
+    ],
     (TrainSection, {"max_time_s": -1.5}, "train.max_time_s (-1.5) must be positive."),
     *[
         (OptimizerSection, {name: -1}, f"optimizer.{name} (-1) must be positive.")
@@ -452,7 +466,10 @@ def attribute_docstrings(section: type) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("section", [*SECTIONS.values(), CorpusSection, TokenizerSection, PreparationRecipe, Recipe])
+@pytest.mark.parametrize(
+    "section",
+    [*SECTIONS.values(), CorpusSection, TokenizerSection, PreparationRecipe, SourceSection, StreamSection, Recipe],
+)
 def test_every_field_of_a_section_is_documented_or_a_section(section):
     undocumented = {field.name for field in dataclasses.fields(section)} - set(attribute_docstrings(section))
     assert undocumented <= {*SECTIONS, "corpus", "tokenizer"}

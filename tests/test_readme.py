@@ -1,4 +1,4 @@
-"""The README's commands: each one's script exists, and its arguments are fields of that script's recipe."""
+"""The commands of README and docs: each one's script exists, and its arguments are fields of that script's recipe."""
 
 import re
 import shlex
@@ -8,6 +8,8 @@ import pytest
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import GenerationRecipe, PreparationRecipe, Recipe, TokenizerRecipe
+from gpt2x.publishing.recipes import ExportRecipe, PushRecipe
+from gpt2x.shards.import_recipe import ImportRecipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {
@@ -15,12 +17,16 @@ RECIPES = {
     "prepare_data.py": (PreparationRecipe, ROOT / "configuration/data/python-stdlib.yaml", None),
     "train_tokenizer.py": (TokenizerRecipe, None, None),
     "generate.py": (GenerationRecipe, None, "model"),
+    "export.py": (ExportRecipe, None, "model"),
+    "push_to_hub.py": (PushRecipe, None, "model"),
+    "import_tokens.py": (ImportRecipe, None, None),
 }
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    texts = [file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    blocks = [block for text in texts for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)]
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def script_commands() -> list[str]:

@@ -38,6 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_gpt2x import grow_in_place
 from .configuration_gpt2x import GPT2XConfig
 from .conversion_gpt2x import (
     STOCK_CLASSES,
@@ -536,6 +537,12 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         with packed_linears(self):
             return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if given is None and self.device.type == "cpu":
+            grow_in_place(model_kwargs.get("past_key_values"))
 
     def save_stock(
         self,

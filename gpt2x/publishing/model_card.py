@@ -148,7 +148,13 @@ def _validation(run: RunFiles) -> dict[str, float]:
 
 
 def _evaluation(run: RunFiles) -> dict[str, Any]:
-    return {f"validation, {_METRICS[key]}": value for key, value in _validation(run).items()}
+    rows: dict[str, Any] = {f"validation, {_METRICS[key]}": value for key, value in _validation(run).items()}
+    for name, scores in run.stats.get("evaluation", {}).items():
+        for key, value in scores.items():
+            if isinstance(value, float) and not key.endswith("_stderr"):
+                error = scores.get(f"{key}_stderr")
+                rows[f"{name}, {key}"] = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return rows
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -156,6 +162,9 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     for key, value in section.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for number, item in enumerate(value):
+                yield from _flat(item, f"{prefix}{key}.{item.get('name') or number}.")
         elif value not in (None, [], {}):
             is_private = isinstance(value, str) and PurePath(value).is_absolute()
             yield f"{prefix}{key}", PurePath(value).name if is_private else value

@@ -89,6 +89,31 @@ def test_its_tables_hold_architecture_data_schedule_and_evaluation(run_dir):
     assert "![loss](plots/loss.png)" in card.text
 
 
+def test_a_mixture_is_shown_source_by_source(run_dir):
+    sources = [
+        {"name": "web", "path": "/home/somebody/web", "weight": 0.7, "stream": None},
+        {"name": "code", "path": "data/code", "weight": 0.3},
+    ]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({**RECIPE, "data": {"sources": sources}}))
+    assert rows(card_of(run_dir), "Data") == {
+        "sources.web.name": "web",
+        "sources.web.path": "web",
+        "sources.web.weight": "0.7",
+        "sources.code.name": "code",
+        "sources.code.path": "data/code",
+        "sources.code.weight": "0.3",
+    }
+
+
+def test_evaluations_are_shown_with_their_standard_errors(run_dir):
+    scores = {"acc": 0.25, "acc_norm": 0.5, "acc_stderr": 0.0125, "num_items": 500}
+    (run_dir / "stats.json").write_text(json.dumps({**STATS, "evaluation": {"hellaswag": scores}}))
+    table = rows(card_of(run_dir), "Evaluation")
+    assert table["hellaswag, acc"] == "0.2500 ± 0.0125"
+    assert table["hellaswag, acc_norm"] == "0.5000"
+    assert "hellaswag, num_items" not in table
+
+
 def test_paths_of_ones_own_machine_stay_there(run_dir):
     assert "somebody" not in card_of(run_dir).content
     assert str(run_dir) not in card_of(run_dir).content

@@ -1,0 +1,255 @@
+"""Log-probabilities of several continuations of one context, for multiple-choice questions.
+
+A question is one row: its context once, then its continuations side by side. A mask lets each continuation see the
+context and itself, and its positions go on from the context's, so that the row says what one row per continuation
+would say. The head and the softmax see only the positions that predict a continuation.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from gpt2x.errors import UserError
+from gpt2x.evaluation.packed import packed_weights
+
+_MASKED_LAYERS = {"full_attention", "sliding_attention"}
+_PADDING = -1
+# Rows of a softmax at a time, which then stays in the processor's cache.
+_ROWS_AT_A_TIME = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Token ids of a context, at least one, and of its continuations, at least one each."""
+
+    context: Sequence[int]
+    continuations: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A context with the continuations that share it.
+
+    Attributes:
+        context: token ids.
+        branches: (place in the flat list of all continuations, token ids).
+    """
+
+    context: list[int]
+    branches: list[tuple[int, list[int]]]
+
+    def __len__(self) -> int:
+        return len(self.ids())
+
+    def ids(self) -> list[int]:
+        """The context, then of every continuation all tokens but the last, which predicts nothing."""
+        return self.context + [token for _, ids in self.branches for token in ids[:-1]]
+
+    def positions(self) -> list[int]:
+        """How many tokens of the context and of its own continuation stand before each token."""
+        start = len(self.context)
+        return [*range(start), *(start + i for _, ids in self.branches for i in range(len(ids) - 1))]
+
+    def branch_numbers(self) -> list[int]:
+        """0 in the context, 1 and up in the continuations."""
+        numbered = enumerate(self.branches, 1)
+        return [0] * len(self.context) + [number for number, (_, ids) in numbered for _ in ids[:-1]]
+
+    def predictors(self) -> list[int]:
+        """Where each predicted token is predicted, counted from the context's last token, which predicts the first of
+        every continuation."""
+        places, start = [], 1
+        for _, ids in self.branches:
+            places += [0, *range(start, start + len(ids) - 1)]
+            start += len(ids) - 1
+        return places
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """B rows of T tokens, padded on the right; P of the positions predict N tokens.
+
+    Attributes:
+        ids: (B, T) tokens.
+        positions: (B, T).
+        branches: (B, T) numbers of the continuations, _PADDING behind the row.
+        predicts: (B, T), true for the P positions.
+        predictors: (N,) which of the P positions predicts each token.
+        targets: (N,) the predicted tokens.
+        places: (N,) to which continuation they belong.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    branches: Tensor
+    predicts: Tensor
+    predictors: Tensor
+    targets: Tensor
+    places: Tensor
+
+
+def score_continuations(
+    model: nn.Module, questions: Sequence[Question], *, batch_size: int, accelerator: Accelerator | None = None
+) -> list[Tensor]:
+    """Summed log-probabilities (natural, softmax in float32) of each question's continuations.
+
+    A context that is too long for the model loses its beginning. The model is left in the mode it was in.
+
+    Args:
+        model: a causal language model of transformers, plain or prepared by the accelerator.
+        questions: the same on all ranks.
+        batch_size: rows of a forward pass, which are questions. Models that take no mask (recurrent ones, ALiBi)
+            get one row per continuation.
+        accelerator: splits the rows over its ranks, which all get all scores.
+
+    Raises:
+        UserError: where a continuation is longer than what the model takes.
+    """
+    plain = model if accelerator is None else accelerator.unwrap_model(model)
+    shares = shares_contexts(plain)
+    rows = sorted(_rows(questions, _longest(plain), shares), key=len, reverse=True)  # the largest fail first
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    scores = torch.zeros(sum(len(question.continuations) for question in questions), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    eager = torch.compiler.set_stance("force_eager")  # other shapes would compile everything once more
+    with torch.no_grad(), eager, packed_weights(plain), _maskable_attention(plain, shares):
+        for batch, counts in _of_this_rank(batches, accelerator):
+            found = _score(model, plain, _collate(batch), shares)
+            if counts:
+                scores.index_add_(0, *found)
+    model.train(was_training)
+    if accelerator is not None:
+        scores = accelerator.reduce(scores.to(accelerator.device), reduction="sum").cpu()
+    return list(scores.split([len(question.continuations) for question in questions]))
+
+
+def shares_contexts(model: PreTrainedModel) -> bool:
+    """Whether all that the model sees of other tokens goes through attention that a mask made by others governs."""
+    layers = set(model.config.get_text_config().to_dict().get("layer_types") or ())
+    takes_masks = model._supports_attention_backend and model._supports_sdpa
+    return takes_masks and not model._is_stateful and layers <= _MASKED_LAYERS
+
+
+def _longest(model: PreTrainedModel) -> int | None:
+    """How many tokens the model takes; None where its configuration sets no limit."""
+    fields = model.config.get_text_config().to_dict()
+    return fields.get("max_position_embeddings", fields.get("n_positions"))
+
+
+def _rows(questions: Sequence[Question], longest: int | None, shares: bool) -> Iterator[_Row]:
+    place = 0
+    for question in questions:
+        context = list(question.context)
+        branches = [(place + i, list(ids)) for i, ids in enumerate(question.continuations)]
+        place += len(branches)
+        num_ids = max(len(ids) for _, ids in branches)
+        if longest is not None and num_ids > longest:
+            raise UserError(f"a continuation has {num_ids} tokens, and the model takes {longest}; leave it out.")
+        # The last token of a continuation is predicted but not read.
+        if shares and (longest is None or len(context) + num_ids - 1 <= longest):
+            yield _Row(context=context, branches=branches)
+            continue
+        for branch in branches:
+            start = 0 if longest is None else max(len(context) + len(branch[1]) - 1 - longest, 0)
+            yield _Row(context=context[start:], branches=[branch])
+
+
+def _of_this_rank(batches: list[list[_Row]], accelerator: Accelerator | None) -> Iterator[tuple[list[_Row], bool]]:
+    """This rank's batches, and whether they count: as many on every rank, since sharded models wait for each other."""
+    rank, num_ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    for first in range(0, len(batches), num_ranks):
+        counts = first + rank < len(batches)
+        yield batches[first + rank if counts else first], counts
+
+
+def _collate(rows: Sequence[_Row]) -> _Batch:
+    predictors: list[int] = []
+    num_predicting = 0
+    for row in rows:
+        predictors += [num_predicting + place for place in row.predictors()]
+        num_predicting += len(row) - len(row.context) + 1
+    continuations = [branch for row in rows for branch in row.branches]
+    return _Batch(
+        ids=_padded([row.ids() for row in rows]),
+        positions=_padded([row.positions() for row in rows]),
+        branches=_padded([row.branch_numbers() for row in rows], _PADDING),
+        predicts=_padded([[i >= len(row.context) - 1 for i in range(len(row))] for row in rows]),
+        predictors=torch.tensor(predictors),
+        targets=torch.tensor([token for _, ids in continuations for token in ids]),
+        places=torch.tensor([place for place, ids in continuations for _ in ids]),
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch, shares: bool) -> tuple[Tensor, Tensor]:
+    """(places, log-probabilities) of the predicted tokens."""
+    device = plain.device
+    inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
+    if shares:
+        inputs["position_ids"] = batch.positions.to(device)
+        inputs["attention_mask"] = _masks(plain, batch.branches.to(device), inputs["position_ids"])
+    with _head_at(plain, batch.predicts.to(device)):
+        logits_PV = model(**inputs, use_cache=False).logits[0]
+    targets_N, predictors_N = batch.targets.to(device), batch.predictors.to(device)
+    totals_P = torch.cat([rows.float().logsumexp(-1) for rows in logits_PV.split(_ROWS_AT_A_TIME)])
+    log_probs_N = logits_PV[predictors_N, targets_N].float() - totals_P[predictors_N]
+    return batch.places, log_probs_N.double().cpu()
+
+
+def _masks(model: PreTrainedModel, branches_BT: Tensor, positions_BT: Tensor) -> Tensor | dict[str, Tensor]:
+    """What each position sees, (B, 1, T, T): of the context and its own continuation the past, within the window."""
+    config = model.config.get_text_config().to_dict()
+    T = branches_BT.shape[1]
+    seen_BTS = (branches_BT[:, None, :] == 0) | (branches_BT[:, None, :] == branches_BT[:, :, None])
+    seen_BTS &= torch.ones(T, T, dtype=torch.bool, device=branches_BT.device).tril()
+    full = seen_BTS[:, None]
+    if config.get("sliding_window") is None:
+        return full
+    distances_BTS = positions_BT[:, :, None] - positions_BT[:, None, :]
+    sliding = (seen_BTS & (distances_BTS < config["sliding_window"]))[:, None]
+    layers = set(config.get("layer_types") or ())
+    if not layers:
+        return sliding
+    return {"full_attention": full, "sliding_attention": sliding} if "sliding_attention" in layers else full
+
+
+@contextmanager
+def _maskable_attention(model: PreTrainedModel, shares: bool) -> Iterator[None]:
+    """SDPA takes masks made by others, which flash attention and attentions of one's own do not."""
+    before = model.config._attn_implementation
+    if not shares or before == "sdpa":
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel, predicts_BT: Tensor) -> Iterator[None]:
+    """The head gets the hidden states of these positions only, as one row (1, P, C).
+
+    logits_to_keep could only name the same positions in every row.
+    """
+
+    def select(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0][predicts_BT][None],)
+
+    registered = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        registered.remove()

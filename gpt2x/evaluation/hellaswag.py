@@ -1,0 +1,135 @@
+"""HellaSwag (arXiv:1905.07830): which of four endings a model finds likeliest."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from gpt2x.evaluation.continuations import score_continuations
+from gpt2x.evaluation.hellaswag_items import (
+    NUM_VALIDATION_ITEMS,
+    HellaSwagItem,
+    Style,
+    encode_items,
+    item_texts,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HellaSwag:
+    """What a model makes of HellaSwag's items.
+
+    Attributes:
+        style: ``hellaswag`` (lm-eval's) or ``hellaswag_completion`` (llm.c's); their figures do not compare.
+        acc: share of items whose right ending has the largest probability.
+        acc_norm: share of items whose right ending has the largest log-probability per character (``hellaswag``) or
+            per token (``hellaswag_completion``).
+        acc_stderr: standard error of acc.
+        acc_norm_stderr: standard error of acc_norm.
+        num_items: how many items.
+        log_probs: (num_items, 4) float64, the endings' summed log-probabilities.
+        lengths: (num_items, 4), what acc_norm divides by.
+    """
+
+    style: Style
+    acc: float
+    acc_norm: float
+    acc_stderr: float
+    acc_norm_stderr: float
+    num_items: int
+    log_probs: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The style, and the number of items where it is not that of the whole validation split."""
+        return self.style if self.num_items == NUM_VALIDATION_ITEMS else f"{self.style}_{self.num_items}_items"
+
+    def metrics(self) -> dict[str, float]:
+        """The record of metrics.jsonl."""
+        fields = ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")
+        return {f"{self.name}/{field}": getattr(self, field) for field in fields}
+
+
+def evaluate_hellaswag(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[HellaSwagItem],
+    *,
+    style: Style = "hellaswag",
+    batch_size: int | None = None,
+    accelerator: Accelerator | None = None,
+) -> HellaSwag:
+    """Scores every ending of every item, without examples before it (zero-shot).
+
+    Args:
+        model: a causal language model of transformers, plain or prepared by the accelerator; left as it was.
+        tokenizer: its tokenizer.
+        items: the same on all ranks.
+        style: lm-eval's or the completion style.
+        batch_size: items of a forward pass, on which the result does not depend; None for 2 on a CPU, whose caches
+            then hold a layer, and 32 elsewhere.
+        accelerator: splits the items over its ranks, which all get the whole result.
+    """
+    questions = encode_items(tokenizer, items, style)
+    if batch_size is None:
+        batch_size = 2 if next(model.parameters()).device.type == "cpu" else 32
+    scores = score_continuations(model, questions, batch_size=batch_size, accelerator=accelerator)
+    if style == "hellaswag":
+        lengths = [[len(ending) for ending in item_texts(item, style)[1]] for item in items]
+    else:
+        lengths = [[len(ids) for ids in question.continuations] for question in questions]
+    return _result(torch.stack(scores), lengths, [item.label for item in items], style)
+
+
+def _result(scores: Tensor, lengths: list[list[int]], labels: list[int], style: Style) -> HellaSwag:
+    log_probs, num_units = scores.numpy(), np.array(lengths)
+    acc = float((log_probs.argmax(1) == labels).mean())
+    acc_norm = float(((log_probs / num_units).argmax(1) == labels).mean())
+    return HellaSwag(
+        style=style,
+        acc=acc,
+        acc_norm=acc_norm,
+        acc_stderr=_standard_error(acc, len(labels)),
+        acc_norm_stderr=_standard_error(acc_norm, len(labels)),
+        num_items=len(labels),
+        log_probs=log_probs,
+        lengths=num_units,
+    )
+
+
+def _standard_error(share: float, count: int) -> float:
+    """Of a mean of zeros and ones, by the sample's standard deviation; not a number for a single one."""
+    return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
+
+
+def result_record(precision: str, result: HellaSwag) -> tuple[str, dict[str, Any]]:
+    """(name, figures) for a run's stats.json; the name tells the precision where it is not float32."""
+    name = result.name if precision == "float32" else f"{result.name}_{precision}"
+    fields = ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "num_items")
+    figures = {field: getattr(result, field) for field in fields}
+    return name, {field: None if math.isnan(figure) else figure for field, figure in figures.items()}
+
+
+def print_scores(results: Mapping[str, HellaSwag], num_bytes: Mapping[str, int]) -> None:
+    """Prints a line per precision: name, items, scores with standard errors, and the size of the weights.
+
+    Below the first line each is followed by what changed against the first.
+    """
+    first_precision, first = next(iter(results.items()))
+    print(f"{first.name}: {first.num_items} items, zero-shot")
+    print(f"{'':10s} {'acc':>17s} {'acc_norm':>17s} {'weights':>12s}")
+    for precision, result in results.items():
+        acc = f"{result.acc:.4f} ± {result.acc_stderr:.4f}"
+        acc_norm = f"{result.acc_norm:.4f} ± {result.acc_norm_stderr:.4f}"
+        print(f"{precision:10s} {acc:>17s} {acc_norm:>17s} {num_bytes[precision] / 1e6:9,.1f} MB")
+        if precision != first_precision:
+            same = (result.log_probs.argmax(1) == first.log_probs.argmax(1)).mean()
+            changes = f"{result.acc - first.acc:+.4f}", f"{result.acc_norm - first.acc_norm:+.4f}"
+            print(f"{'':10s} {changes[0]:>17s} {changes[1]:>17s}   the same ending in {same:.1%} of the items")

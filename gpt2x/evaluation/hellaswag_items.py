@@ -1,0 +1,142 @@
+"""HellaSwag's items (arXiv:1905.07830), and the two ways in which they are put to a language model."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from gpt2x.errors import UserError
+from gpt2x.evaluation.continuations import Question
+
+HUB_ID = "Rowan/hellaswag"
+NUM_VALIDATION_ITEMS = 10_042
+Style = Literal["hellaswag", "hellaswag_completion"]
+_COLUMNS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HellaSwagItem:
+    """The beginning of a description and four endings, one of them right."""
+
+    activity_label: str
+    """What is being done; in WikiHow's items the article's title."""
+    ctx_a: str
+    """The beginning's whole sentences."""
+    ctx_b: str
+    """The start of the sentence that the endings end; empty in WikiHow's items."""
+    ctx: str
+    """Both, as one text."""
+    endings: tuple[str, ...]
+    """The four endings."""
+    label: int
+    """The place of the right one, from 0."""
+
+
+def load_hellaswag(source: str | Path, *, num_items: int | None = None) -> list[HellaSwagItem]:
+    """Reads HellaSwag's items.
+
+    Args:
+        source: a .jsonl file with the columns of the Hub's ``Rowan/hellaswag``, or ``hub`` for its validation split.
+        num_items: a fixed subset of that size: items at equal distances, so that both sources (ActivityNet's items
+            come first, WikiHow's after) have their share.
+
+    Raises:
+        UserError: where there are no items, or fewer than asked for, and with the place of an item that is none.
+    """
+    if str(source) == "hub":
+        items = [_item(row, f"row {i} of {HUB_ID}") for i, row in enumerate(_hub_rows())]
+    else:
+        items = [_item(row, place) for row, place in _file_rows(Path(source))]
+    if num_items is None:
+        return items
+    if num_items > len(items):
+        raise UserError(f"num_items ({num_items}) must not exceed the {len(items)} items of {source}; lower it.")
+    return [items[i * len(items) // num_items] for i in range(num_items)]
+
+
+def _hub_rows() -> Iterable[Mapping[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(HUB_ID, split="validation")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{HUB_ID} could not be read from the Hub ({reason}); give its validation split as a .jsonl file."
+        ) from None
+
+
+def _file_rows(file: Path) -> Iterator[tuple[Any, str]]:
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; give HellaSwag's validation split as a .jsonl file, or hub.")
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line), f"{file}:{number}"
+                except ValueError:
+                    raise UserError(f"{file}:{number} is no JSON; give one JSON object per line.") from None
+
+
+def _item(row: Any, place: str) -> HellaSwagItem:
+    missing = [column for column in _COLUMNS if not isinstance(row, dict) or column not in row]
+    if missing:
+        raise UserError(f"{place} has no {', '.join(missing)}; give the columns of {HUB_ID}.")
+    endings, label = tuple(row["endings"]), str(row["label"])
+    if not all(_without_tags(ending) for ending in endings):
+        raise UserError(f"{place} has an empty ending, which has no probability; leave the item out.")
+    if label not in [str(number) for number in range(len(endings))]:
+        raise UserError(
+            f"{place}: label ({label!r}) must be the place of one of the {len(endings)} endings, from 0; only the "
+            f"train and validation splits have labels."
+        )
+    ctx = row.get("ctx") or f"{row['ctx_a']} {row['ctx_b']}".strip()
+    texts = {key: str(row[key]) for key in ("activity_label", "ctx_a", "ctx_b")}
+    return HellaSwagItem(**texts, ctx=ctx, endings=endings, label=int(label))
+
+
+def item_texts(item: HellaSwagItem, style: Style) -> tuple[str, list[str]]:
+    """(context, endings) as text; a space joins them.
+
+    ``hellaswag`` is lm-eval's task of that name, version 1: the activity stands in front, the last sentence begins
+    with a capital (the rest of it in lower case), and WikiHow's tags are taken out. ``hellaswag_completion`` is that
+    of llm.c and build-nanogpt: the text as it stands.
+    """
+    if style == "hellaswag_completion":
+        return item.ctx, list(item.endings)
+    context = f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}"
+    return _without_tags(context), [_without_tags(ending) for ending in item.endings]
+
+
+def _without_tags(text: str) -> str:
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[HellaSwagItem], style: Style) -> list[Question]:
+    """Token ids of contexts and endings.
+
+    ``hellaswag`` encodes context and ending together and cuts after as many tokens as the context alone has, with the
+    spaces at the context's end counted to the ending; ``hellaswag_completion`` encodes them apart.
+    """
+    texts = [item_texts(item, style) for item in items]
+    contexts = [context for context, _ in texts]
+    if style == "hellaswag_completion":
+        endings = [f" {ending}" for _, item_endings in texts for ending in item_endings]
+        encoded = iter(tokenizer(endings, add_special_tokens=False)["input_ids"])
+        starts = [0] * len(texts)
+    else:
+        wholes = [f"{context} {ending}" for context, item_endings in texts for ending in item_endings]
+        encoded = iter(tokenizer(wholes)["input_ids"])
+        contexts = [context.rstrip() for context in contexts]
+        starts = []
+    encoded_contexts = tokenizer(contexts)["input_ids"]
+    starts = starts or [len(ids) for ids in encoded_contexts]
+    return [
+        Question(context=ids, continuations=[next(encoded)[start:] for _ in endings])
+        for ids, start, (_, endings) in zip(encoded_contexts, starts, texts, strict=True)
+    ]

@@ -1,0 +1,58 @@
+"""EleutherAI's lm-evaluation-harness on a model of ours, or of anyone."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from gpt2x.errors import UserError
+from gpt2x.config.evaluation import LmEvalRecipe
+from gpt2x.models import find_model, load_for_inference
+from gpt2x.shards.tokenizer import load_tokenizer
+
+
+def run_lm_eval(recipe: LmEvalRecipe) -> dict[str, dict[str, Any]]:
+    """Evaluates a model on the recipe's tasks.
+
+    The model is handed over as loaded here, so that gpt2x's own form needs no remote code either.
+
+    Returns:
+        Per task its metrics by lm-eval's names (``acc,none``), with its version and the number of items.
+
+    Raises:
+        UserError: where lm-eval is not installed, or does not know a task.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("run_lm_eval.py needs lm-eval, not installed; run pip install -e '.[eval]'.")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    tasks = [name.strip() for name in recipe.tasks.split(",") if name.strip()]
+    known = TaskManager(include_path=None if recipe.include_path is None else str(recipe.include_path))
+    unknown = [name for name in tasks if name not in known.all_tasks]
+    if unknown:
+        raise UserError(f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them.")
+    directory = find_model(recipe.model)
+    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    evaluated = simple_evaluate(
+        model=HFLM(
+            pretrained=model.to(device),
+            tokenizer=load_tokenizer(directory),
+            batch_size=recipe.batch_size,
+            device=str(device),
+        ),
+        tasks=tasks,
+        task_manager=known,
+        limit=recipe.limit,
+        num_fewshot=recipe.num_fewshot,
+        log_samples=False,
+    )
+    return {name: _record(name, evaluated) for name in evaluated["results"]}
+
+
+def _record(name: str, evaluated: dict[str, Any]) -> dict[str, Any]:
+    metrics = {key: value for key, value in evaluated["results"][name].items() if isinstance(value, int | float)}
+    counts = evaluated["n-samples"].get(name, {})
+    return metrics | {"version": evaluated["versions"].get(name), "num_items": counts.get("effective")}

@@ -1,0 +1,61 @@
+"""Scores a model on HellaSwag: `python scripts/eval_hellaswag.py MODEL --data FILE.jsonl|hub [--FIELD VALUE ...]`.
+
+MODEL is a directory or Hub id of any causal language model, or the directory of a run, whose stats.json then gets the
+result. `--quantize int8` scores the model with its linear layers in int8 as well. Under `accelerate launch` the items
+are split over the processes.
+"""
+
+import sys
+
+from gpt2x.command_line import parse_recipe
+from gpt2x.errors import exit_on_user_error
+from gpt2x.config.evaluation import HellaSwagRecipe
+
+
+def main(recipe: HellaSwagRecipe) -> None:
+    """Prints the scores as a table and records them with the run."""
+    import torch
+    from accelerate import Accelerator
+    from transformers.utils import logging
+
+    from gpt2x.evaluation.hellaswag import HellaSwag, evaluate_hellaswag, print_scores, result_record
+    from gpt2x.evaluation.hellaswag_items import load_hellaswag
+    from gpt2x.evaluation.quantization import num_bytes, quantize_int8
+    from gpt2x.evaluation.results import record_results
+    from gpt2x.models import find_model, load_for_inference
+    from gpt2x.shards.tokenizer import load_tokenizer
+
+    # 1. The items, before the model is loaded for nothing
+    logging.disable_progress_bar()
+    directory = find_model(recipe.model)
+    items = load_hellaswag(recipe.data, num_items=recipe.num_items)
+    tokenizer = load_tokenizer(directory)
+
+    # 2. The model
+    on_cpu = recipe.quantize is not None or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu)
+    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype)).to(accelerator.device)
+
+    # 3. The scores, as loaded and in int8
+    scores: dict[str, HellaSwag] = {}
+    sizes: dict[str, int] = {}
+    for precision in filter(None, (recipe.dtype, recipe.quantize)):
+        if precision == recipe.quantize:
+            model = quantize_int8(model)
+        scores[precision] = evaluate_hellaswag(
+            model, tokenizer, items, style=recipe.style, batch_size=recipe.batch_size, accelerator=accelerator
+        )
+        sizes[precision] = num_bytes(model)
+
+    # 4. What came out
+    if accelerator.is_main_process:
+        print_scores(scores, sizes)
+        stats_file = record_results(directory, dict(result_record(*entry) for entry in scores.items()))
+        if stats_file is not None:
+            print(f"recorded in {stats_file}")
+
+
+if __name__ == "__main__":
+    parsed, _ = parse_recipe(HellaSwagRecipe, sys.argv[1:], script="eval_hellaswag.py", positional="model")
+    with exit_on_user_error():
+        main(parsed)

@@ -1,0 +1,42 @@
+"""Runs lm-eval's tasks: `python scripts/run_lm_eval.py MODEL --tasks hellaswag,piqa [--FIELD VALUE ...]`.
+
+MODEL is a directory or Hub id of any causal language model, or the directory of a run, whose stats.json then gets the
+results. Needs the extra `eval`. lm-eval's own command reads any checkpoint as well:
+`lm_eval --model hf --model_args pretrained=RUN/final --tasks hellaswag`.
+"""
+
+import sys
+
+from gpt2x.command_line import parse_recipe
+from gpt2x.errors import exit_on_user_error
+from gpt2x.config.evaluation import LmEvalRecipe
+
+
+def main(recipe: LmEvalRecipe) -> None:
+    """Prints every figure of every task and records them with the run."""
+    from transformers.utils import logging
+
+    from gpt2x.evaluation.lm_eval import run_lm_eval
+    from gpt2x.evaluation.results import record_results
+    from gpt2x.models import find_model
+
+    logging.disable_progress_bar()
+    results = run_lm_eval(recipe)
+    for task, figures in results.items():
+        for name, figure in figures.items():
+            print(
+                f"{task:30s} {name:24s} {figure:.4f}"
+                if isinstance(figure, float)
+                else f"{task:30s} {name:24s} {figure}"
+            )
+    stats_file = record_results(
+        find_model(recipe.model), {f"lm_eval/{task}": found for task, found in results.items()}
+    )
+    if stats_file is not None:
+        print(f"recorded in {stats_file}")
+
+
+if __name__ == "__main__":
+    parsed, _ = parse_recipe(LmEvalRecipe, sys.argv[1:], script="run_lm_eval.py", positional="model")
+    with exit_on_user_error():
+        main(parsed)

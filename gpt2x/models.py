@@ -1,10 +1,13 @@
 """Models by recipe: made, continued, loaded and saved."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import ModelSection, Recipe
@@ -25,7 +28,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         else:
             torch.manual_seed(recipe.run.seed)
             model = GPT2XForCausalLM(make_config(recipe.model, tokenizer))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # the latter two for files that are damaged
         raise UserError(" ".join(str(error).split())) from error
     _check_fit(recipe, model.config, tokenizer)
     return model
@@ -55,8 +58,20 @@ def _check_fit(recipe: Recipe, config: GPT2XConfig, tokenizer: PreTrainedTokeniz
         )
 
 
-def save_model(model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+def save_model(
+    model: PreTrainedModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> str:
     """Writes model and tokenizer: as a stock transformers model where a class for it exists, else with gpt2x's code.
+
+    Args:
+        model: a model of this package.
+        directory: where to; created if missing.
+        tokenizer: the model's.
+        weights: the whole model's, by the names of its state dict, where they are not taken from the model itself.
 
     Returns:
         The model_type that was written.
@@ -65,9 +80,9 @@ def save_model(model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTok
     try:
         written = stock_model_type(model.config)
     except ValueError:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
         return model.config.model_type
-    model.save_stock(directory)
+    model.save_stock(directory, state_dict=weights)
     return written
 
 

@@ -3,13 +3,21 @@
 from gpt2x.config import accumulation_steps
 from gpt2x.models import flops_per_token, num_parameters
 from gpt2x.training.devices import describe_device
+from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.job import Job
+from gpt2x.training.recipe_changes import describe as describe_changes
 from gpt2x.training.state import Progress
 
 
 def describe(job: Job, progress: Progress) -> str:
-    """The plan of a run: model, batch, budget, cost, hardware, files; one fact a line."""
+    """The plan of a run: model, batch, budget, cost, hardware, room, and what is no longer as it was; one fact a line.
+
+    Raises:
+        UserError: where the disk is too small.
+    """
     recipe, config = job.recipe, job.plain_model.config
+    room = measure_room(job)
+    warning = check_room(room, job.run.path)
     total, multiplied = num_parameters(job.plain_model)
     lines = {
         "run": f"{job.run.path}" + (f", resumed at step {progress.step:,}" if progress.step else ""),
@@ -22,8 +30,25 @@ def describe(job: Job, progress: Progress) -> str:
         "optimizer": f"{recipe.optimizer.name}, {recipe.optimizer.lr_scheduler_type} schedule",
         "devices": f"{describe_device(job.accelerator)}, mixed precision {recipe.train.mixed_precision}"
         + (", compiled" if recipe.train.torch_compile else ""),
+        "saving": _saving(job, room),
     }
-    return "\n".join(f"{name + ':':11s}{text}" for name, text in lines.items())
+    facts = [*lines.items(), *(("changed", text) for text in describe_changes(job.run.changes))]
+    facts += [("warning", warning)] if warning else []
+    return "\n".join(f"{name + ':':11s}{text}" for name, text in facts)
+
+
+def _saving(job: Job, room: Room) -> str:
+    disk = (
+        f"{room.num_kept} checkpoints of {_megabytes(room.checkpoint_bytes)} and the final model, "
+        f"{_megabytes(room.needed_bytes)} of {_megabytes(room.free_bytes)} free"
+    )
+    if job.recipe.train.save_steps is None:
+        return disk
+    return f"{disk}; copies for saving take {_megabytes(room.checkpoint_bytes)} of memory"
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes < 1e10 else f"{num_bytes / 1e9:,.0f} GB"
 
 
 def _data(job: Job) -> str:

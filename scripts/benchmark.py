@@ -4,7 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("attention", "data", "race", "train")
+BENCHMARKS = ("attention", "checkpoint", "data", "generate", "hellaswag", "race", "train")
 
 
 def main(argv: list[str]) -> int:

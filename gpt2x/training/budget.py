@@ -21,6 +21,13 @@ class Budget:
     max_time_s: float | None
     warmup_steps: int
 
+    @property
+    def size(self) -> float:
+        """Steps, or seconds."""
+        size = self.max_time_s if self.max_steps is None else self.max_steps
+        assert size is not None
+        return size
+
     def is_spent(self, progress: Progress) -> bool:
         """Whether the run is over. A time budget ends before the step that would overrun it."""
         if self.max_steps is not None:

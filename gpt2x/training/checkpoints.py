@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from gpt2x.errors import UserError
 from gpt2x.shards.files import sync
+from gpt2x.training.sharding import state_in_shards
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -39,14 +40,14 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
 
 
 def optimizer_tensors(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> dict[str, Tensor]:
-    """The state of the optimizers, keyed ``parameter name/state name``.
+    """The state of the optimizers, keyed ``parameter name/state name``: the very tensors, where they are.
 
     Args:
         optimizers: the optimizers, whose parameters are disjoint.
         names: the name of each parameter by its ``id``.
     """
     return {
-        f"{names[id(parameter)]}/{key}": value.detach().cpu()
+        f"{names[id(parameter)]}/{key}": value.detach()
         for optimizer in optimizers
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
@@ -66,13 +67,16 @@ def load_optimizer_tensors(
         name, _, state_name = key.rpartition("/")
         saved[name][state_name] = tensor
     for optimizer in optimizers:
-        parameters = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-        missing = [name for name in parameters if name not in saved]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        missing = [names[id(parameter)] for parameter in parameters if names[id(parameter)] not in saved]
         if missing:
             raise UserError(
                 f"the checkpoint has no optimizer state for {missing[0]}; resume with the recipe that made it."
             )
-        state = {position: saved.pop(name) for position, name in enumerate(parameters)}
+        state = {
+            position: state_in_shards(parameter, saved.pop(names[id(parameter)]))
+            for position, parameter in enumerate(parameters)
+        }
         # torch places the state beside its parameter, except where an optimizer wants a step count on the host
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     if saved:
@@ -88,7 +92,7 @@ def load_optimizer_tensors(
 def write_checkpoint(
     target: Path,
     *,
-    write_model: Callable[[Path], None],
+    write_model: Callable[[Path], object],
     optimizer: dict[str, Tensor],
     trainer: Mapping[str, Any],
 ) -> None:
@@ -118,14 +122,15 @@ def write_checkpoint(
         raise
 
 
-def prune_checkpoints(run_dir: Path, *, keep: int | None) -> None:
-    """Deletes all but the newest ``keep`` valid checkpoints, and what killed saves left behind."""
-    parent = run_dir / "checkpoints"
-    for leftover in parent.glob("step-*.tmp-*"):
+def remove_checkpoints(run_dir: Path, checkpoints: Iterable[Path]) -> None:
+    """Deletes checkpoints, and what killed saves and deletions left behind.
+
+    A checkpoint is renamed before it is deleted, so that a kill leaves it whole or nothing of its name.
+    """
+    for checkpoint in checkpoints:
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.tmp-{uuid.uuid4().hex[:8]}"))
+    for leftover in (run_dir / "checkpoints").glob("step-*.tmp-*"):
         shutil.rmtree(leftover)
-    if keep is not None:
-        for checkpoint in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(checkpoint)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -165,10 +170,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def _candidates(run_dir: Path) -> list[Path]:
     """Whatever has the name of a checkpoint, oldest first."""
     named = (path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
-    return sorted(named, key=_step)
+    return sorted(named, key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is named after."""
     found = _NAME.fullmatch(checkpoint.name)
     assert found is not None
     return int(found[1])
@@ -211,8 +217,14 @@ def is_whole(checkpoint: Path) -> bool:
     return _damage(checkpoint) is None
 
 
-def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(
+    run_dir: Path, *, is_wanted: Callable[[Path], bool] = lambda _checkpoint: True
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is as it was written.
+
+    Args:
+        run_dir: the run's.
+        is_wanted: asked of each whole checkpoint; those that are not are passed over silently.
 
     Returns:
         Its directory (None where there is none), and a line for each newer one that was passed over.
@@ -220,9 +232,10 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     passed_over: list[str] = []
     for checkpoint in reversed(_candidates(run_dir)):
         damage = _damage(checkpoint)
-        if damage is None:
+        if damage is None and is_wanted(checkpoint):
             return checkpoint, passed_over
-        passed_over.append(f"{checkpoint} is damaged ({damage}); looking for an older one.")
+        if damage is not None:
+            passed_over.append(f"{checkpoint} is damaged ({damage}); looking for an older one.")
     return None, passed_over
 
 

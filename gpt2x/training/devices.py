@@ -6,8 +6,9 @@ import platform
 import sys
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2x.config import Recipe
 from gpt2x.errors import UserError
@@ -27,12 +28,16 @@ _PEAK_FLOPS = {
 }
 
 
-def make_accelerator(recipe: Recipe, *, local_world_size: int) -> Accelerator:
+_FSDP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_accelerator(recipe: Recipe, *, local_world_size: int, is_sharded: bool = False) -> Accelerator:
     """The accelerator of a run, its threads set and its random numbers seeded.
 
     Args:
         recipe: precision, trackers, threads and seed.
         local_world_size: processes on this machine, which share its cores.
+        is_sharded: whether the launch configuration asks for FSDP2.
 
     Raises:
         UserError: for fp16 without a GPU.
@@ -45,14 +50,34 @@ def make_accelerator(recipe: Recipe, *, local_world_size: int) -> Accelerator:
         torch.set_num_threads(recipe.train.num_threads or usable_cores(local_world_size))
         torch.set_flush_denormal(True)
         keep_freed_memory()
+    if on_cpu and is_sharded:
+        let_accelerate_shard_on_cpu()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=recipe.train.mixed_precision,
+        fsdp_plugin=make_fsdp_plugin(recipe.train.mixed_precision) if is_sharded else None,
         log_with=recipe.run.report_to or None,
         project_dir=recipe.run.dir,
     )
     set_seed(recipe.run.seed)
     return accelerator
+
+
+def let_accelerate_shard_on_cpu() -> None:
+    """Makes accelerate's FSDP2 work on processes that talk by gloo, as it does on GPUs.
+
+    The type of the processes is all that it asks before it turns FSDP on; nothing of what follows needs a GPU.
+    """
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+
+
+def make_fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:
+    """FSDP2 as the launch configuration has it, in the recipe's precision.
+
+    accelerate's own policy would add gradients up in bfloat16 and round the loss to it.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=_FSDP_DTYPES[mixed_precision], reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
 
 
 def keep_freed_memory() -> None:

@@ -2,29 +2,58 @@
 
 import json
 import platform
+import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
+from torch import Tensor
 
+from gpt2x.errors import UserError
 from gpt2x.evaluation import Validation
 from gpt2x.models import flops_per_token, num_parameters, save_model
 from gpt2x.reporting import column, read_metrics, write_plots
 from gpt2x.training.devices import describe_device
 from gpt2x.training.job import Job
 from gpt2x.training.run_directory import RunDirectory, replace_file
+from gpt2x.training.sharding import whole_weights
 from gpt2x.training.state import Progress
 
 
 def finish(job: Job, progress: Progress, validation: Validation) -> None:
     """Writes final/, stats.json, losses.npy and the plots; the main process alone."""
+    weights = whole_weights(job.plain_model, is_writer=job.accelerator.is_main_process)
     if job.accelerator.is_main_process:
-        model_type = save_model(job.plain_model, job.run.final_dir, job.tokenizer)
-        write_curves(job.run)
+        model_type = save_final_model(job, weights)
+        with job.failures.tolerated("plots", say=job.accelerator.print):
+            write_curves(job.run)
         stats = _stats(job, progress) | validation.metrics() | {"model_type": model_type}
         replace_file(job.run.stats_file, (json.dumps(stats, indent=2) + "\n").encode())
     job.accelerator.wait_for_everyone()
+
+
+def save_final_model(job: Job, weights: Mapping[str, Tensor]) -> str:
+    """Writes final/, whole or not at all, and returns its model_type.
+
+    Raises:
+        UserError: where it cannot be written; the last checkpoint has the same weights.
+    """
+    final, partial = job.run.final_dir, job.run.path / "final.tmp"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        model_type = save_model(job.plain_model, partial, job.tokenizer, weights=weights)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{final} could not be written ({error}); make room, and the same command writes it; the last checkpoint "
+            f"is whole."
+        ) from error
+    return model_type
 
 
 def write_curves(run: RunDirectory) -> None:

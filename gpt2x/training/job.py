@@ -1,7 +1,7 @@
 """A job: everything that a run works with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from accelerate import Accelerator
 from torch import nn
@@ -12,7 +12,9 @@ from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import Recipe
 from gpt2x.training.budget import Budget
+from gpt2x.training.failures import Failures
 from gpt2x.training.run_directory import RunDirectory
+from gpt2x.training.saving import CheckpointSaver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class Job:
         validation_batches: this rank's share of the held-out set.
         prompts: what the samples continue.
         budget: when to end.
+        saver: writes the checkpoints.
+        failures: what has failed without ending the run.
     """
 
     recipe: Recipe
@@ -44,6 +48,8 @@ class Job:
     validation_batches: ValidationBatches
     prompts: Sequence[str]
     budget: Budget
+    saver: CheckpointSaver
+    failures: Failures = field(default_factory=Failures)
 
     @property
     def plain_model(self) -> PreTrainedModel:

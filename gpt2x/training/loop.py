@@ -1,33 +1,21 @@
 """The training loop: batches in, checkpoints out."""
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
 
 from gpt2x.batches.loader import StepBatch
 from gpt2x.errors import UserError
 from gpt2x.evaluation import Validation, sample_texts, validate
-from gpt2x.models import save_model
-from gpt2x.training.checkpoints import (
-    checkpoint_dir,
-    is_whole,
-    optimizer_tensors,
-    prune_checkpoints,
-    write_checkpoint,
-)
+from gpt2x.training.agreement import Vote, agree
 from gpt2x.training.job import Job
-from gpt2x.training.optimizers import set_learning_rates
-from gpt2x.training.recording import Recorder, append_record
-from gpt2x.training.schedules import learning_rate_factor
+from gpt2x.training.obstacles import StepOutcome, reason_to_stop
+from gpt2x.training.recording import Recorder
+from gpt2x.training.retention import note_validation
+from gpt2x.training.run_directory import append_record
+from gpt2x.training.save_points import reserve_copies, save_before_decay, save_checkpoint
 from gpt2x.training.signals import StopRequest
-from gpt2x.training.state import Progress, seed_step
-
-MicroBatch = Mapping[str, Tensor]
+from gpt2x.training.spikes import SpikeDetector, record_spike, suspects
+from gpt2x.training.state import Progress
+from gpt2x.training.steps import optimizer_step
 
 
 def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> Validation | None:
@@ -41,50 +29,103 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
 
     Returns:
         The final validation; None where the run was stopped before its end.
+
+    Raises:
+        UserError: where the data ends or the loss is not finite, after the run was saved; where saving fails.
     """
-    recipe, accelerator = job.recipe, job.accelerator
+    recipe, accelerator, detector = job.recipe, job.accelerator, SpikeDetector()
     job.model.train()
     stopped = not progress.is_followed_up and not follow_up(job, progress, recorder, stop)
     while not stopped and not job.budget.is_spent(progress):
+        save_before_decay(job, progress)
         started = time.perf_counter()
         batch = read_batch(job, progress)
-        metrics = optimizer_step(job, progress, batch.micro_batches)
-        seconds, stopped, checksum = agree(
-            accelerator, time.perf_counter() - started, stop.signal_number is not None, batch.checksum
+        outcome = optimizer_step(job, progress, batch.micro_batches)
+        own = Vote(
+            seconds=time.perf_counter() - started,
+            stops=stop.is_asked() or job.saver.has_failed,
+            saves=stop.takes_save_request(),
+            is_spike=outcome.obstacle is None and detector.is_spike(outcome.metrics["train/loss"]),
+            checksum=batch.checksum,
         )
-        progress.advance(tokens=recipe.train.tokens_per_step, seconds=seconds)
+        vote = agree(accelerator, own)
+        handle_incident(job, progress, outcome, detector, is_spike=vote.is_spike)
+        progress.advance(tokens=recipe.train.tokens_per_step, seconds=vote.seconds)
+        stop.hold()
         job.batches.release(progress.step)
-        metrics |= {"tokens_per_s": recipe.train.tokens_per_step / seconds, "data/checksum": checksum}
-        metrics |= job.batches.accounts(progress.step)
+        reserve_copies(job, progress)
 
+        metrics = outcome.metrics | job.batches.accounts(progress.step)
+        metrics |= {"tokens_per_s": recipe.train.tokens_per_step / vote.seconds, "data/checksum": vote.checksum}
+        if progress.skipped_steps:
+            metrics["train/skipped_steps"] = progress.skipped_steps
         recorder.show(progress, metrics)
+        recorder.note_waiting(job.batches.waited_s, vote.seconds)
         if _is_due(progress, recipe.train.logging_steps):
             recorder.record(progress, metrics)
-        stopped = stopped or not follow_up(job, progress, recorder, stop)
+        stopped = vote.stops or not follow_up(job, progress, recorder, stop, saves=vote.saves)
 
-    save_checkpoint(job, progress)
+    if not job.saver.has_failed:
+        save_checkpoint(job, progress, is_last=True)
     validation = None if stopped else evaluate(job, progress, recorder, stop)
-    if validation is not None:
-        write_samples(job, progress, recorder)
+    if validation is not None and not write_samples(job, progress, recorder, stop):
+        validation = None
+    job.saver.wait()
+    accelerator.wait_for_everyone()
     return validation
 
 
-def follow_up(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> bool:
+def follow_up(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest, *, saves: bool = False) -> bool:
     """Validates, samples and saves where that is due after a step; at the end of the budget train does it.
+
+    Args:
+        job: what is trained.
+        progress: where the run stands.
+        recorder: takes the metrics.
+        stop: the signals received by this process.
+        saves: whether a signal asked to save now.
 
     Returns:
         False where a signal asked to stop: what is still due is done when the run goes on.
     """
-    evaluation, is_last = job.recipe.evaluation, job.budget.is_spent(progress)
-    is_evaluated = not is_last and _is_due(progress, evaluation.eval_steps)
-    if is_evaluated and evaluate(job, progress, recorder, stop) is None:
+    evaluation, train, is_last = job.recipe.evaluation, job.recipe.train, job.budget.is_spent(progress)
+    if saves:
+        save_checkpoint(job, progress)
+    is_best = False
+    if not is_last and _is_due(progress, evaluation.eval_steps):
+        validation = evaluate(job, progress, recorder, stop)
+        if validation is None:
+            return False
+        is_best = note_validation(progress, validation.loss)
+    if not is_last and _is_due(progress, evaluation.sample_steps) and not write_samples(job, progress, recorder, stop):
         return False
-    if not is_last and _is_due(progress, evaluation.sample_steps):
-        write_samples(job, progress, recorder)
     progress.is_followed_up = True
-    if _is_due(progress, job.recipe.train.save_steps):
+    if _is_due(progress, train.save_steps) or (is_best and train.save_best):
         save_checkpoint(job, progress)
     return True
+
+
+def handle_incident(
+    job: Job, progress: Progress, outcome: StepOutcome, detector: SpikeDetector, *, is_spike: bool
+) -> None:
+    """Writes down a step that is out of the ordinary, on all ranks together.
+
+    Raises:
+        UserError: where the run must not go on; what it was before the step is saved.
+    """
+    if outcome.obstacle is not None:
+        reason = reason_to_stop(job, progress, outcome, detector)
+        if reason is not None:
+            save_checkpoint(job, progress, is_last=True)
+            job.saver.wait()
+            raise UserError(reason)
+        return
+    progress.skipped_in_a_row = 0
+    if is_spike:
+        found = suspects(job, outcome.losses)
+        if job.accelerator.is_main_process:
+            loss = outcome.metrics["train/loss"]
+            record_spike(job, progress, found, reason="loss spike", detector=detector, loss=loss)
 
 
 def read_batch(job: Job, progress: Progress) -> StepBatch:
@@ -99,87 +140,16 @@ def read_batch(job: Job, progress: Progress) -> StepBatch:
     except UserError as error:
         failure = error
     if job.batches.can_fail:  # where a file cannot, the ranks need not ask each other
-        _, is_broken, _ = agree(job.accelerator, 0.0, failure is not None)
+        is_broken = agree(job.accelerator, Vote(stops=failure is not None)).stops
         failure = failure or (
             UserError("the data of another process has ended; see its message.") if is_broken else None
         )
     if failure is not None:
-        save_checkpoint(job, progress)
+        save_checkpoint(job, progress, is_last=True)
+        job.saver.wait()
         raise failure
     assert batch is not None
     return batch
-
-
-def optimizer_step(job: Job, progress: Progress, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-    """One update of the weights from all micro-batches of a step.
-
-    The loss is the sum of the cross-entropies of the whole step, over micro-batches and ranks, divided by the step's
-    valid tokens, so that the gradient does not depend on how the step is cut.
-
-    Returns:
-        The step's metrics, the same on all ranks.
-    """
-    accelerator, model = job.accelerator, job.model
-    seed_step(job.recipe.run.seed, step=progress.step, rank=accelerator.process_index)
-    factor = learning_rate_factor(
-        job.recipe.optimizer, warmup=job.budget.warmup(progress), progress=job.budget.decay(progress)
-    )
-    set_learning_rates(job.optimizers, factor)
-    loss = accumulate_gradients(accelerator, model, micro_batches)
-    grad_norm = clip_gradients(accelerator, model, job.recipe.train.max_grad_norm)
-    for optimizer in job.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return {
-        "train/loss": loss.item(),
-        "learning_rate": job.optimizers[0].param_groups[0]["lr"],
-        "grad_norm": grad_norm,
-    }
-
-
-def accumulate_gradients(accelerator: Accelerator, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """Adds up the gradients of a step's micro-batches; ranks exchange them once, after the last.
-
-    Data-parallel wrappers average over ranks, so each rank divides its sum by the valid tokens per rank.
-
-    Returns:
-        The step's mean cross-entropy over all ranks, a scalar.
-    """
-    valid = torch.stack([count_targets(batch["labels"]) for batch in micro_batches]).sum().to(accelerator.device)
-    tokens_per_rank = accelerator.reduce(valid, reduction="sum") / accelerator.num_processes
-    total = torch.zeros((), device=accelerator.device)
-    for position, batch in enumerate(micro_batches):
-        is_last = position == len(micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            loss = model(
-                **{key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()},
-                num_items_in_batch=tokens_per_rank,
-                return_logits=False,
-                use_cache=False,
-            ).loss
-            accelerator.backward(loss)
-        total += loss.detach()
-    return accelerator.reduce(total, reduction="mean")
-
-
-def count_targets(labels_BT: Tensor) -> Tensor:
-    """How many tokens of unshifted labels are predicted: the model shifts, so a row's first never is."""
-    return (labels_BT[:, 1:] != -100).sum()
-
-
-def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> float:
-    """Scales the gradients down to ``max_norm`` and returns their norm before that."""
-    return float(accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm))
-
-
-def agree(accelerator: Accelerator, seconds: float, stopped: bool, checksum: int = 0) -> tuple[float, bool, int]:
-    """Rank 0's clock, anyone's wish to stop and the sum of the checksums, the same on all ranks."""
-    if accelerator.num_processes == 1:
-        return seconds, stopped, checksum
-    own_clock = round(seconds * 1e6) if accelerator.is_main_process else 0
-    own = torch.tensor([own_clock, int(stopped), checksum], device=accelerator.device)
-    microseconds, num_stopped, total = accelerator.reduce(own, reduction="sum").tolist()
-    return microseconds / 1e6, num_stopped > 0, total
 
 
 def evaluate(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> Validation | None:
@@ -189,7 +159,7 @@ def evaluate(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest
         job.validation_batches,
         num_bytes=job.validation_batches.num_bytes,
         accelerator=job.accelerator,
-        is_stopped=lambda: agree(job.accelerator, 0.0, stop.signal_number is not None)[1],
+        is_stopped=lambda: _is_stopped(job, stop),
     )
     if validation is not None:
         recorder.record(progress, validation.metrics())
@@ -200,46 +170,32 @@ def evaluate(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest
     return validation
 
 
-def write_samples(job: Job, progress: Progress, recorder: Recorder) -> None:
-    """Continues the prompts, prints the texts and appends them to samples.jsonl."""
-    texts = sample_texts(
-        job.plain_model,
-        job.tokenizer,
-        job.prompts,
-        max_new_tokens=job.recipe.evaluation.max_new_tokens,
-        seed=job.recipe.run.seed,
-    )
-    for prompt, text in zip(job.prompts, texts, strict=True):
-        recorder.say(f"--- sample at step {progress.step} ---\n{prompt}>>>{text}")
-        if job.accelerator.is_main_process:
-            append_record(job.run.samples_file, {"step": progress.step, "prompt": prompt, "text": text})
+def write_samples(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> bool:
+    """Continues the prompts, prints the texts and appends them to samples.jsonl.
+
+    Returns:
+        False where a signal asked to stop.
+    """
+    for prompt in job.prompts:
+        if _is_stopped(job, stop):
+            return False
+        with job.failures.tolerated("sampling", say=recorder.say):
+            (text,) = sample_texts(
+                job.plain_model,
+                job.tokenizer,
+                [prompt],
+                max_new_tokens=job.recipe.evaluation.max_new_tokens,
+                seed=job.recipe.run.seed,
+            )
+            recorder.say(f"--- sample at step {progress.step} ---\n{prompt}>>>{text}")
+            if job.accelerator.is_main_process:
+                append_record(job.run.samples_file, {"step": progress.step, "prompt": prompt, "text": text})
+        job.model.train()  # what has failed half-way leaves it in evaluation mode
+    return True
 
 
-def save_checkpoint(job: Job, progress: Progress) -> Path:
-    """Writes a checkpoint of where the run stands, then deletes those that are no longer kept."""
-    target = checkpoint_dir(job.run.path, progress.step)
-    if job.accelerator.is_main_process and not is_whole(target):
-        write_checkpoint(
-            target,
-            write_model=lambda directory: _write_model(job, directory),
-            optimizer=optimizer_tensors(job.optimizers, job.parameter_names),
-            trainer={
-                "step": progress.step,
-                "tokens": progress.tokens,
-                "elapsed_s": progress.elapsed_s,
-                "step_s": progress.step_s,
-                "is_followed_up": progress.is_followed_up,
-                "optimizer": job.recipe.optimizer.name,
-                "data": job.batches.state(progress.step),
-            },
-        )
-        prune_checkpoints(job.run.path, keep=job.recipe.train.save_total_limit)
-    job.accelerator.wait_for_everyone()
-    return target
-
-
-def _write_model(job: Job, directory: Path) -> None:
-    save_model(job.plain_model, directory, job.tokenizer)
+def _is_stopped(job: Job, stop: StopRequest) -> bool:
+    return agree(job.accelerator, Vote(stops=stop.is_asked())).stops
 
 
 def _is_due(progress: Progress, interval: int | None) -> bool:

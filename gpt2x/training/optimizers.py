@@ -10,6 +10,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from gpt2x.config import OptimizerSection
+from gpt2x.training.sharding import in_shards_like, whole_matrices
 
 
 def make_optimizers(model: PreTrainedModel, section: OptimizerSection, *, fused: bool = True) -> list[Optimizer]:
@@ -86,7 +87,8 @@ class Muon(Optimizer):
     """Momentum orthogonalized by Newton-Schulz (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
     Matrices of one shape are orthogonalized as one batch, so a step costs a few batched products instead of several
-    small ones per matrix.
+    small ones per matrix. Those that lie in shards are put together for it on every device, whose work and memory for
+    it are those of a device alone.
 
     Args:
         params: matrices.
@@ -118,10 +120,12 @@ class Muon(Optimizer):
         buffers = [self._buffer(parameter) for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, buffers, momentum)
-        orthogonal = orthogonalize(torch.stack(nesterov), steps=group["ns_steps"])
+        # of a shard alone the nearest orthogonal matrix would be another one
+        orthogonal = orthogonalize(torch.stack(whole_matrices(nesterov)), steps=group["ns_steps"])
+        updates = in_shards_like(parameters, orthogonal.unbind())
         rows, columns = parameters[0].shape
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(parameters, list(orthogonal.unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+        torch._foreach_add_(parameters, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

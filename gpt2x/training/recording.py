@@ -1,50 +1,70 @@
 """What a run records: metrics, samples, the progress bar and the trackers."""
 
 import dataclasses
-import json
+import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from gpt2x.errors import UserError
 from gpt2x.models import flops_per_token
 from gpt2x.training.devices import peak_flops
 from gpt2x.training.job import Job
+from gpt2x.training.run_directory import append_record
 from gpt2x.training.state import Progress
 
-
-def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends one JSON object as a line, written in one piece so that a killed run tears at most the last."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+# Waiting for data is worth a line when it takes this long, and this share of a step; and a line once in a while.
+_WAITED_S, _WAITED_SHARE, _SILENCE_S = 0.5, 0.2, 60.0
 
 
 class Recorder:
     """Writes a job's metrics on the main process, and shows them."""
 
     def __init__(self, job: Job) -> None:
-        self.run, self.accelerator, self.budget = job.run, job.accelerator, job.budget
+        self.run, self.accelerator, self.budget, self.failures = job.run, job.accelerator, job.budget, job.failures
         peak = peak_flops(job.accelerator.device)
         flops = flops_per_token(job.plain_model, job.recipe.data.sequence_length)
         self.utilization_per_token_rate = flops / (peak * job.accelerator.num_processes) if peak else None
         budget, accelerator = job.budget, job.accelerator
-        accelerator.init_trackers("gpt2x", config=_scalars(dataclasses.asdict(job.recipe)))
         total = budget.max_steps if budget.max_steps is not None else budget.max_time_s
         unit = "step" if budget.max_steps is not None else "s"
         layout = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}{postfix}]"
         self.bar = tqdm(
             total=total, unit=unit, bar_format=layout, disable=not accelerator.is_main_process, dynamic_ncols=True
         )
-        self._shown = 0.0
+        self._shown, self._warned = 0.0, -math.inf
+        with self.failures.tolerated("tracker", say=self.say):
+            accelerator.init_trackers("gpt2x", config=_scalars(dataclasses.asdict(job.recipe)))
 
     def record(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        """Appends one line to metrics.jsonl and sends it to the trackers."""
+        """Appends one line to metrics.jsonl and sends it to the trackers. What is not finite is recorded as null.
+
+        Raises:
+            UserError: where the line cannot be written.
+        """
         if self.accelerator.is_main_process:
             line = {"step": progress.step, "tokens": progress.tokens, "elapsed_s": round(progress.elapsed_s, 3)}
-            append_record(self.run.metrics_file, line | dict(metrics))
-        self.accelerator.log(dict(metrics), step=progress.step)
+            values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            try:
+                append_record(self.run.metrics_file, line | values)
+            except OSError as error:
+                raise UserError(
+                    f"{self.run.metrics_file} cannot be written ({error.strerror}); make room or bring it back, and "
+                    f"the same command goes on from the newest checkpoint."
+                ) from error
+        with self.failures.tolerated("tracker", say=self.say):
+            self.accelerator.log(dict(metrics), step=progress.step)
+
+    def note_waiting(self, waited_s: float, seconds: float) -> None:
+        """Says, at most once a minute, that a step has waited for its data."""
+        if waited_s > max(_WAITED_S, _WAITED_SHARE * seconds) and time.monotonic() - self._warned > _SILENCE_S:
+            self._warned = time.monotonic()
+            self.say(
+                f"training waits for its data: {waited_s:.1f} s of a step of {seconds:.1f} s; raise data.num_workers "
+                f"and data.prefetch_steps, or put the data on a faster disk."
+            )
 
     def show(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Moves the progress bar, at most five times a second."""
@@ -62,6 +82,11 @@ class Recorder:
     def close(self) -> None:
         """Ends the progress bar."""
         self.bar.close()
+
+    def end(self) -> None:
+        """Ends the trackers, and with them the talk between the processes."""
+        with self.failures.tolerated("tracker", say=self.say):
+            self.accelerator.end_training()
 
     def _summary(self, progress: Progress, metrics: Mapping[str, float]) -> str:
         shown = [

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,7 @@ import yaml
 
 from gpt2x.config import Recipe, to_yaml
 from gpt2x.errors import UserError
-
-# Fields that say how to start, not what to train: two runs that differ in them alone are the same run.
-_NOT_PART_OF_A_RUN = ("resume", "run")
+from gpt2x.training.recipe_changes import Changes, changes_between, changes_of_shape, describe, is_larger_budget
 
 
 @dataclass(frozen=True)
@@ -22,9 +20,11 @@ class RunDirectory:
 
     Attributes:
         path: ``runs/NAME``.
+        changes: fields of the recipe that differ from those it was run with before, as (old, new).
     """
 
     path: Path
+    changes: Changes = field(default_factory=dict)
 
     @property
     def config_file(self) -> Path:
@@ -42,6 +42,11 @@ class RunDirectory:
         return self.path / "samples.jsonl"
 
     @property
+    def spikes_file(self) -> Path:
+        """One JSON object per step whose loss was out of the ordinary."""
+        return self.path / "spikes.jsonl"
+
+    @property
     def stats_file(self) -> Path:
         """The run in numbers; written when it is finished."""
         return self.path / "stats.json"
@@ -53,7 +58,7 @@ class RunDirectory:
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether the budget of this very recipe was spent here; a larger one is not."""
-        return self.stats_file.exists() and not _changes(self.recorded_recipe(), _as_recorded(recipe))
+        return self.stats_file.exists() and not changes_between(self.recorded_recipe(), recipe)
 
     def recorded_recipe(self) -> dict[str, Any]:
         """The recipe that ran here, as plain data."""
@@ -68,24 +73,36 @@ def open_run_directory(recipe: Recipe, *, name: str) -> RunDirectory:
         name: the run's name where the recipe gives none.
 
     Raises:
-        UserError: where another recipe has run there, with the differences.
+        UserError: where another recipe has run there, with the differences; where they cannot be gone on with.
     """
     run = RunDirectory(recipe.run.dir / (recipe.run.name or name))
-    if run.config_file.exists() and not recipe.resume:
-        changes = _changes(run.recorded_recipe(), _as_recorded(recipe))
-        if changes and not _is_larger_budget(changes):
-            table = "; ".join(f"{field}: {old} -> {new}" for field, (old, new) in changes.items())
-            raise UserError(
-                f"{run.path} was run with another recipe ({table}); start a new run with --run.name NAME, "
-                f"or go on with this one and the changes by --resume true."
-            )
-    return run
+    if not run.config_file.exists():
+        return run
+    changes = changes_between(run.recorded_recipe(), recipe)
+    if changes and not recipe.resume and not is_larger_budget(changes):
+        table = "; ".join(describe(changes))
+        raise UserError(
+            f"{run.path} was run with another recipe ({table}); start a new run with --run.name NAME, "
+            f"or go on with this one and the changes by --resume true."
+        )
+    if shapes := changes_of_shape(changes):
+        raise UserError(
+            f"{run.path} cannot go on with another model ({'; '.join(describe(shapes))}): its weights would not fit; "
+            f"set that back, or start a new run with --run.name NAME."
+        )
+    return replace(run, changes=changes)
 
 
 def write_config(run: RunDirectory, recipe: Recipe) -> None:
     """Records the resolved recipe."""
     run.path.mkdir(parents=True, exist_ok=True)
     replace_file(run.config_file, to_yaml(recipe).encode())
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one JSON object as a line, written in one piece so that a killed run tears at most the last."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -104,7 +121,7 @@ def truncate_records(run: RunDirectory, *, step: int, is_followed_up: bool) -> N
         is_followed_up: whether its validation and samples count as well, or will be made again.
     """
     run.stats_file.unlink(missing_ok=True)  # the run is no longer finished
-    for path in (run.metrics_file, run.samples_file):
+    for path in (run.metrics_file, run.samples_file, run.spikes_file):
         if path.exists():
             lines = path.read_bytes().split(b"\n")
             kept = [line for line in lines if _is_kept(line, step, is_followed_up)]
@@ -113,13 +130,9 @@ def truncate_records(run: RunDirectory, *, step: int, is_followed_up: bool) -> N
 
 def clear(run: RunDirectory) -> None:
     """Removes what a run without a checkpoint left, so that it starts from nothing."""
-    for path in (run.metrics_file, run.samples_file, run.stats_file):
+    for path in (run.metrics_file, run.samples_file, run.spikes_file, run.stats_file):
         path.unlink(missing_ok=True)
     shutil.rmtree(run.final_dir, ignore_errors=True)
-
-
-def _as_recorded(recipe: Recipe) -> dict[str, Any]:
-    return yaml.safe_load(to_yaml(recipe))
 
 
 def _is_kept(line: bytes, step: int, is_followed_up: bool) -> bool:
@@ -128,29 +141,5 @@ def _is_kept(line: bytes, step: int, is_followed_up: bool) -> bool:
         record = json.loads(line)
     except ValueError:  # cut short, or cut inside a character
         return False
-    return record["step"] < step or (record["step"] == step and (is_followed_up or "train/loss" in record))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves |= _flat(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ, as (old, new)."""
-    before, after = _flat(old), _flat(new)
-    fields = [field for field in before | after if field.split(".")[0] not in _NOT_PART_OF_A_RUN]
-    fields += ["run.seed"]
-    return {field: (before.get(field), after.get(field)) for field in fields if before.get(field) != after.get(field)}
-
-
-def _is_larger_budget(changes: Mapping[str, tuple[Any, Any]]) -> bool:
-    budgets = {"train.max_steps", "train.max_tokens", "train.max_time_s"}
-    return set(changes) <= budgets and all(
-        old is not None and new is not None and new > old for old, new in changes.values()
-    )
+    belongs_to_step = "train/loss" in record or "suspects" in record
+    return record["step"] < step or (record["step"] == step and (is_followed_up or belongs_to_step))

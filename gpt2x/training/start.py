@@ -1,7 +1,9 @@
 """From a recipe to a job: everything that is made once, before step 1."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -10,14 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import Recipe
 from gpt2x.errors import UserError
-from gpt2x.models import load_weights, make_model
-from gpt2x.training.budget import make_budget
+from gpt2x.models import load_weights, make_model, save_model
+from gpt2x.training.budget import Budget, make_budget
 from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.data import open_run_data
 from gpt2x.training.job import Job
 from gpt2x.training.optimizers import make_optimizers
+from gpt2x.training.retention import Retention, decay_of, is_of_this_decay
 from gpt2x.training.run_directory import RunDirectory, clear, truncate_records
+from gpt2x.training.saving import CheckpointSaver
 from gpt2x.training.state import Progress
 
 
@@ -27,8 +31,9 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
     Raises:
         UserError: for whatever can be known to go wrong before step 1.
     """
-    checkpoint, passed_over = newest_checkpoint(run.path)
-    for line in passed_over:
+    budget = make_budget(recipe.train, recipe.optimizer)
+    checkpoint, lines = _checkpoint_to_resume(run.path, budget.size)
+    for line in lines:
         accelerator.print(line)
     tensors, trainer = ({}, {}) if checkpoint is None else read_state(checkpoint)
     data = open_run_data(recipe, accelerator, saved=trainer.get("data"), step=trainer.get("step", 0))
@@ -41,15 +46,18 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
     if accelerator.device.type == "cpu":
         model.set_attn_implementation(register_chunked_causal())
     optimizers = make_optimizers(model, recipe.optimizer)
-    names = parameter_names(model)
     if recipe.train.torch_compile:
         compile_layers(model)
     prepared, *optimizers = accelerator.prepare(model, *optimizers)
-    progress, budget = Progress(), make_budget(recipe.train, recipe.optimizer)
+    names = parameter_names(accelerator.unwrap_model(prepared))  # FSDP2 has put other parameters in their places
+    progress = Progress()
     if checkpoint is not None:
         _check_optimizer(checkpoint, trainer["optimizer"], recipe.optimizer.name)
-        load_optimizer_tensors(optimizers, names, tensors)
-        progress = Progress(**{field.name: trainer[field.name] for field in dataclasses.fields(Progress)})
+        if trainer["step"]:  # before the first step an optimizer has no state
+            load_optimizer_tensors(optimizers, names, tensors)
+        if accelerator.scaler is not None and trainer.get("scaler"):
+            accelerator.scaler.load_state_dict(trainer["scaler"])
+        progress = _progress(trainer, budget)
     if accelerator.is_main_process:
         _settle_records(run, checkpoint, progress, is_spent=budget.is_spent(progress))
     accelerator.wait_for_everyone()
@@ -65,8 +73,37 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
         validation_batches=data.validation_batches,
         prompts=_prompts(recipe, data.tokenizer, data.validation_batches),
         budget=budget,
+        saver=CheckpointSaver(
+            run.path,
+            lambda directory, weights: save_model(model, directory, data.tokenizer, weights=weights),
+            retention=Retention.of(recipe.train),
+            last_step=None if checkpoint is None else progress.step,
+        ),
     )
     return job, progress
+
+
+def _checkpoint_to_resume(run_dir: Path, budget_size: float) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint that the run can go on from, and what there is to say of newer ones.
+
+    Of a learning rate that decays towards another budget, that is the last one before the decay.
+    """
+    checkpoint, lines = newest_checkpoint(
+        run_dir, is_wanted=lambda checkpoint: is_of_this_decay(decay_of(checkpoint), budget_size)
+    )
+    newest, _ = newest_checkpoint(run_dir) if checkpoint is None else (checkpoint, [])
+    if newest is not checkpoint:
+        lines.append(f"{newest} has begun to decay to another budget, and none from before is left; going on from it.")
+    return newest, lines
+
+
+def _progress(trainer: Mapping[str, Any], budget: Budget) -> Progress:
+    """Where a checkpoint stands; what older versions did not save has its default."""
+    names = {field.name for field in dataclasses.fields(Progress)} & set(trainer)
+    progress = Progress(**{name: trainer[name] for name in names})
+    if not is_of_this_decay(progress.decays_to, budget.size):
+        progress.decays_to = None
+    return progress
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -19,6 +19,11 @@ class Progress:
         step_s: seconds a step takes: the shortest so far, since one that compiles or pauses says nothing about the
             next; 0 until there is a second step.
         is_followed_up: whether the validation and samples due after the last step are made.
+        skipped_steps: steps whose update was left out: without tokens to predict, or not finite.
+        skipped_in_a_row: how many of the last steps were not finite.
+        decays_to: the budget that a warmup-stable-decay schedule decays to; None where it does not decay yet.
+        best_val_loss: the lowest validation loss so far.
+        best_step: the step it was reached at.
     """
 
     step: int = 0
@@ -26,6 +31,11 @@ class Progress:
     elapsed_s: float = 0.0
     step_s: float = 0.0
     is_followed_up: bool = True
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    decays_to: float | None = None
+    best_val_loss: float | None = None
+    best_step: int | None = None
 
     def advance(self, *, tokens: int, seconds: float) -> None:
         """Counts one finished optimizer step."""

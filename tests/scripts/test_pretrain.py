@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import Recipe
+from gpt2x.training.signals import StopRequest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "pretrain.py"
 WORDS = ["def", "return", "(", ")", ":", "\n", "self", "value", "=", "1", "naïve", "if"]
 SECONDS = 5
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes=1"]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,7 @@ def call_main(recipe_file, *arguments):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     recipe, _ = parse_recipe(Recipe, ["--config", str(recipe_file), *arguments], script="pretrain.py")
-    return script.main(recipe, name="tiny")
+    return script.main(recipe, "tiny", StopRequest())
 
 
 def test_the_same_command_says_that_the_run_is_finished_and_how_to_start_another(launched, capsys):
@@ -222,8 +224,8 @@ def read_until(stream, text):
         seen += piece
 
 
-def test_a_second_ctrl_c_leaves_at_once(write_recipe, tmp_path):
-    """In the middle of a step that takes long, hence without a checkpoint."""
+def test_ctrl_c_in_the_first_step_leaves_at_once_since_nothing_is_to_be_saved(write_recipe, tmp_path):
+    """In the middle of a step that takes long."""
     recipe_file = write_recipe(tmp_path, tokens_per_step=16 * 400, micro_batch_size=1, num_threads=1)
     larger = ["--model.hidden_size=256", "--model.num_hidden_layers=6"]
     process = subprocess.Popen(
@@ -234,15 +236,67 @@ def test_a_second_ctrl_c_leaves_at_once(write_recipe, tmp_path):
         env=environment(),
     )
     read_until(process.stderr, "0/4 step")
-    time.sleep(0.2)  # the bar is drawn just before the signals are watched
-    process.send_signal(signal.SIGINT)
-    read_until(process.stderr, "once more to leave at once.")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert b"SIGINT: nothing to save, leaving." in errors
     assert b"Traceback" not in errors
     assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
     assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("delay_s", [0.3, 1.5])
+def test_ctrl_c_while_everything_is_imported_leaves_in_one_line(write_recipe, shards, tmp_path, delay_s):
+    recipe_file = write_recipe(tmp_path, data={"path": str(shards), "sequence_length": 16})
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--config", recipe_file],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+    )
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "\nSIGINT: nothing to save, leaving.\n")
+
+
+def processes_of(recipe_file):
+    """Process ids of this machine whose command line names a file."""
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(recipe_file).encode() in command.read_bytes():
+                found.append(int(command.parent.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def test_sigterm_to_the_launcher_itself_saves_and_leaves_no_orphan(write_recipe, shards, tmp_path):
+    """accelerate launch of one process dies of SIGTERM without handing it on."""
+    data = {"path": str(shards), "sequence_length": 16}
+    recipe_file = write_recipe(tmp_path, data=data, max_steps=100_000, num_threads=1)
+    run_dir = tmp_path / "runs" / "tiny"
+    process = subprocess.Popen(
+        [*LAUNCHER, SCRIPT, "--config", recipe_file],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=environment(HF_HOME=str(tmp_path)),
+    )
+    wait_until(lambda: (run_dir / "metrics.jsonl").exists(), process)
+    (child,) = set(processes_of(recipe_file)) - {process.pid}
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while processes_of(recipe_file):
+        assert time.monotonic() < deadline, child
+        time.sleep(0.05)
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert (checkpoint / "manifest.json").is_file()
+    assert not (run_dir / "run.lock").exists()
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -256,7 +310,7 @@ def shards(corpus, launched):
 
 
 def wrong_id(shards, tmp_path):
-    """Shards with one id that the vocabulary does not have; their index says nothing of it."""
+    """Shards with one id that the vocabulary does not have, as a preparation gone wrong might have written them."""
     from gpt2x.shards.files import open_shard, write_shard
 
     shutil.copytree(shards, tmp_path / "wrong")
@@ -264,7 +318,11 @@ def wrong_id(shards, tmp_path):
     shard = open_shard(file)
     tokens = shard.tokens.copy()
     tokens[7] = 60_000
-    write_shard(file, tokens=tokens, documents=shard.documents.copy(), metadata=shard.metadata)
+    sha256 = write_shard(file, tokens=tokens, documents=shard.documents.copy(), metadata=shard.metadata)
+    index_file = tmp_path / "wrong" / "index.json"
+    index = json.loads(index_file.read_text())
+    index["splits"]["train"][0]["sha256"] = sha256
+    index_file.write_text(json.dumps(index))
     return file
 
 
@@ -325,7 +383,7 @@ def mistakes(shards, tmp_path):
             None,
             1,
             f"error: {file}: token id 60000 at position 7 is outside the vocabulary of 280; use the tokenizer that "
-            f"the shards were made with, or prepare the data again.",
+            f"the ids were made with, or prepare the data again.",
         ),
     }
 

@@ -19,7 +19,6 @@ from gpt2x.training.checkpoints import (
     newest_checkpoint,
     optimizer_tensors,
     parameter_names,
-    prune_checkpoints,
     write_checkpoint,
 )
 
@@ -130,26 +129,6 @@ def test_what_has_the_name_of_a_checkpoint_being_written_is_none(tmp_path):
     checkpoint = write(tmp_path, 10)
     shutil.copytree(checkpoint, checkpoint.with_name("step-000020.tmp-0a1b2c3d"))
     assert list_checkpoints(tmp_path) == [checkpoint]
-
-
-def test_pruning_keeps_the_newest_and_removes_what_killed_saves_left(tmp_path):
-    checkpoints = [write(tmp_path, step) for step in (1, 2, 3, 4)]
-    (tmp_path / "checkpoints" / "step-000003.tmp-01234567").mkdir()
-    prune_checkpoints(tmp_path, keep=2)
-    assert sorted((tmp_path / "checkpoints").iterdir()) == checkpoints[2:]
-
-
-def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path):
-    checkpoints = [write(tmp_path, step) for step in (1, 2, 3)]
-    truncate_weights(checkpoints[2])
-    prune_checkpoints(tmp_path, keep=1)
-    assert newest_checkpoint(tmp_path)[0] == checkpoints[1]
-
-
-def test_without_a_limit_all_checkpoints_are_kept(tmp_path):
-    checkpoints = [write(tmp_path, step) for step in (1, 2, 3)]
-    prune_checkpoints(tmp_path, keep=None)
-    assert list_checkpoints(tmp_path) == checkpoints
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2x.training import loop
-from gpt2x.training.loop import accumulate_gradients, clip_gradients, count_targets, optimizer_step
 from gpt2x.training.state import Progress, seed_step
+from gpt2x.training.steps import accumulate_gradients, clip_gradients, count_targets, optimizer_step
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 SHAPE = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -122,7 +122,7 @@ def test_a_step_moves_the_weights_by_the_clipped_gradient(recipe, changed, start
     recipe = changed(recipe, optimizer={"warmup_steps": 0}, train={"max_grad_norm": 0.01})
     job, progress = start(recipe)
     before = torch.cat([parameter.detach().flatten().clone() for parameter in job.model.parameters()])
-    norm = optimizer_step(job, progress, job.batches.step(0).micro_batches)["grad_norm"]
+    norm = optimizer_step(job, progress, job.batches.step(0).micro_batches).metrics["grad_norm"]
     after = torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()])
     # With this epsilon AdamW divides every gradient by the same 1000, so the step is as long as the gradient.
     assert norm > 0.1

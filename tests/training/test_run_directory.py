@@ -11,6 +11,7 @@ import yaml
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe, Recipe, TokenizerSection, to_yaml
 from gpt2x.errors import UserError
+from gpt2x.preflight import describe
 from gpt2x.training.run_directory import open_run_directory
 
 
@@ -56,6 +57,42 @@ def test_where_a_run_writes_and_whom_it_tells_is_no_part_of_the_recipe(recipe, c
     pretrain(recipe, stop_after=6)
     _, progress = start(changed(recipe, run={"report_to": []}, resume=False))
     assert progress.step == 6
+
+
+def test_what_is_gone_on_with_although_it_has_changed_is_told(recipe, changed, pretrain, start):
+    """Fault 14."""
+    pretrain(recipe, stop_after=6)
+    changes = {"optimizer": {"learning_rate": 0.01}, "train": {"save_steps": 5}, "data": {"num_workers": 0}}
+    plan = describe(*start(changed(recipe, **changes, resume=True)))
+    assert [line for line in plan.splitlines() if line.startswith("changed:")] == [
+        "changed:   data.num_workers: 1 -> 0",
+        "changed:   train.save_steps: 10 -> 5",
+        "changed:   optimizer.learning_rate: 0.003 -> 0.01",
+    ]
+
+
+def test_another_model_is_refused_even_where_resuming_is_forced(recipe, changed, pretrain):
+    pretrain(recipe, stop_after=1)
+    message = (
+        r"runs/tiny cannot go on with another model \(model.num_hidden_layers: 2 -> 3; .*\): its weights would not "
+        r"fit; set that back, or start a new run with --run.name NAME."
+    )
+    other = changed(recipe, model={"num_hidden_layers": 3, "tie_word_embeddings": False}, resume=True)
+    with pytest.raises(UserError, match=message):
+        pretrain(other)
+
+
+def test_dropout_may_change_on_the_way(recipe, changed, pretrain):
+    pretrain(recipe, stop_after=1)
+    assert pretrain(changed(recipe, model={"hidden_dropout": 0.1}, resume=True), stop_after=2).progress.step == 2
+
+
+def test_a_run_recorded_before_an_option_existed_is_the_same_run(recipe, pretrain):
+    stopped = pretrain(recipe, stop_after=3)
+    content = yaml.safe_load((stopped.path / "config.yaml").read_text())
+    del content["train"]["on_non_finite"], content["train"]["keep_steps"]
+    (stopped.path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert pretrain(recipe, stop_after=4).progress.step == 4
 
 
 def test_a_larger_budget_extends_a_finished_run(recipe, changed, pretrain):

@@ -1,28 +1,87 @@
-"""Asked once a process remembers, asked twice it leaves."""
+"""Asked once a process remembers what it has to save, or leaves at once; asked twice it leaves."""
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from gpt2x.training.signals import StopRequest
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_remembered_with_the_exit_code_of_a_shell(capsys, number, code):
+def test_a_signal_is_remembered_with_the_exit_code_of_a_shell(capfd, number, code):
     with StopRequest() as stop:
-        assert (stop.signal_number, stop.exit_code) == (None, 0)
+        stop.hold()
+        assert (stop.is_asked(), stop.exit_code) == (False, 0)
         signal.raise_signal(number)
-        assert (stop.signal_number, stop.exit_code) == (number, code)
+        assert (stop.is_asked(), stop.signal_number, stop.exit_code) == (True, number, code)
     line = f"{number.name}: saving after this step; once more to leave at once."
-    assert capsys.readouterr().err.strip() == line
+    assert capfd.readouterr().err.strip() == line
 
 
-def test_a_second_signal_leaves_at_once():
-    with StopRequest():
-        signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_with_nothing_to_save_a_signal_leaves_at_once_in_one_line(capfd, number, code):
+    with StopRequest() as stop:
+        stop.hold()
+        stop.let_go()
         with pytest.raises(SystemExit) as left:
-            signal.raise_signal(signal.SIGTERM)
-    assert left.value.code == 143
+            signal.raise_signal(number)
+    assert left.value.code == code
+    assert capfd.readouterr().err.strip() == f"{number.name}: nothing to save, leaving."
+
+
+SECOND = """
+import signal, sys, threading, time
+from gpt2x.training.signals import StopRequest
+threading.Thread(target=time.sleep, args=(60,)).start()
+with StopRequest() as stop:
+    stop.hold()
+    signal.raise_signal(signal.SIGINT)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        print("cleaned up")
+"""
+
+
+def test_a_second_signal_leaves_at_once_whatever_else_is_running():
+    left = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, cwd=ROOT, timeout=20)
+    assert (left.returncode, left.stdout) == (143, "")
+    assert left.stderr.strip() == "SIGINT: saving after this step; once more to leave at once."
+
+
+def test_sigusr1_asks_to_save_once_and_to_go_on(capfd):
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        assert [stop.takes_save_request(), stop.takes_save_request(), stop.is_asked()] == [True, False, False]
+    assert capfd.readouterr().err.strip() == "SIGUSR1: saving after this step, and going on."
+
+
+ORPHAN = """
+import os, sys, time
+from gpt2x.training.signals import StopRequest
+if os.fork():
+    time.sleep(0.3)
+    os._exit(0)
+stop = StopRequest(watches_parent=sys.argv[1] == "watched")
+print(stop.is_asked(), flush=True)
+time.sleep(0.6)
+print(stop.is_asked(), stop.exit_code, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("mode", "after"), [("watched", "True 143"), ("unwatched", "False 0")])
+def test_the_death_of_a_launcher_counts_as_sigterm(mode, after):
+    reading, writing = os.pipe()
+    with open(reading) as output:
+        subprocess.run([sys.executable, "-c", ORPHAN, mode], stdout=writing, stderr=subprocess.DEVNULL, cwd=ROOT)
+        os.close(writing)
+        assert output.read().splitlines() == ["False", after]
 
 
 def test_the_handlers_of_before_are_put_back():

@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.evaluation import validate
 from gpt2x.shards.index import load_index
-from gpt2x.training.loop import accumulate_gradients, agree, clip_gradients
+from gpt2x.training.agreement import Vote, agree
+from gpt2x.training.steps import accumulate_gradients, clip_gradients
 from modeling_gpt2x import GPT2XForCausalLM
 
 directory, shards_dir = Path(sys.argv[1]), Path(sys.argv[2])
@@ -53,7 +54,8 @@ batches = ValidationBatches(
     num_processes=accelerator.num_processes,
 )
 validation = validate(model, batches, num_bytes=batches.num_bytes, accelerator=accelerator)
-stop = agree(accelerator, 10.0 + rank, rank == 1, 2**40 + rank)
+own = Vote(seconds=10.0 + rank, stops=rank == 1, is_spike=rank == 1, checksum=2**40 + rank)
+stop = list(vars(agree(accelerator, own)).values())
 found = [loss.item(), norm, validation.metrics(), validation.num_tokens, stop, accelerator.num_processes]
 (directory / f"rank{rank}.json").write_text(json.dumps(found))
 if rank == 0:
@@ -121,8 +123,8 @@ def test_validation_over_two_ranks_is_that_of_one(two_ranks, shards_dir):
     assert num_tokens == expected.num_tokens == load_index(shards_dir).total("validation", "num_tokens")
 
 
-def test_the_clock_is_rank_zeros_and_anyone_may_ask_to_stop(two_ranks):
-    assert two_ranks[1][4] == two_ranks[2][4] == [10.0, True, 2**41 + 1]
+def test_the_clock_and_the_spikes_are_rank_zeros_and_anyone_may_ask_to_stop(two_ranks):
+    assert two_ranks[1][4] == two_ranks[2][4] == [10.0, True, False, False, 2**41 + 1]
 
 
 def read(run_dir):

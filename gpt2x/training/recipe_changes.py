@@ -1,0 +1,61 @@
+"""What differs between the recipe of a run and the one it is to go on with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from gpt2x.config import Recipe, to_yaml
+
+Changes = Mapping[str, tuple[Any, Any]]
+
+# Fields that say how to start, not what to train: two runs that differ in them alone are the same run.
+_NOT_PART_OF_A_RUN = ("resume", "run")
+# Sections without sections inside, in which a field that is missing is one that was not there yet.
+_SECTIONS_THAT_GROW = ("train", "optimizer", "evaluation")
+# Fields of the model that its weights do not depend on.
+_NOT_OF_SHAPE = {"attention_dropout", "hidden_dropout", "embedding_dropout", "initializer_range", "residual_init"}
+
+
+def changes_between(recorded: Mapping[str, Any], recipe: Recipe) -> Changes:
+    """Fields that differ, as (old, new).
+
+    Args:
+        recorded: the recipe that ran, as plain data.
+        recipe: what is to be run.
+    """
+    before, after = _flat(recorded), _flat(yaml.safe_load(to_yaml(recipe)))
+    fields = [field for field in before | after if field.split(".")[0] not in _NOT_PART_OF_A_RUN]
+    # what the version that recorded the recipe did not have yet
+    fields = [field for field in fields if field in before or field.split(".")[0] not in _SECTIONS_THAT_GROW]
+    fields += ["run.seed"]
+    return {field: (before.get(field), after.get(field)) for field in fields if before.get(field) != after.get(field)}
+
+
+def describe(changes: Changes) -> list[str]:
+    """A text per changed field."""
+    return [f"{field}: {old} -> {new}" for field, (old, new) in changes.items()]
+
+
+def is_larger_budget(changes: Changes) -> bool:
+    """Whether the run is merely to be longer."""
+    budgets = {"train.max_steps", "train.max_tokens", "train.max_time_s"}
+    return set(changes) <= budgets and all(
+        old is not None and new is not None and new > old for old, new in changes.values()
+    )
+
+
+def changes_of_shape(changes: Changes) -> Changes:
+    """Those that saved weights do not fit."""
+    of_model = {field: change for field, change in changes.items() if field.split(".")[0] == "model"}
+    return {field: change for field, change in of_model.items() if field.split(".")[1] not in _NOT_OF_SHAPE}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= _flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves

@@ -1,0 +1,69 @@
+"""Which checkpoints are kept."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2x.config import TrainSection
+from gpt2x.training.checkpoints import list_checkpoints, remove_checkpoints, step_of
+from gpt2x.training.state import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """The rules of a run.
+
+    Attributes:
+        newest: how many of the newest are kept; None for all.
+        every: checkpoints whose step is a multiple of this are kept for ever; None for none.
+        keeps_best: whether the one of the lowest validation loss is kept.
+    """
+
+    newest: int | None
+    every: int | None = None
+    keeps_best: bool = False
+
+    @classmethod
+    def of(cls, train: TrainSection) -> "Retention":
+        """The rules of a recipe."""
+        return cls(newest=train.save_total_limit, every=train.keep_steps, keeps_best=train.save_best)
+
+    def prune(self, run_dir: Path, trainer: Mapping[str, Any]) -> None:
+        """Deletes what the rules do not keep, and what killed saves left behind.
+
+        The last checkpoint before a decay of the learning rate is kept always, since a larger budget goes on from
+        there; those of a decay that is no longer the run's are deleted.
+
+        Args:
+            run_dir: the run's.
+            trainer: what the newest checkpoint holds beside tensors.
+        """
+        decays = {checkpoint: decay_of(checkpoint) for checkpoint in list_checkpoints(run_dir)}
+        ours = [path for path, decay in decays.items() if is_of_this_decay(decay, trainer.get("decays_to"))]
+        kept = set(ours if self.newest is None else ours[-self.newest :])
+        kept |= set([path for path in ours if decays[path] is None][-1:])
+        if self.every is not None:
+            kept |= {path for path in ours if step_of(path) % self.every == 0}
+        if self.keeps_best:
+            kept |= {path for path in ours if step_of(path) == trainer.get("best_step")}
+        remove_checkpoints(run_dir, [path for path in decays if path not in kept])
+
+
+def decay_of(checkpoint: Path) -> float | None:
+    """The budget that the learning rate of a checkpoint decays to; None where it does not yet."""
+    return json.loads((checkpoint / "state" / "trainer.json").read_bytes()).get("decays_to")
+
+
+def is_of_this_decay(saved: float | None, now: float | None) -> bool:
+    """Whether a checkpoint is one of a run that decays towards a budget, or does not decay yet."""
+    return saved is None or saved == now
+
+
+def note_validation(progress: Progress, loss: float) -> bool:
+    """Remembers the step of the lowest validation loss; True where this is it."""
+    is_best = progress.best_val_loss is None or loss < progress.best_val_loss
+    if is_best:
+        progress.best_val_loss, progress.best_step = loss, progress.step
+    return is_best

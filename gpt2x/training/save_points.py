@@ -1,0 +1,56 @@
+"""Where in a run a checkpoint is made, and of what."""
+
+from dataclasses import asdict
+
+from gpt2x.training.checkpoints import optimizer_tensors
+from gpt2x.training.job import Job
+from gpt2x.training.saving import State
+from gpt2x.training.sharding import gather, is_sharded, whole_weights
+from gpt2x.training.state import Progress
+
+
+def save_before_decay(job: Job, progress: Progress) -> None:
+    """Saves where a warmup-stable-decay schedule is about to decay: from there a larger budget goes on."""
+    schedule = job.recipe.optimizer
+    is_decaying = schedule.lr_scheduler_type == "wsd" and job.budget.decay(progress) > 1 - schedule.decay_ratio
+    if is_decaying and progress.decays_to is None:
+        save_checkpoint(job, progress)
+        progress.decays_to = job.budget.size
+
+
+def save_checkpoint(job: Job, progress: Progress, *, is_last: bool = False) -> None:
+    """Has a checkpoint written of where the run stands, unless there is one; job.saver.wait() waits for it.
+
+    Args:
+        job: what is trained.
+        progress: where it stands.
+        is_last: whether nothing is trained from here on.
+    """
+    sharded = is_sharded(job.plain_model)
+    if job.accelerator.is_main_process:
+        job.saver.save(whole_state(job, progress), is_last=is_last or sharded)  # what was sharded is a copy already
+    elif sharded:  # every process has a part of it
+        whole_state(job, progress)
+
+
+def reserve_copies(job: Job, progress: Progress) -> None:
+    """Gets the memory for copies once there is an optimizer state to copy, where there will be saves on the way."""
+    is_wanted = job.recipe.train.save_steps is not None and not is_sharded(job.plain_model)
+    if job.accelerator.is_main_process and is_wanted and not job.saver.is_reserved:
+        job.saver.reserve(whole_state(job, progress))
+
+
+def whole_state(job: Job, progress: Progress) -> State:
+    """Everything a checkpoint holds, as it is now."""
+    scaler, is_writer = job.accelerator.scaler, job.accelerator.is_main_process
+    optimizer = optimizer_tensors(job.optimizers, job.parameter_names)
+    return State(
+        model=whole_weights(job.plain_model, is_writer=is_writer).items(),
+        optimizer=gather(optimizer, is_writer=is_writer).items(),
+        trainer={
+            **asdict(progress),
+            "optimizer": job.recipe.optimizer.name,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "data": job.batches.state(progress.step),
+        },
+    )

@@ -1,0 +1,89 @@
+"""One optimizer step: its loss, its gradient, its clipping, its update."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from gpt2x.training.job import Job
+from gpt2x.training.obstacles import StepOutcome, find_obstacle
+from gpt2x.training.optimizers import set_learning_rates
+from gpt2x.training.schedules import learning_rate_factor
+from gpt2x.training.spikes import StepLosses
+from gpt2x.training.state import Progress, seed_step
+
+MicroBatch = Mapping[str, Tensor]
+
+
+def optimizer_step(job: Job, progress: Progress, micro_batches: Sequence[MicroBatch]) -> StepOutcome:
+    """One update of the weights from all micro-batches of a step.
+
+    The loss is the sum of the cross-entropies of the whole step, over micro-batches and ranks, divided by the step's
+    valid tokens, so that the gradient does not depend on how the step is cut. Where loss or gradient are not finite,
+    which all ranks see alike, the weights are left as they are.
+    """
+    accelerator, model = job.accelerator, job.model
+    seed_step(job.recipe.run.seed, step=progress.step, rank=accelerator.process_index)
+    factor = learning_rate_factor(
+        job.recipe.optimizer, warmup=job.budget.warmup(progress), progress=job.budget.decay(progress)
+    )
+    set_learning_rates(job.optimizers, factor)
+    losses = accumulate_losses(accelerator, model, micro_batches)
+    loss = accelerator.reduce(losses.shares.sum(), reduction="mean")
+    grad_norm = clip_gradients(accelerator, model, job.recipe.train.max_grad_norm)
+    metrics = {
+        "train/loss": loss.item(),
+        "learning_rate": job.optimizers[0].param_groups[0]["lr"],
+        "grad_norm": grad_norm,
+    }
+    is_scaled = accelerator.scaler is not None
+    num_targets = losses.targets_per_rank.item()
+    obstacle = find_obstacle(metrics["train/loss"], grad_norm, num_targets=num_targets, is_scaled=is_scaled)
+    job.saver.wait_for_copy()
+    for optimizer in job.optimizers:
+        if obstacle is None or is_scaled:  # a scaler leaves out what is not finite, and must be told of every step
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return StepOutcome(metrics, losses, obstacle)
+
+
+def accumulate_gradients(accelerator: Accelerator, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Adds up the gradients of a step's micro-batches, and returns the step's loss over all ranks, a scalar."""
+    losses = accumulate_losses(accelerator, model, micro_batches)
+    return accelerator.reduce(losses.shares.sum(), reduction="mean")
+
+
+def accumulate_losses(accelerator: Accelerator, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> StepLosses:
+    """Adds up the gradients of a step's micro-batches; ranks exchange them once, after the last.
+
+    Data-parallel wrappers average over ranks, so each rank divides its sum by the valid tokens per rank.
+    """
+    targets = torch.stack([count_targets(batch["labels"]) for batch in micro_batches])
+    targets_per_rank = accelerator.reduce(targets.sum().to(accelerator.device), reduction="sum")
+    targets_per_rank = targets_per_rank / accelerator.num_processes
+    divisor = targets_per_rank.clamp(min=1 / accelerator.num_processes)  # a step without any has no loss, not NaN
+    shares = []
+    for position, batch in enumerate(micro_batches):
+        is_last = position == len(micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            loss = model(
+                **{key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()},
+                num_items_in_batch=divisor,
+                return_logits=False,
+                use_cache=False,
+            ).loss
+            accelerator.backward(loss)
+        shares.append(loss.detach())
+    return StepLosses(torch.stack(shares), targets, targets_per_rank)
+
+
+def count_targets(labels_BT: Tensor) -> Tensor:
+    """How many tokens of unshifted labels are predicted: the model shifts, so a row's first never is."""
+    return (labels_BT[:, 1:] != -100).sum()
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> float:
+    """Scales the gradients down to ``max_norm`` and returns their norm before that."""
+    return float(accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm))

@@ -1,0 +1,120 @@
+"""Which checkpoints are kept, and where a larger budget goes on from."""
+
+import json
+
+import pytest
+import torch
+
+from gpt2x.training.checkpoints import checkpoint_dir, list_checkpoints, newest_checkpoint, write_checkpoint
+from gpt2x.training.retention import Retention
+
+WSD = {"lr_scheduler_type": "wsd", "decay_ratio": 0.4, "warmup_steps": 0}
+
+
+def write(run_dir, step, **trainer):
+    target, trainer = checkpoint_dir(run_dir, step), {"step": step} | trainer
+    write_checkpoint(
+        target, write_model=lambda directory: directory.mkdir(), optimizer={"a": torch.ones(2)}, trainer=trainer
+    )
+    return trainer
+
+
+def steps(run_dir):
+    return [int(path.name[5:]) for path in list_checkpoints(run_dir)]
+
+
+RULES = {
+    "newest": ({"newest": 2}, {}, [5, 6]),
+    "all": ({"newest": None}, {}, [1, 2, 3, 4, 5, 6]),
+    "every third": ({"newest": 1, "every": 3}, {}, [3, 6]),
+    "best": ({"newest": 2, "keeps_best": True}, {"best_step": 2}, [2, 5, 6]),
+    "best, not asked for": ({"newest": 2}, {"best_step": 2}, [5, 6]),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_the_rules_do_not_keep_is_deleted(tmp_path, rule):
+    rules, trainer, kept = RULES[rule]
+    for step in range(1, 7):
+        newest = write(tmp_path, step, **trainer)
+    Retention(**rules).prune(tmp_path, newest)
+    assert steps(tmp_path) == kept
+
+
+def test_what_killed_saves_left_is_deleted(tmp_path):
+    newest = write(tmp_path, 4)
+    (tmp_path / "checkpoints" / "step-000003.tmp-01234567").mkdir()
+    Retention(newest=None).prune(tmp_path, newest)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path):
+    for step in (1, 2, 3):
+        newest = write(tmp_path, step)
+    (checkpoint_dir(tmp_path, 3) / "manifest.json").unlink()
+    Retention(newest=1).prune(tmp_path, newest)
+    assert steps(tmp_path) == [2]
+
+
+def test_the_last_checkpoint_before_the_decay_is_kept_and_those_of_another_decay_are_not(tmp_path):
+    for step, decays_to in ((2, None), (4, None), (5, 8), (6, 20), (7, 20), (8, 20)):
+        newest = write(tmp_path, step, decays_to=decays_to)
+    Retention(newest=2).prune(tmp_path, newest)
+    assert steps(tmp_path) == [4, 7, 8]
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_a_decay_saves_where_it_begins_whatever_the_interval(recipe, changed, pretrain):
+    run = pretrain(changed(recipe, optimizer=WSD, train={"save_total_limit": 1, "save_steps": None}))
+    rates = [record["learning_rate"] for record in run.records() if "train/loss" in record]
+    # step 13 begins at a progress of 0.6 and is the last at the peak
+    assert [rate == 3e-3 for rate in rates] == [True] * 13 + [False] * 7
+    assert steps(run.path) == [13, 20]
+
+
+def test_a_larger_budget_goes_on_from_before_the_decay_and_ends_as_one_that_was_larger_from_the_start(
+    recipe, changed, pretrain, assert_equal_tensors, tmp_path
+):
+    pretrain(changed(recipe, optimizer=WSD, train={"save_steps": 4}), finishes=True)
+    longer = changed(recipe, optimizer=WSD, train={"save_steps": 4, "max_steps": 30})
+    extended = pretrain(longer)
+    straight = pretrain(changed(longer, run={"dir": tmp_path / "straight"}))
+    assert extended.records() == straight.records()
+    assert_equal_tensors(extended.saved(), straight.saved())
+    assert steps(extended.path) == steps(straight.path) == [19, 28, 30]
+
+
+def test_an_extension_that_is_stopped_goes_on_by_itself(recipe, changed, pretrain):
+    pretrain(changed(recipe, optimizer=WSD, train={"save_steps": 4}))
+    longer = changed(recipe, optimizer=WSD, train={"save_steps": 4, "max_steps": 30})
+    stopped = pretrain(longer, stop_after=15)
+    assert stopped.progress.step == 15
+    assert newest_checkpoint(stopped.path)[0].name == "step-000015"
+    assert pretrain(longer).progress.step == 30
+
+
+def test_without_a_checkpoint_from_before_the_decay_the_run_goes_on_from_the_newest_and_says_so(
+    recipe, changed, pretrain, capsys
+):
+    first = pretrain(changed(recipe, optimizer=WSD, train={"save_steps": None}))
+    (first.path / "checkpoints" / "step-000013").rename(first.path / "elsewhere")
+    extended = pretrain(changed(recipe, optimizer=WSD, train={"save_steps": None, "max_steps": 30}))
+    line = "step-000020 has begun to decay to another budget, and none from before is left; going on from it."
+    assert line in capsys.readouterr().out
+    assert [record["step"] for record in extended.records() if "train/loss" in record] == list(range(1, 31))
+
+
+def test_the_checkpoint_of_the_best_validation_is_made_and_kept(recipe, changed, pretrain):
+    """A learning rate that is raised far too high after ten steps makes an early validation the best."""
+    ruined = {"learning_rate": 1.0, "lr_scheduler_type": "linear"}
+    train = {"save_best": True, "save_steps": None, "save_total_limit": 1}
+    pretrain(changed(recipe, train=train, evaluation={"eval_steps": 3}), stop_after=10)
+    run = pretrain(changed(recipe, train=train, evaluation={"eval_steps": 3}, optimizer=ruined, resume=True))
+    losses = {record["step"]: record["val/loss"] for record in run.records() if "val/loss" in record}
+    best = min(losses, key=losses.get)
+    assert best < 12
+    assert steps(run.path) == [best, 20]
+    trainer = json.loads((run.path / "checkpoints" / "step-000020" / "state" / "trainer.json").read_text())
+    assert (trainer["best_step"], trainer["best_val_loss"]) == (best, losses[best])

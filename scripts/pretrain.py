@@ -47,7 +47,7 @@ def pretrain(recipe: Recipe, run: "RunDirectory", stop: StopRequest) -> int:
     """Trains in a run's directory, which this process has to itself."""
     from gpt2x.preflight import describe
     from gpt2x.training.devices import make_accelerator
-    from gpt2x.training.finish import finish
+    from gpt2x.training.finish import finish, push
     from gpt2x.training.loop import train
     from gpt2x.training.recording import Recorder
     from gpt2x.training.run_directory import write_config
@@ -69,6 +69,7 @@ def pretrain(recipe: Recipe, run: "RunDirectory", stop: StopRequest) -> int:
     # 5. Leave the model, the numbers and the plots
     if validation is not None:
         finish(job, progress, validation)
+        push(job)
     recorder.end()
     for failure in job.failures.summary():
         accelerator.print(failure)

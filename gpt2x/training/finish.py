@@ -35,6 +35,19 @@ def finish(job: Job, progress: Progress, validation: Validation) -> None:
     job.accelerator.wait_for_everyone()
 
 
+def push(job: Job) -> None:
+    """Uploads the finished run where the recipe says so; what fails there is told, and the run has ended well."""
+    hub = job.recipe.hub
+    if not hub.push or not job.accelerator.is_main_process:
+        return
+    from gpt2x.publishing.hub import Push, push_run
+
+    assert hub.repo_id is not None
+    with job.failures.tolerated("push", say=job.accelerator.print):
+        url = push_run(job.run.path, Push(repo_id=hub.repo_id, is_public=hub.public, license=hub.license))
+        job.accelerator.print(f"published:      {url}")
+
+
 def save_final_model(job: Job, weights: Mapping[str, Tensor]) -> str:
     """Writes final/, whole or not at all, and returns its model_type.
 

@@ -10,7 +10,7 @@ from gpt2x.config import Recipe, to_yaml
 Changes = Mapping[str, tuple[Any, Any]]
 
 # Fields that say how to start, not what to train: two runs that differ in them alone are the same run.
-_NOT_PART_OF_A_RUN = ("resume", "run")
+_NOT_PART_OF_A_RUN = ("resume", "run", "hub")
 # Sections without sections inside, in which a field that is missing is one that was not there yet.
 _SECTIONS_THAT_GROW = ("train", "optimizer", "evaluation")
 # Fields of the model that its weights do not depend on.

@@ -4,15 +4,19 @@ import json
 import subprocess
 import sys
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from hub_server import running_hub
 from transformers import LlamaForCausalLM
 
+from gpt2x.config import HubSection
 from gpt2x.errors import UserError
 from gpt2x.publishing.hub import Push, files_to_push, push_run
 from gpt2x.shards.tokenizer import load_tokenizer
+from gpt2x.training.failures import Failures
+from gpt2x.training.finish import push
 
 TOKEN = "hf_PlantedTokenThatNobodyMaySee"
 PUSH = Push(repo_id="user/tiny")
@@ -174,3 +178,32 @@ def test_a_message_of_the_client_that_quotes_the_token_is_cut(monkeypatch, run_d
     monkeypatch.setattr(subprocess, "run", lambda _, **options: run(crash, **options))
     with pytest.raises(UserError, match=r"was not updated: RuntimeError: bad header: <token>; then"):
         push_run(run_dir, PUSH)
+
+
+@pytest.fixture
+def finished_job(run_dir):
+    """As much of a finished run's job as its push looks at."""
+    hub_section = HubSection(push=True, repo_id="user/tiny")
+    accelerator = SimpleNamespace(is_main_process=True, print=print)
+    recipe, run = SimpleNamespace(hub=hub_section), SimpleNamespace(path=run_dir)
+    return SimpleNamespace(recipe=recipe, run=run, accelerator=accelerator, failures=Failures())
+
+
+def test_a_run_that_is_to_be_pushed_is_pushed_at_its_end(hub, finished_job, capsys):
+    push(finished_job)
+    assert capsys.readouterr().out == f"published:      {hub.url}/user/tiny\n"
+    assert hub.repositories["user/tiny"]["commits"] == 1
+
+
+def test_a_push_that_is_refused_leaves_the_run_alive_with_one_line_that_says_how_to_retry(
+    hub, finished_job, run_dir, capsys
+):
+    hub.faults["repos/create"] = 401
+    push(finished_job)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "push failed (UserError: user/tiny was not updated: the Hub does not accept the token (401)"
+    )
+    assert f"`python scripts/push_to_hub.py {run_dir} --repo_id user/tiny` tries again" in line
+    assert TOKEN not in line
+    assert finished_job.failures.summary()[0].startswith("push failed 1 x")

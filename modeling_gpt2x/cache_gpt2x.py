@@ -4,6 +4,8 @@ transformers' dynamic cache copies all keys and values into a new tensor at ever
 longer than reading the weights. Here they lie in a buffer with room for more, and a step writes its own only.
 """
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -50,7 +52,7 @@ def _with_room(old: torch.Tensor, room: int) -> torch.Tensor:
     return buffer
 
 
-def grow_in_place(cache: object) -> None:
+def grow_in_place(cache: Any) -> None:
     """Makes the plain layers of an empty DynamicCache growing ones; others, sliding ones say, stay as they are."""
     if type(cache) is DynamicCache and not cache.offloading:
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -8,8 +8,8 @@ are split over the processes.
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.errors import exit_on_user_error
 from gpt2x.config.evaluation import HellaSwagRecipe
+from gpt2x.errors import exit_on_user_error
 
 
 def main(recipe: HellaSwagRecipe) -> None:

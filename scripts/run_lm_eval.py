@@ -8,8 +8,8 @@ results. Needs the extra `eval`. lm-eval's own command reads any checkpoint as w
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.errors import exit_on_user_error
 from gpt2x.config.evaluation import LmEvalRecipe
+from gpt2x.errors import exit_on_user_error
 
 
 def main(recipe: LmEvalRecipe) -> None:

@@ -96,7 +96,9 @@ def test_the_package_list_equals_the_packages_on_disk():
 def test_every_folder_of_modules_is_a_package():
     for top in ("gpt2x", "modeling_gpt2x"):
         for module_file in (ROOT / top).rglob("*.py"):
-            assert module_file.with_name("__init__.py").is_file(), module_file
+            # The modules of `evaluate` are loaded by the path of their folder, which is no package.
+            if module_file.parents[1].name != "metrics":
+                assert module_file.with_name("__init__.py").is_file(), module_file
 
 
 def normal(name: str) -> str:

@@ -31,7 +31,8 @@ def complain(recipe: Path, part: int, report) -> None:
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    children = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_every_part_is_worked_on_once_by_processes_that_share_the_cores(tmp_path):

@@ -26,6 +26,7 @@ from datasets import Dataset, load_from_disk
 from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks.contest import interleave, print_table
+from benchmarks.preparation import compare
 from gpt2x.batches.loader import TrainingBatches
 from gpt2x.batches.order import GlobalOrder, Phase
 from gpt2x.batches.read_ahead import ReadAhead
@@ -143,6 +144,8 @@ def main(argv: list[str]) -> None:
         flags = [f"--{name}={value}" for name, value in sizes.items()]
         results = interleave("data", CONTESTANTS, ["--directory", directory, *flags], rounds=arguments.rounds)
     print_table(results, against="nanogpt")
+    if arguments.tokenizer is not None:
+        print_table(compare(str(arguments.tokenizer), rounds=arguments.rounds), against="datasets")
 
 
 if __name__ == "__main__":

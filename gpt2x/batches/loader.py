@@ -81,10 +81,7 @@ class TrainingBatches:
         Raises:
             UserError: where a stream is broken for good; on every process of a node at the same step.
         """
-        firsts = self.order.draws_before(step)
-        for name, num_draws in self.order.draws_before(step + 1).items():
-            if name in self.sources:
-                self.sources[name].require(num_draws, first=firsts.get(name, 0))
+        self._wait_for_streams(step)
         per_process = self.order.phase_at(step).sequences_per_step // self.num_processes
         ids_BT = self._sequences(step, self.rank * per_process, (self.rank + 1) * per_process)
         batch = {"input_ids": torch.from_numpy(ids_BT)}
@@ -95,6 +92,13 @@ class TrainingBatches:
         for micro_batch in micro_batches:
             micro_batch["labels"] = micro_batch["input_ids"]
         return StepBatch(micro_batches, checksum(ids_BT))
+
+    def _wait_for_streams(self, step: int) -> None:
+        streams = {name: source for name, source in self.sources.items() if source.num_windows is None}
+        if streams:
+            firsts, ends = self.order.draws_before(step), self.order.draws_before(step + 1)
+            for name, stream in streams.items():
+                stream.require(ends.get(name, 0), first=firsts.get(name, 0))
 
     def locate(self, step: int, place: int) -> str:
         """Where the sequence at a place of a step's whole batch was read, for a person."""

@@ -84,8 +84,12 @@ def epoch_windows(draws: np.ndarray, num_windows: int, *, seed: int, name: str) 
     """
     epochs, places = np.divmod(draws, num_windows)
     pieces = places // PIECE
+    stretches = set(zip(epochs.tolist(), pieces.tolist()))
+    if len(stretches) == 1:
+        ((epoch, piece),) = stretches
+        return _epoch_piece(seed, name, num_windows, epoch, piece)[places - piece * PIECE]
     windows = np.empty_like(places)
-    for epoch, piece in set(zip(epochs.tolist(), pieces.tolist())):
+    for epoch, piece in stretches:
         here = (epochs == epoch) & (pieces == piece)
         windows[here] = _epoch_piece(seed, name, num_windows, epoch, piece)[places[here] - piece * PIECE]
     return windows

@@ -27,7 +27,9 @@ def main(recipe: Recipe, name: str, stop: StopRequest) -> int:
     """Runs a recipe; returns the exit code, 128 + signal number where a signal ended the run early."""
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
     from gpt2x.training.checks import check_before_torch
+    from gpt2x.training.launch import check_launch
 
+    check_launch(os.environ)
     if IS_MAIN:
         check_before_torch(recipe, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -48,13 +50,18 @@ def pretrain(recipe: Recipe, run: "RunDirectory", stop: StopRequest) -> int:
     from gpt2x.preflight import describe
     from gpt2x.training.devices import make_accelerator
     from gpt2x.training.finish import finish, push
+    from gpt2x.training.launch import asks_for_sharding
     from gpt2x.training.loop import train
     from gpt2x.training.recording import Recorder
     from gpt2x.training.run_directory import write_config
     from gpt2x.training.start import make_job
 
     # 3. Devices, data, model
-    accelerator = make_accelerator(recipe, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    accelerator = make_accelerator(
+        recipe,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        is_sharded=asks_for_sharding(os.environ),
+    )
     job, progress = make_job(recipe, run, accelerator)
     accelerator.print(describe(job, progress))
     if accelerator.is_main_process:

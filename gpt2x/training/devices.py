@@ -8,7 +8,7 @@ import sys
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from gpt2x.config import Recipe
 from gpt2x.errors import UserError
@@ -40,7 +40,7 @@ def make_accelerator(recipe: Recipe, *, local_world_size: int, is_sharded: bool 
         is_sharded: whether the launch configuration asks for FSDP2.
 
     Raises:
-        UserError: for fp16 without a GPU.
+        UserError: for fp16, or shards in host memory, without a GPU.
     """
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and recipe.train.mixed_precision == "fp16":
@@ -50,12 +50,15 @@ def make_accelerator(recipe: Recipe, *, local_world_size: int, is_sharded: bool 
         torch.set_num_threads(recipe.train.num_threads or usable_cores(local_world_size))
         torch.set_flush_denormal(True)
         keep_freed_memory()
-    if on_cpu and is_sharded:
+    plugin = make_fsdp_plugin(recipe.train.mixed_precision) if is_sharded else None
+    if on_cpu and plugin is not None:
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise UserError("fsdp_offload_params (true) needs a GPU, and there is none; set it to false.")
         let_accelerate_shard_on_cpu()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=recipe.train.mixed_precision,
-        fsdp_plugin=make_fsdp_plugin(recipe.train.mixed_precision) if is_sharded else None,
+        fsdp_plugin=plugin,
         log_with=recipe.run.report_to or None,
         project_dir=recipe.run.dir,
     )
@@ -68,7 +71,9 @@ def let_accelerate_shard_on_cpu() -> None:
 
     The type of the processes is all that it asks before it turns FSDP on; nothing of what follows needs a GPU.
     """
-    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    state = PartialState(cpu=True)
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def make_fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:

@@ -35,8 +35,8 @@ def save_checkpoint(job: Job, progress: Progress, *, is_last: bool = False) -> N
 
 def reserve_copies(job: Job, progress: Progress) -> None:
     """Gets the memory for copies once there is an optimizer state to copy, where there will be saves on the way."""
-    is_wanted = job.recipe.train.save_steps is not None and not is_sharded(job.plain_model)
-    if job.accelerator.is_main_process and is_wanted and not job.saver.is_reserved:
+    is_wanted = job.accelerator.is_main_process and job.recipe.train.save_steps is not None
+    if is_wanted and not job.saver.is_reserved and not is_sharded(job.plain_model):
         job.saver.reserve(whole_state(job, progress))
 
 

@@ -49,7 +49,8 @@ def gather(tensors: Mapping[str, Tensor], *, is_writer: bool) -> dict[str, Tenso
 def _whole_on_host(tensor: Tensor, *, is_writer: bool) -> Tensor | None:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    whole = tensor.detach().full_tensor()
+    with torch.no_grad():
+        whole = tensor.full_tensor()
     return whole.to("cpu", copy=True) if is_writer else None
 
 

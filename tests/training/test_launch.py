@@ -1,0 +1,165 @@
+"""Every launch configuration is one that accelerate understands; what starts otherwise than meant is refused."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+from gpt2x.errors import UserError
+from gpt2x.training.launch import asks_for_sharding, check_launch
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+HARDWARE = {"compute_environment", "distributed_type", "use_cpu", "num_machines", "num_processes", "machine_rank"} | {
+    f"main_process_{part}" for part in ("ip", "port")
+}
+HARDWARE |= {"rdzv_backend", "same_network", "fsdp_config", "parallelism_config"}
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def config_file(request):
+    return request.param
+
+
+def test_accelerates_own_classes_read_every_configuration(config_file):
+    config = load_config_from_file(str(config_file))
+    given = yaml.safe_load(config_file.read_text())
+    assert config.num_processes == given["num_processes"]
+    assert config.distributed_type.value == given["distributed_type"]
+
+
+def test_configurations_speak_of_hardware_alone(config_file):
+    given = yaml.safe_load(config_file.read_text())
+    assert set(given) <= HARDWARE
+    assert given.get("fsdp_config", {}).get("fsdp_activation_checkpointing", False) is False
+
+
+def test_sizes_of_a_parallelism_multiply_to_the_processes(config_file):
+    given = yaml.safe_load(config_file.read_text())
+    sizes = given.get("parallelism_config", {})
+    product = 1
+    for size in sizes.values():
+        product *= size
+    assert not sizes or product == given["num_processes"]
+
+
+def test_the_launcher_takes_every_configuration_and_lets_its_numbers_be_overridden(config_file):
+    arguments = ["--config_file", str(config_file), "--num_processes", "4", "script.py"]
+    found, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    given = yaml.safe_load(config_file.read_text())
+    assert found.num_processes == 4
+    assert found.use_fsdp == (given["distributed_type"] == "FSDP")
+    assert found.num_machines == given["num_machines"]
+    if found.use_fsdp:
+        assert (found.fsdp_version, found.fsdp_auto_wrap_policy) == (2, "TRANSFORMER_BASED_WRAP")
+
+
+def run_script(*launcher, environment=None):
+    """What scripts/pretrain.py answers under a launcher: (exit code, last line of our process)."""
+    whole = [*launcher, str(ROOT / "scripts" / "pretrain.py"), "--train.max_steps=1"]
+    inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "RANK")}
+    finished = subprocess.run(
+        whole, capture_output=True, text=True, cwd=ROOT, env=inherited | (environment or {}), timeout=60
+    )
+    return finished.returncode, finished.stderr
+
+
+def test_a_launcher_that_started_one_process_instead_of_two_is_refused():
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"]
+    code, said = run_script(*launcher)
+    assert code != 0
+    assert "accelerate launch was asked for several processes (MASTER_ADDR is set)" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_that_know_nothing_of_each_other_are_refused(name):
+    with pytest.raises(UserError, match=rf"{name} \(4\) processes were started that would each train alone"):
+        check_launch({name: "4"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"fsdp_version \(1\) must be 2"),
+        ({"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"}, r"distributed_type \(DEEPSPEED\) is none of gpt2x's"),
+        ({"RANK": "0", "PARALLELISM_CONFIG_TP_SIZE": "2"}, r"parallelism_config_tp_size \(2\) must be 1"),
+    ],
+)
+def test_what_a_configuration_asks_for_and_is_not_done_is_refused(environment, message):
+    with pytest.raises(UserError, match=message):
+        check_launch(environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"MASTER_ADDR": "10.0.0.1"},
+        {"ACCELERATE_MIXED_PRECISION": "no"},
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
+        {"RANK": "0", "SLURM_STEP_NUM_TASKS": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    ],
+)
+def test_one_process_alone_and_ranks_of_a_launcher_are_let_through(environment):
+    check_launch(environment)
+
+
+# In place of SLURM and of the launcher, which waits for a signal where it is told to.
+FAKES = {
+    "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> "$OUT/requeued"; fi',
+    "srun": 'exec "$@"',
+    "accelerate": """printf '%s\\n' "$@" > "$OUT/arguments"
+trap 'exit 1' TERM
+if [ -n "$WAITS" ]; then touch "$OUT/waits"; while true; do sleep 0.05; done; fi
+exit 3""",
+}
+
+
+@pytest.fixture
+def slurm_job(tmp_path):
+    """Starts the SLURM template's script on what stands for a cluster."""
+    for name, lines in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
+    script = ["bash", str(ROOT / "docs" / "examples" / "pretrain.slurm"), "--run.name", "two words"]
+
+    def start(**environment):
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        return subprocess.Popen(script, env={**os.environ, **job, "PATH": path, "OUT": str(tmp_path), **environment})
+
+    return start
+
+
+def test_the_slurm_template_starts_a_launcher_that_accelerate_understands(slurm_job, tmp_path):
+    assert slurm_job(WAITS="").wait(timeout=20) == 3
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert arguments[0] == "launch"
+    found, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments[1:]))
+    assert (found.num_machines, found.num_processes, found.machine_rank, found.main_process_ip) == (2, 16, 1, "first")
+    assert found.use_fsdp
+    assert [found.training_script, *found.training_script_args] == ["scripts/pretrain.py", "--run.name", "two words"]
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_the_slurm_template_goes_back_into_the_queue_when_it_is_told_to_end(slurm_job, tmp_path):
+    job = slurm_job(WAITS="1")
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "waits").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.terminate()
+    assert job.wait(timeout=20) == 1
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def test_only_fsdp_is_sharding():
+    assert asks_for_sharding({"ACCELERATE_USE_FSDP": "true"})
+    assert not asks_for_sharding({"ACCELERATE_USE_FSDP": "false"})
+    assert not asks_for_sharding({})

@@ -1,0 +1,212 @@
+"""FSDP2 on two processes reaches what one process reaches: real processes, talking by gloo."""
+
+import dataclasses
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_two_processes import ROOT, read
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from gpt2x.config import to_yaml
+from gpt2x.errors import UserError
+from gpt2x.training.checkpoints import load_optimizer_tensors, optimizer_tensors, parameter_names
+from gpt2x.training.devices import make_accelerator, make_fsdp_plugin
+from gpt2x.training.optimizers import Muon
+from gpt2x.training.sharding import gather, is_sharded, whole_weights
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
+
+SHAPE = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+MUON = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
+
+# What each of the two processes runs: the recipes that it is given, and Muon on given gradients.
+RANK = """
+import sys
+from contextlib import closing
+from pathlib import Path
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import Recipe
+from gpt2x.training.devices import make_accelerator
+from gpt2x.training.finish import finish
+from gpt2x.training.loop import train
+from gpt2x.training.optimizers import Muon
+from gpt2x.training.recording import Recorder
+from gpt2x.training.run_directory import open_run_directory, write_config
+from gpt2x.training.sharding import gather, is_sharded
+from gpt2x.training.signals import StopRequest
+from gpt2x.training.start import make_job
+
+directory = Path(sys.argv[1])
+for name in ("adamw", "muon", "from_one"):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    recipe, _ = parse_recipe(Recipe, ["--config", str(directory / f"{name}.yaml")], script="", default_config=None)
+    run = open_run_directory(recipe, name=name)
+    accelerator = make_accelerator(recipe, local_world_size=2, is_sharded=True)
+    job, progress = make_job(recipe, run, accelerator)
+    assert is_sharded(job.plain_model) and accelerator.num_processes == 2
+    if accelerator.is_main_process:
+        write_config(run, recipe)
+    recorder = Recorder(job)
+    with closing(job.batches), closing(recorder):
+        validation = train(job, progress, recorder, StopRequest())
+    finish(job, progress, validation)
+    assert job.failures.summary() == []
+
+mesh = init_device_mesh("cpu", (2,))
+given = load_file(directory / "muon.safetensors")
+weights = [torch.nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in given["weights"]]
+optimizer = Muon(weights, lr=0.05, momentum=0.9, weight_decay=0.1)
+for gradients in given["gradients"]:
+    for weight, gradient in zip(weights, gradients):
+        weight.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+    optimizer.step()
+wholes = gather({str(number): weight for number, weight in enumerate(weights)}, is_writer=accelerator.is_main_process)
+assert bool(wholes) == accelerator.is_main_process
+if wholes:
+    save_file(wholes, directory / "muon_found.safetensors")
+accelerator.end_training()
+"""
+
+
+def launch(*command):
+    """accelerate launch of fsdp2.yaml on two processes of this machine's CPU."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--main_process_port={port}"]
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "fsdp2.yaml"), "--num_processes=2"]
+    whole = [*launcher, *config, *(str(argument) for argument in command)]
+    return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def cut_back(run_dir):
+    """Leaves a finished run of 20 steps as it was when it had made the checkpoint of step 10."""
+    shutil.rmtree(run_dir / "checkpoints" / "step-000020")
+    (run_dir / "stats.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, finished):
+    """The directory of what two processes were given and left, and the recipes by name."""
+    directory = tmp_path_factory.mktemp("sharded")
+    base = finished.job.recipe
+    recipes = {}
+    for name in ("adamw", "muon", "from_one"):
+        # odd sizes are cut unevenly; gradients of two micro-batches add up
+        size = {} if name == "from_one" else {"intermediate_size": 67, "tie_word_embeddings": name == "adamw"}
+        recipes[name] = dataclasses.replace(
+            base,
+            run=dataclasses.replace(base.run, name=name, dir=directory / "runs"),
+            model=dataclasses.replace(base.model, **size),
+            train=dataclasses.replace(base.train, micro_batch_size=2),
+            optimizer=dataclasses.replace(base.optimizer, name="muon" if name == "muon" else "adamw"),
+            resume=name == "from_one",
+        )
+        (directory / f"{name}.yaml").write_text(to_yaml(recipes[name]))
+    shutil.copytree(finished.path, directory / "runs" / "from_one")
+    cut_back(directory / "runs" / "from_one")
+    torch.manual_seed(0)
+    tensors = {"weights": torch.randn(3, 33, 16), "gradients": torch.randn(4, 3, 33, 16)}
+    save_file(tensors, directory / "muon.safetensors")
+    (directory / "rank.py").write_text(RANK)
+    finished = launch(directory / "rank.py", directory)
+    assert finished.returncode == 0, finished.stderr
+    return directory, recipes
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-6), ("muon", 2e-5), ("from_one", 1e-6)])
+def test_shards_on_two_processes_train_as_one_process_does(two_ranks, pretrain, changed, tmp_path, name, tolerance):
+    # Muon rounds to bfloat16 on its way, which enlarges last bits; its steps alone are compared below
+    directory, recipes = two_ranks
+    one = read(pretrain(changed(recipes[name], run={"dir": tmp_path})).path)
+    two = read(directory / "runs" / name)
+    assert len(two["train/loss"]) == 20
+    assert two["train/loss"] == pytest.approx(one["train/loss"], rel=tolerance)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=100 * tolerance)
+    assert two["val/loss"] == pytest.approx(one["val/loss"], rel=tolerance)
+    assert two["data/checksum"] == one["data/checksum"]
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two_with_shards(two_ranks, pretrain, changed, tmp_path):
+    directory, recipes = two_ranks
+    shutil.copytree(directory / "runs" / "adamw", tmp_path / "adamw")
+    cut_back(tmp_path / "adamw")
+    resumed = pretrain(changed(recipes["adamw"], run={"dir": tmp_path}, resume=True))
+    assert resumed.progress.step == 20
+    two = read(directory / "runs" / "adamw")
+    assert read(resumed.path)["train/loss"] == pytest.approx(two["train/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_checkpoint_and_final_model_of_shards_are_stock_models(two_ranks, name):
+    directory, _ = two_ranks
+    final = AutoModelForCausalLM.from_pretrained(directory / "runs" / name / "final")
+    checkpoint = AutoModelForCausalLM.from_pretrained(directory / "runs" / name / "checkpoints/step-000020/model")
+    assert type(final).__module__.startswith("transformers.")
+    torch.testing.assert_close(final.state_dict(), checkpoint.state_dict(), rtol=0, atol=0)
+
+
+def test_muon_on_shards_makes_the_very_steps_of_muon_on_whole_matrices(two_ranks):
+    directory, _ = two_ranks
+    given = load_file(directory / "muon.safetensors")
+    weights = [nn.Parameter(weight.clone()) for weight in given["weights"]]
+    optimizer = Muon(weights, **MUON)
+    for gradients in given["gradients"]:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step()
+    found = load_file(directory / "muon_found.safetensors")
+    for number, weight in enumerate(weights):
+        torch.testing.assert_close(found[str(number)], weight.data, rtol=1e-6, atol=1e-7)
+
+
+def make_model():
+    torch.manual_seed(0)
+    return GPT2XForCausalLM(GPT2XConfig(**SHAPE, tie_word_embeddings=True))
+
+
+def test_weights_that_are_not_sharded_are_given_as_they_are_and_not_copied():
+    model = make_model()
+    weights = whole_weights(model, is_writer=True)
+    assert not is_sharded(model)
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    assert {name: tensor.data_ptr() for name, tensor in weights.items()} == places
+    assert not any(tensor.requires_grad for tensor in weights.values())
+
+
+def test_optimizer_state_that_is_not_sharded_goes_out_and_in_unchanged():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.arange(12)[None]
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    saved = gather(optimizer_tensors([optimizer], parameter_names(model)), is_writer=True)
+    other = torch.optim.AdamW(model.parameters())
+    load_optimizer_tensors([other], parameter_names(model), saved)
+    found = optimizer_tensors([other], parameter_names(model))
+    torch.testing.assert_close(found, saved, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_shards_are_computed_with_in_the_recipes_precision_and_added_up_in_float32(precision, dtype):
+    policy = make_fsdp_plugin(precision).mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (dtype, torch.float32, None)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is not refused where there is an accelerator")
+def test_shards_in_host_memory_without_a_gpu_are_refused(recipe, monkeypatch):
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(
+        UserError, match=r"fsdp_offload_params \(true\) needs a GPU, and there is none; set it to false"
+    ):
+        make_accelerator(recipe, local_world_size=1, is_sharded=True)

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.command_line import parse_recipe
+from gpt2x.config.evaluation import HellaSwagRecipe, LmEvalRecipe
 from gpt2x.errors import UserError
 from gpt2x.evaluation.lm_eval import run_lm_eval
-from gpt2x.config.evaluation import HellaSwagRecipe, LmEvalRecipe
 from gpt2x.models import save_model
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 

@@ -8,6 +8,7 @@ import pytest
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import GenerationRecipe, PreparationRecipe, Recipe, TokenizerRecipe
+from gpt2x.config.evaluation import HellaSwagRecipe, LmEvalRecipe
 from gpt2x.publishing.recipes import ExportRecipe, PushRecipe
 from gpt2x.shards.import_recipe import ImportRecipe
 
@@ -20,6 +21,8 @@ RECIPES = {
     "export.py": (ExportRecipe, None, "model"),
     "push_to_hub.py": (PushRecipe, None, "model"),
     "import_tokens.py": (ImportRecipe, None, None),
+    "eval_hellaswag.py": (HellaSwagRecipe, None, "model"),
+    "run_lm_eval.py": (LmEvalRecipe, None, "model"),
 }
 
 

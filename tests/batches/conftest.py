@@ -16,15 +16,16 @@ VOCAB_SIZE, EOS = 500, 7
 def make_index(tmp_path: Path) -> Callable[..., Index]:
     """Makes an index whose train and validation have one shard per list of document lengths (end of text included)."""
 
-    def make(train: list[list[int]], validation: list[list[int]] | None = None) -> Index:
-        generator = np.random.default_rng(0)
+    def make(train: list[list[int]], validation: list[list[int]] | None = None, *, name: str = "") -> Index:
+        generator, directory = np.random.default_rng(0), tmp_path / name
+        directory.mkdir(exist_ok=True)
         splits = {"train": train, "validation": validation or []}
         entries = {
-            split: [_entry(tmp_path / split, number, lengths, generator) for number, lengths in enumerate(shards)]
+            split: [_entry(directory / split, number, lengths, generator) for number, lengths in enumerate(shards)]
             for split, shards in splits.items()
         }
         return Index(
-            directory=tmp_path,
+            directory=directory,
             splits=entries,
             tokenizer_fingerprint="f",
             vocab_size=VOCAB_SIZE,

@@ -179,3 +179,27 @@ def test_a_source_that_comes_or_goes_is_another_mixture(order, sources):
     saved = json.loads(json.dumps(batches(order, sources).state(4)))
     sources[1].name = "another"
     check_unchanged(saved, sources, seed=3, sequence_length=LENGTH)
+
+
+def test_the_shares_of_tokens_are_exact_however_long_the_documents_of_a_source_are(make_index):
+    """Three sources whose documents differ in length ten times each: in every block the weights, to the token."""
+    lengths, weights = {"short": 8, "middle": 80, "long": 800}, [0.5, 0.3, 0.2]
+    sources = [
+        ShardSource(make_index([[length] * (2400 // length)] * 2, name=name), LENGTH, seed=3, name=name)
+        for name, length in lengths.items()
+    ]
+    order = order_of(sources, weights=weights, block_size=PER_STEP * 5)
+    loader = batches(order, sources)
+    windows = {source.name: source.windows(np.arange(source.num_windows)).tolist() for source in sources}
+    drawn = {name: [] for name in lengths}
+    for block in range(20):
+        counts = dict.fromkeys(lengths, 0)
+        for step in range(5 * block, 5 * block + 5):
+            read = rows(loader.step(step))
+            for name, (places, _) in order.samples(step, 0, PER_STEP).items():
+                counts[name] += places.size * LENGTH
+                drawn[name] += [read[place] for place in places]
+        assert counts == {"short": 300, "middle": 180, "long": 120}
+    for name, sequences in drawn.items():
+        epoch = sequences[: len(windows[name])]
+        assert sorted(epoch) == sorted(windows[name])

@@ -185,7 +185,7 @@ def test_the_shares_of_tokens_are_exact_however_long_the_documents_of_a_source_a
     """Three sources whose documents differ in length ten times each: in every block the weights, to the token."""
     lengths, weights = {"short": 8, "middle": 80, "long": 800}, [0.5, 0.3, 0.2]
     sources = [
-        ShardSource(make_index([[length] * (2400 // length)] * 2, name=name), LENGTH, seed=3, name=name)
+        ShardSource(make_index([[length] * (2400 // length)], name=name), LENGTH, seed=3, name=name)
         for name, length in lengths.items()
     ]
     order = order_of(sources, weights=weights, block_size=PER_STEP * 5)

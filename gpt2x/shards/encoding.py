@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 from tokenizers import Encoding, Tokenizer
 
@@ -17,7 +18,7 @@ def encoded(pieces: Iterable[Piece], encoder: Tokenizer) -> Iterator[tuple[list[
     """Encodes two batches ahead, in the tokenizer's own threads, while this one reads, hashes and writes."""
     ahead: deque[tuple[list[Piece], Future[list[Encoding]]]] = deque()
     with ThreadPoolExecutor(2) as threads:
-        for batch in _batches(pieces):
+        for batch in batches(pieces):
             texts = [piece.text for piece in batch]
             ahead.append((batch, threads.submit(encoder.encode_batch_fast, texts, add_special_tokens=False)))
             if len(ahead) > 2:
@@ -27,7 +28,19 @@ def encoded(pieces: Iterable[Piece], encoder: Tokenizer) -> Iterator[tuple[list[
             yield encoded, future.result()
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+class HasText(Protocol):
+    """Anything with a text: a piece of a document, a row of a stream."""
+
+    @property
+    def text(self) -> str:
+        """What is tokenized."""
+
+
+Texts = TypeVar("Texts", bound=HasText)
+
+
+def batches(pieces: Iterable[Texts]) -> Iterator[list[Texts]]:
+    """What is given to the tokenizer at once, in order: whole pieces until there are CHARACTERS_PER_BATCH."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)

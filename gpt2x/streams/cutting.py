@@ -17,13 +17,11 @@ from tokenizers import Tokenizer
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
 from gpt2x.shards.corpus import is_validation
+from gpt2x.shards.encoding import batches
 from gpt2x.shards.files import token_dtype
 from gpt2x.shards.rows import text_of
 from gpt2x.streams.ledger import Position
 from gpt2x.streams.reading import Row
-
-# What is given to the tokenizer at once: enough for its threads, little beside a shard.
-CHARACTERS_PER_BATCH = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ class Cutter:
 
     def _encoded(self, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
         """Every document with its ids and the end of text."""
-        for batch in _batches(documents):
+        for batch in batches(documents):
             encodings = self.tokenizer.encode_batch_fast([one.text for one in batch], add_special_tokens=False)
             for document, encoding in zip(batch, encodings, strict=True):
                 ids = np.array([*encoding.ids, self.vocabulary.eos_token_id])
@@ -129,15 +127,3 @@ class Cutter:
                         f"repair the tokenizer or use another."
                     )
                 yield document, ids.astype(self.dtype)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= CHARACTERS_PER_BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -212,11 +212,6 @@ def _damage(checkpoint: Path) -> str | None:
     return found
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether there is a checkpoint whose every byte is as it was written."""
-    return _damage(checkpoint) is None
-
-
 def newest_checkpoint(
     run_dir: Path, *, is_wanted: Callable[[Path], bool] = lambda _checkpoint: True
 ) -> tuple[Path | None, list[str]]:

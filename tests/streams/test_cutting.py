@@ -35,7 +35,7 @@ def test_pieces_are_cut_before_the_document_that_does_not_fit(texts, section, cu
     expected = NaiveStream(texts, section).epoch_shards
     every = rows_of([text for file in texts for text in file])
     for characters_per_batch in (1, 700, 10**6):
-        monkeypatch.setattr("gpt2x.streams.cutting.CHARACTERS_PER_BATCH", characters_per_batch)
+        monkeypatch.setattr("gpt2x.shards.encoding.CHARACTERS_PER_BATCH", characters_per_batch)
         pieces = list(cutter.cut(every, every[0].start))
         assert [tokens(piece) for piece in pieces] == expected
         assert max(piece.documents.num_tokens for piece in pieces) <= section.tokens_per_shard

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from gpt2x.errors import UserError
 from gpt2x.training.checkpoints import (
     checkpoint_dir,
-    is_whole,
     list_checkpoints,
     load_optimizer_tensors,
     newest_checkpoint,
@@ -87,7 +86,6 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path, damage, reaso
     older, newer = write(tmp_path, 10), write(tmp_path, 20)
     damage(newer)
     assert newest_checkpoint(tmp_path) == (older, [f"{newer} is damaged ({reason}); looking for an older one."])
-    assert not is_whole(newer)
 
 
 def test_of_whole_checkpoints_the_one_of_the_largest_step_is_taken(tmp_path):

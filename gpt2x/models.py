@@ -10,26 +10,35 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt2x.config import ModelSection, Recipe
+from gpt2x.config import FinetuneRecipe, ModelSection, Recipe, TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
 
 
-def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def make_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model a run starts from: random weights by ``recipe.model``, or the weights of ``recipe.init_from``.
+
+    A model to be fine-tuned grows by the rows of the tokens that the tokenizer has more than the model's own, each the
+    mean of the others, and ends its texts where the tokenizer says.
 
     Raises:
         UserError: where the architecture contradicts itself, the tokenizer or the sequence length.
     """
+    origin = None if recipe.init_from is None else find_model(recipe.init_from)
+    torch.manual_seed(recipe.run.seed)
     try:
-        if recipe.init_from is not None:
-            model = GPT2XForCausalLM.from_pretrained(recipe.init_from, dtype=torch.float32)
-        else:
-            torch.manual_seed(recipe.run.seed)
+        if origin is None:
+            assert isinstance(recipe, Recipe)
             model = GPT2XForCausalLM(make_config(recipe.model, tokenizer))
+        else:
+            model = GPT2XForCausalLM.from_pretrained(origin, dtype=torch.float32)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # the latter two for files that are damaged
         raise UserError(" ".join(str(error).split())) from error
+    if isinstance(recipe, FinetuneRecipe) and origin is not None:
+        check_tokenizer(origin, tokenizer)
+        adopt_tokenizer(model, tokenizer)
     _check_fit(recipe, model.config, tokenizer)
     return model
 
@@ -45,7 +54,7 @@ def make_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> GP
     return GPT2XConfig(**fields, **special)
 
 
-def _check_fit(recipe: Recipe, config: GPT2XConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_fit(recipe: TrainingRecipe, config: GPT2XConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"model.vocab_size ({config.vocab_size}) must be at least the tokenizer's {len(tokenizer)} tokens; "

@@ -16,10 +16,13 @@ import yaml
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import (
+    ChatSection,
     CorpusSection,
     DataSection,
     EvaluationSection,
+    FinetuneRecipe,
     HubSection,
+    LoraSection,
     ModelSection,
     OptimizerSection,
     PreparationRecipe,
@@ -172,7 +175,7 @@ BROKEN_RULES = [
     (
         TrainSection,
         {"max_steps": 1, "max_time_s": 2.0},
-        "exactly one budget of train.max_steps, train.max_tokens and train.max_time_s is needed; "
+        "exactly one budget of train.max_steps, train.max_tokens, train.max_time_s, train.num_train_epochs is needed; "
         "max_steps, max_time_s are given, set the others to null.",
     ),
     *[
@@ -334,8 +337,8 @@ def test_a_section_may_be_a_file_relative_to_the_recipe_that_names_it(tmp_path):
         (["--train.max_steps", "many"], "Parser key \"train.max_steps\": expected int or null, got 'many'"),
         (
             ["--train.max_steps", "3", "--train.max_tokens", "3"],
-            "exactly one budget of train.max_steps, train.max_tokens and train.max_time_s is needed; "
-            "max_steps, max_tokens are given, set the others to null.",
+            "exactly one budget of train.max_steps, train.max_tokens, train.max_time_s, train.num_train_epochs is "
+            "needed; max_steps, max_tokens are given, set the others to null.",
         ),
         (["--train.max_steps=0"], "train.max_steps (0) must be positive."),
         (
@@ -458,17 +461,23 @@ def test_help_lists_every_field_with_its_docstring_within_two_seconds_and_withou
 
 def attribute_docstrings(section: type) -> dict[str, str]:
     """Field -> the string under it, read from the source without jsonargparse."""
-    body = ast.parse(inspect.getsource(section)).body[0].body
-    return {
-        statement.target.id: " ".join(below.value.value.split())
-        for statement, below in itertools.pairwise(body)
-        if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
+    found = {}
+    for owner in reversed([owner for owner in section.__mro__ if dataclasses.is_dataclass(owner)]):
+        body = ast.parse(inspect.getsource(owner)).body[0].body
+        found |= {
+            statement.target.id: " ".join(below.value.value.split())
+            for statement, below in itertools.pairwise(body)
+            if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr)
+        }
+    return found
 
 
 @pytest.mark.parametrize(
     "section",
-    [*SECTIONS.values(), CorpusSection, TokenizerSection, PreparationRecipe, SourceSection, StreamSection, Recipe],
+    [
+        *(*SECTIONS.values(), CorpusSection, TokenizerSection, PreparationRecipe, SourceSection, StreamSection),
+        *(ChatSection, LoraSection, Recipe, FinetuneRecipe),
+    ],
 )
 def test_every_field_of_a_section_is_documented_or_a_section(section):
     undocumented = {field.name for field in dataclasses.fields(section)} - set(attribute_docstrings(section))

@@ -15,9 +15,11 @@ from gpt2x.config.data import (
     TokenizerRecipe,
     TokenizerSection,
 )
+from gpt2x.config.finetuning import ChatSection, LoraSection
+from gpt2x.config.generation import GenerationRecipe
 from gpt2x.config.hub import HubSection
 from gpt2x.config.model import ModelSection
-from gpt2x.config.recipes import GenerationRecipe, Recipe, to_yaml
+from gpt2x.config.recipes import FinetuneRecipe, Recipe, TrainingRecipe, to_yaml
 from gpt2x.config.train import (
     BUDGETS,
     EvaluationSection,
@@ -29,11 +31,14 @@ from gpt2x.config.train import (
 
 __all__ = [
     "BUDGETS",
+    "ChatSection",
     "CorpusSection",
     "DataSection",
     "EvaluationSection",
+    "FinetuneRecipe",
     "GenerationRecipe",
     "HubSection",
+    "LoraSection",
     "ModelSection",
     "OptimizerSection",
     "PreparationRecipe",
@@ -44,6 +49,7 @@ __all__ = [
     "TokenizerRecipe",
     "TokenizerSection",
     "TrainSection",
+    "TrainingRecipe",
     "accumulation_steps",
     "to_yaml",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2x.config.checks import check_positive
+from gpt2x.config.finetuning import ChatSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ class PreparationRecipe:
     """Directory of the token shards and their index."""
     corpus: CorpusSection = field(default_factory=CorpusSection)
     tokenizer: TokenizerSection
+    chat: ChatSection | None = None
+    """Reads the corpus' rows as conversations, and writes beside the ids which of them are learned."""
     tokens_per_shard: int = 100_000_000
     """Tokens per shard file at most, about 200 MB; documents stay whole."""
     num_tasks: int = 1
@@ -201,8 +204,9 @@ class DataSection:
     """Tokens per sequence."""
     block_size: int = 1000
     """Sequences per block, within which the mixture's weights are kept exactly."""
-    packing: Literal["continuous", "documents"] = "continuous"
-    """Whether tokens see what stands before them in the sequence (GPT-2), or only their own document."""
+    packing: Literal["continuous", "documents", "whole_documents"] = "continuous"
+    """Whether tokens see what stands before them in the sequence (GPT-2), or only their own document; the third also
+    cuts no document: each sequence is filled with whole ones, and what is left of it is not learned."""
     align_documents: bool = False
     """Whether sequences begin where documents begin; what a cut document has left is not read."""
     skip: str | None = None

@@ -7,7 +7,7 @@ from typing import Literal
 
 from gpt2x.config.checks import check_positive
 
-BUDGETS = ("max_steps", "max_tokens", "max_time_s")
+BUDGETS = ("max_steps", "max_tokens", "max_time_s", "num_train_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,13 @@ class TrainSection:
     """The budget, the batch, the precision, and what happens at which intervals."""
 
     max_steps: int | None = None
-    """Budget in optimizer steps. Exactly one of the three budgets is given."""
+    """Budget in optimizer steps. Exactly one of the four budgets is given."""
     max_tokens: int | None = None
     """Budget in tokens."""
     max_time_s: float | None = None
     """Budget in seconds of training: compilation counts, validation, samples and saving do not."""
+    num_train_epochs: float | None = None
+    """Budget in passes over all sequences of the sources, the last step made whole; not for streams."""
     tokens_per_step: int = 524_288
     """Batch size in tokens per optimizer step; accumulation follows from it."""
     micro_batch_size: int = 16
@@ -78,7 +80,7 @@ class TrainSection:
         given = [name for name, value in budgets.items() if value is not None]
         if len(given) != 1:
             found = f"{', '.join(given)} are given, set the others to null" if given else "none is given"
-            rule = "exactly one budget of train.max_steps, train.max_tokens and train.max_time_s is needed"
+            rule = f"exactly one budget of {', '.join(f'train.{name}' for name in BUDGETS)} is needed"
             raise ValueError(f"{rule}; {found}.")
         check_positive("train.", **budgets, tokens_per_step=self.tokens_per_step, max_grad_norm=self.max_grad_norm)
         check_positive("train.", micro_batch_size=self.micro_batch_size, num_threads=self.num_threads)
@@ -147,10 +149,15 @@ class EvaluationSection:
     """How many beginnings of validation documents are continued beside them."""
     max_new_tokens: int = 100
     """Length of a sample in tokens."""
+    hellaswag: str | None = None
+    """Scores the model on HellaSwag beside every validation: a .jsonl file, or hub; null for not."""
+    hellaswag_items: int = 1000
+    """How many of its items, always the same ones."""
 
     def __post_init__(self) -> None:
         check_positive("evaluation.", eval_steps=self.eval_steps, batch_size=self.batch_size)
         check_positive("evaluation.", sample_steps=self.sample_steps, max_new_tokens=self.max_new_tokens)
+        check_positive("evaluation.", hellaswag_items=self.hellaswag_items)
 
 
 def accumulation_steps(

@@ -57,11 +57,21 @@ class Budget:
         return (self.max_steps - progress.step) * progress.elapsed_s / max(progress.step, 1)
 
 
-def make_budget(train: TrainSection, schedule: OptimizerSection) -> Budget:
-    """The budget of a recipe; a token budget is rounded up to whole steps."""
+def make_budget(train: TrainSection, schedule: OptimizerSection, *, steps_per_epoch: float | None = None) -> Budget:
+    """The budget of a recipe; one in tokens or epochs is rounded up to whole steps.
+
+    Args:
+        train: the budget and the batch.
+        schedule: the warmup.
+        steps_per_epoch: needed for a budget in epochs.
+    """
     warmup = schedule.warmup_steps
     if train.max_time_s is not None:
         return Budget(max_steps=None, max_time_s=train.max_time_s, warmup_steps=int(warmup))
-    max_steps = train.max_steps or math.ceil((train.max_tokens or 0) / train.tokens_per_step)
+    if train.num_train_epochs is not None:
+        assert steps_per_epoch is not None
+        max_steps = math.ceil(train.num_train_epochs * steps_per_epoch)
+    else:
+        max_steps = train.max_steps or math.ceil((train.max_tokens or 0) / train.tokens_per_step)
     warmup_steps = round(warmup * max_steps) if warmup < 1 else min(int(warmup), max_steps)
     return Budget(max_steps=max_steps, max_time_s=None, warmup_steps=warmup_steps)

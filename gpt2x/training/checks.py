@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from gpt2x.batches.source import ShardSource, tokens_of
-from gpt2x.config import Recipe, accumulation_steps
+from gpt2x.config import TrainingRecipe, accumulation_steps
 from gpt2x.errors import UserError
 from gpt2x.shards.index import INDEX_FILE
 
 
-def check_before_torch(recipe: Recipe, *, num_processes: int) -> None:
+def check_before_torch(recipe: TrainingRecipe, *, num_processes: int) -> None:
     """Checks the batch and the token shards, which are prepared first where they are missing and the recipe can.
 
     Args:
@@ -26,7 +26,7 @@ def check_before_torch(recipe: Recipe, *, num_processes: int) -> None:
             ShardSource(tokens_of(section), recipe.data.sequence_length)
 
 
-def prepare_missing_shards(recipe: Recipe) -> None:
+def prepare_missing_shards(recipe: TrainingRecipe) -> None:
     """Makes the token shards that are missing where a source's preparation writes them to its place."""
     for section in recipe.data.mixture:
         preparation, location = section.preparation, Path(section.location)
@@ -37,7 +37,7 @@ def prepare_missing_shards(recipe: Recipe) -> None:
         prepare(preparation)
 
 
-def check_batch(recipe: Recipe, *, num_processes: int) -> None:
+def check_batch(recipe: TrainingRecipe, *, num_processes: int) -> None:
     """Raises UserError where tokens_per_step is no multiple of what one pass over all processes reads."""
     try:
         accumulation_steps(

@@ -12,7 +12,7 @@ from gpt2x.batches.mixture import Mixture, open_mixture
 from gpt2x.batches.order import GlobalOrder, Phase, phases_of_json
 from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.validation import ValidationBatches
-from gpt2x.config import Recipe
+from gpt2x.config import TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gpt2x.training.checks import check_batch, prepare_missing_shards
@@ -35,8 +35,31 @@ class RunData:
     vocab_size: int
 
 
-def open_run_data(recipe: Recipe, accelerator: Accelerator, *, saved: Mapping[str, Any] | None, step: int) -> RunData:
-    """Opens the sources, the held-out documents and the tokenizer; token shards that are missing are prepared first.
+def prepare_data(recipe: TrainingRecipe, accelerator: Accelerator) -> None:
+    """Checks the batch, and makes the token shards that are missing.
+
+    Raises:
+        UserError: for a batch that cannot be cut evenly, and for whatever is wrong with the corpus.
+    """
+    check_batch(recipe, num_processes=accelerator.num_processes)
+    if accelerator.is_main_process:
+        prepare_missing_shards(recipe)
+    accelerator.wait_for_everyone()
+
+
+def steps_per_epoch(recipe: TrainingRecipe) -> float | None:
+    """Optimizer steps in which every sequence of the sources is read once; None where the budget needs none."""
+    if recipe.train.num_train_epochs is None:
+        return None
+    sources = open_mixture(recipe.data, seed=recipe.run.seed).sources
+    num_windows = sum(source.num_windows or 0 for source in sources)  # streams have a budget of another kind
+    return num_windows * recipe.data.sequence_length / recipe.train.tokens_per_step
+
+
+def open_run_data(
+    recipe: TrainingRecipe, accelerator: Accelerator, *, saved: Mapping[str, Any] | None, step: int
+) -> RunData:
+    """Opens the sources, the held-out documents and the tokenizer.
 
     Args:
         recipe: what to open.
@@ -47,10 +70,6 @@ def open_run_data(recipe: Recipe, accelerator: Accelerator, *, saved: Mapping[st
     Raises:
         UserError: where data or tokenizer are missing, changed, do not belong together, or are not enough.
     """
-    check_batch(recipe, num_processes=accelerator.num_processes)
-    if accelerator.is_main_process:
-        prepare_missing_shards(recipe)
-    accelerator.wait_for_everyone()
     states = {name: source["state"] for name, source in saved["sources"].items()} if saved else {}
     mixture = open_mixture(
         recipe.data, seed=recipe.run.seed, states=states, fills_streams=accelerator.is_local_main_process
@@ -88,7 +107,7 @@ def open_run_data(recipe: Recipe, accelerator: Accelerator, *, saved: Mapping[st
 
 
 def _order(
-    recipe: Recipe, mixture: Mixture, accelerator: Accelerator, *, saved: Mapping[str, Any] | None, step: int
+    recipe: TrainingRecipe, mixture: Mixture, accelerator: Accelerator, *, saved: Mapping[str, Any] | None, step: int
 ) -> GlobalOrder:
     """The order of the whole run; where the recipe's mixture or batch size is another now, with a new phase."""
     length = recipe.data.sequence_length

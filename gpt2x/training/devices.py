@@ -10,7 +10,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from gpt2x.config import Recipe
+from gpt2x.config import TrainingRecipe
 from gpt2x.errors import UserError
 
 # malloc.h: M_MMAP_MAX, no separate mapping for large blocks; M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
@@ -31,7 +31,7 @@ _PEAK_FLOPS = {
 _FSDP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_accelerator(recipe: Recipe, *, local_world_size: int, is_sharded: bool = False) -> Accelerator:
+def make_accelerator(recipe: TrainingRecipe, *, local_world_size: int, is_sharded: bool = False) -> Accelerator:
     """The accelerator of a run, its threads set and its random numbers seeded.
 
     Args:

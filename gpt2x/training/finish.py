@@ -14,18 +14,17 @@ from torch import Tensor
 
 from gpt2x.errors import UserError
 from gpt2x.evaluation import Validation
-from gpt2x.models import flops_per_token, num_parameters, save_model
+from gpt2x.models import flops_per_token, num_parameters
 from gpt2x.reporting import column, read_metrics, write_plots
 from gpt2x.training.devices import describe_device
 from gpt2x.training.job import Job
 from gpt2x.training.run_directory import RunDirectory, replace_file
-from gpt2x.training.sharding import whole_weights
 from gpt2x.training.state import Progress
 
 
 def finish(job: Job, progress: Progress, validation: Validation) -> None:
     """Writes final/, stats.json, losses.npy and the plots; the main process alone."""
-    weights = whole_weights(job.plain_model, is_writer=job.accelerator.is_main_process)
+    weights = job.trainee.weights(job.plain_model, is_writer=job.accelerator.is_main_process)
     if job.accelerator.is_main_process:
         model_type = save_final_model(job, weights)
         with job.failures.tolerated("plots", say=job.accelerator.print):
@@ -57,7 +56,7 @@ def save_final_model(job: Job, weights: Mapping[str, Tensor]) -> str:
     final, partial = job.run.final_dir, job.run.path / "final.tmp"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        model_type = save_model(job.plain_model, partial, job.tokenizer, weights=weights)
+        model_type = job.trainee.save_final(job.plain_model, partial, job.tokenizer, weights=weights)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except (OSError, SafetensorError) as error:

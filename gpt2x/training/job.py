@@ -10,11 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.validation import ValidationBatches
-from gpt2x.config import Recipe
+from gpt2x.config import TrainingRecipe
 from gpt2x.training.budget import Budget
 from gpt2x.training.failures import Failures
 from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.saving import CheckpointSaver
+from gpt2x.training.trainee import Trainee
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Job:
         recipe: what to do.
         run: where to write.
         accelerator: devices, precision and collectives.
+        trainee: how the model is kept.
         model: as ``accelerator.prepare`` returned it.
         optimizers: likewise.
         parameter_names: name of each parameter by its ``id``.
@@ -37,9 +39,10 @@ class Job:
         failures: what has failed without ending the run.
     """
 
-    recipe: Recipe
+    recipe: TrainingRecipe
     run: RunDirectory
     accelerator: Accelerator
+    trainee: Trainee
     model: nn.Module
     optimizers: Sequence[Optimizer]
     parameter_names: Mapping[int, str]

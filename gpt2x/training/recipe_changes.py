@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from gpt2x.config import Recipe, to_yaml
+from gpt2x.config import BUDGETS, TrainingRecipe, to_yaml
 
 Changes = Mapping[str, tuple[Any, Any]]
 
@@ -15,9 +15,11 @@ _NOT_PART_OF_A_RUN = ("resume", "run", "hub")
 _SECTIONS_THAT_GROW = ("train", "optimizer", "evaluation")
 # Fields of the model that its weights do not depend on.
 _NOT_OF_SHAPE = {"attention_dropout", "hidden_dropout", "embedding_dropout", "initializer_range", "residual_init"}
+# Fields of the adapters that theirs do not depend on.
+_NOT_OF_ADAPTERS = {"alpha", "dropout", "merge"}
 
 
-def changes_between(recorded: Mapping[str, Any], recipe: Recipe) -> Changes:
+def changes_between(recorded: Mapping[str, Any], recipe: TrainingRecipe) -> Changes:
     """Fields that differ, as (old, new).
 
     Args:
@@ -39,7 +41,7 @@ def describe(changes: Changes) -> list[str]:
 
 def is_larger_budget(changes: Changes) -> bool:
     """Whether the run is merely to be longer."""
-    budgets = {"train.max_steps", "train.max_tokens", "train.max_time_s"}
+    budgets = {f"train.{name}" for name in BUDGETS}
     return set(changes) <= budgets and all(
         old is not None and new is not None and new > old for old, new in changes.values()
     )
@@ -47,8 +49,13 @@ def is_larger_budget(changes: Changes) -> bool:
 
 def changes_of_shape(changes: Changes) -> Changes:
     """Those that saved weights do not fit."""
-    of_model = {field: change for field, change in changes.items() if field.split(".")[0] == "model"}
-    return {field: change for field, change in of_model.items() if field.split(".")[1] not in _NOT_OF_SHAPE}
+    return {field: change for field, change in changes.items() if _is_of_shape(*field.split(".", 1))}
+
+
+def _is_of_shape(section: str, field: str = "") -> bool:
+    if section == "lora":
+        return field not in _NOT_OF_ADAPTERS
+    return section == "model" and field not in _NOT_OF_SHAPE
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

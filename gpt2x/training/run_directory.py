@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from gpt2x.config import Recipe, to_yaml
+from gpt2x.config import TrainingRecipe, to_yaml
 from gpt2x.errors import UserError
 from gpt2x.training.recipe_changes import Changes, changes_between, changes_of_shape, describe, is_larger_budget
 
@@ -56,7 +56,7 @@ class RunDirectory:
         """The trained model."""
         return self.path / "final"
 
-    def is_finished(self, recipe: Recipe) -> bool:
+    def is_finished(self, recipe: TrainingRecipe) -> bool:
         """Whether the budget of this very recipe was spent here; a larger one is not."""
         return self.stats_file.exists() and not changes_between(self.recorded_recipe(), recipe)
 
@@ -65,7 +65,7 @@ class RunDirectory:
         return yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
 
 
-def open_run_directory(recipe: Recipe, *, name: str) -> RunDirectory:
+def open_run_directory(recipe: TrainingRecipe, *, name: str) -> RunDirectory:
     """The directory of a run, new or to be gone on with.
 
     Args:
@@ -93,7 +93,7 @@ def open_run_directory(recipe: Recipe, *, name: str) -> RunDirectory:
     return replace(run, changes=changes)
 
 
-def write_config(run: RunDirectory, recipe: Recipe) -> None:
+def write_config(run: RunDirectory, recipe: TrainingRecipe) -> None:
     """Records the resolved recipe."""
     run.path.mkdir(parents=True, exist_ok=True)
     replace_file(run.config_file, to_yaml(recipe).encode())

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from gpt2x.training.checkpoints import optimizer_tensors
 from gpt2x.training.job import Job
 from gpt2x.training.saving import State
-from gpt2x.training.sharding import gather, is_sharded, whole_weights
+from gpt2x.training.sharding import gather, is_sharded
 from gpt2x.training.state import Progress
 
 
@@ -45,7 +45,7 @@ def whole_state(job: Job, progress: Progress) -> State:
     scaler, is_writer = job.accelerator.scaler, job.accelerator.is_main_process
     optimizer = optimizer_tensors(job.optimizers, job.parameter_names)
     return State(
-        model=whole_weights(job.plain_model, is_writer=is_writer).items(),
+        model=job.trainee.weights(job.plain_model, is_writer=is_writer).items(),
         optimizer=gather(optimizer, is_writer=is_writer).items(),
         trainer={
             **asdict(progress),

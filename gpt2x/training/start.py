@@ -10,37 +10,39 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.batches.validation import ValidationBatches
-from gpt2x.config import Recipe
+from gpt2x.config import TrainingRecipe
 from gpt2x.errors import UserError
-from gpt2x.models import load_weights, make_model, save_model
 from gpt2x.training.budget import Budget, make_budget
 from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
 from gpt2x.training.cpu_attention import register_chunked_causal
-from gpt2x.training.data import open_run_data
+from gpt2x.training.data import open_run_data, prepare_data, steps_per_epoch
 from gpt2x.training.job import Job
 from gpt2x.training.optimizers import make_optimizers
 from gpt2x.training.retention import Retention, decay_of, is_of_this_decay
 from gpt2x.training.run_directory import RunDirectory, clear, truncate_records
 from gpt2x.training.saving import CheckpointSaver
 from gpt2x.training.state import Progress
+from gpt2x.training.trainee import trainee_of
 
 
-def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tuple[Job, Progress]:
+def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator) -> tuple[Job, Progress]:
     """Everything a run works with, and where it stands: at the start, or at its newest checkpoint.
 
     Raises:
         UserError: for whatever can be known to go wrong before step 1.
     """
-    budget = make_budget(recipe.train, recipe.optimizer)
+    prepare_data(recipe, accelerator)
+    budget = make_budget(recipe.train, recipe.optimizer, steps_per_epoch=steps_per_epoch(recipe))
     checkpoint, lines = _checkpoint_to_resume(run.path, budget.size)
     for line in lines:
         accelerator.print(line)
     tensors, trainer = ({}, {}) if checkpoint is None else read_state(checkpoint)
     data = open_run_data(recipe, accelerator, saved=trainer.get("data"), step=trainer.get("step", 0))
-    model = make_model(recipe, data.tokenizer)
+    trainee = trainee_of(recipe)
+    model = trainee.make(data.tokenizer)
     _check_ids(data.vocab_size, model)
     if checkpoint is not None:
-        load_weights(model, checkpoint / "model")
+        trainee.load(model, checkpoint / "model")
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if accelerator.device.type == "cpu":
@@ -65,6 +67,7 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
         recipe=recipe,
         run=run,
         accelerator=accelerator,
+        trainee=trainee,
         model=prepared,
         optimizers=optimizers,
         parameter_names=names,
@@ -75,7 +78,7 @@ def make_job(recipe: Recipe, run: RunDirectory, accelerator: Accelerator) -> tup
         budget=budget,
         saver=CheckpointSaver(
             run.path,
-            lambda directory, weights: save_model(model, directory, data.tokenizer, weights=weights),
+            lambda directory, weights: trainee.save(model, directory, data.tokenizer, weights=weights),
             retention=Retention.of(recipe.train),
             last_step=None if checkpoint is None else progress.step,
         ),
@@ -139,7 +142,7 @@ def _settle_records(run: RunDirectory, checkpoint: Path | None, progress: Progre
 
 
 def _prompts(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, validation_batches: ValidationBatches
+    recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase, validation_batches: ValidationBatches
 ) -> tuple[str, ...]:
     beginnings = validation_batches.document_beginnings(recipe.evaluation.num_validation_prompts, 32)
     return (*recipe.evaluation.prompts, *(tokenizer.decode(ids) for ids in beginnings))

@@ -1,0 +1,104 @@
+"""A training run from its recipe to its final model: what scripts/pretrain.py and scripts/finetune.py do."""
+
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING
+
+from gpt2x.config import FinetuneRecipe, TrainingRecipe
+from gpt2x.training.signals import StopRequest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from gpt2x.training.job import Job
+    from gpt2x.training.run_directory import RunDirectory
+
+
+def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Mapping[str, str]) -> int:
+    """Runs a recipe, or goes on with its unfinished run.
+
+    Args:
+        recipe: what to run.
+        name: the run's name where the recipe gives none.
+        stop: the signals received by this process.
+        environment: of this process, as the launcher left it.
+
+    Returns:
+        The exit code: 0, or 128 + signal number where a signal ended the run early.
+
+    Raises:
+        UserError: for whatever the user can set right.
+    """
+    # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
+    from gpt2x.training.checks import check_before_torch
+    from gpt2x.training.launch import check_launch
+
+    is_main = environment.get("RANK", "0") == "0"
+    check_launch(environment)
+    if is_main:
+        check_before_torch(recipe, num_processes=int(environment.get("WORLD_SIZE", "1")))
+
+    # 2. Where the run stands; from here on nobody else writes to it
+    from gpt2x.training.lock import locked
+    from gpt2x.training.run_directory import open_run_directory
+
+    directory = open_run_directory(recipe, name=name)
+    if directory.is_finished(recipe):
+        print(
+            f"{directory.path} is finished; its model is in {directory.final_dir}. Start another with --run.name NAME."
+        )
+        return 0
+    with locked(directory.path, is_forced=recipe.run.force_lock) if is_main else nullcontext():
+        # 3. Devices, data, model; training; the model, the numbers and the plots
+        return _train(recipe, directory, _accelerator(recipe, environment), stop)
+
+
+def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Accelerator":
+    from gpt2x.training.devices import make_accelerator
+    from gpt2x.training.launch import asks_for_sharding
+
+    return make_accelerator(
+        recipe,
+        local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        is_sharded=asks_for_sharding(environment),
+    )
+
+
+def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Accelerator", stop: StopRequest) -> int:
+    """Trains in a run's directory, which this process has to itself."""
+    from gpt2x.preflight import describe
+    from gpt2x.training.finish import finish, push
+    from gpt2x.training.loop import train
+    from gpt2x.training.recording import Recorder
+    from gpt2x.training.run_directory import write_config
+    from gpt2x.training.start import make_job
+
+    job, progress = make_job(recipe, directory, accelerator)
+    accelerator.print(describe(job, progress))
+    if accelerator.is_main_process:
+        write_config(directory, recipe)
+    recorder = Recorder(job)
+    with closing(job.batches), closing(recorder):
+        validation = train(job, progress, recorder, stop)
+    stop.let_go()  # what follows can be repeated from the last checkpoint
+    if validation is not None:
+        finish(job, progress, validation)
+        push(job)
+    recorder.end()
+    for failure in job.failures.summary():
+        accelerator.print(failure)
+    if validation is None:
+        accelerator.print(f"stopped at step {progress.step}; the same command goes on from there.")
+        return stop.exit_code
+    accelerator.print(
+        f"model:          {directory.final_dir}\n"
+        f"bits per byte:  {validation.bits_per_byte:.4f} on the held-out documents\n"
+        f"{_what_next(job)}"
+    )
+    return 0
+
+
+def _what_next(job: "Job") -> str:
+    if isinstance(job.recipe, FinetuneRecipe) and job.tokenizer.chat_template is not None:
+        return f"chat with it:   python scripts/generate.py {job.run.final_dir} --chat true"
+    return f"sample from it: python scripts/generate.py {job.run.final_dir}"

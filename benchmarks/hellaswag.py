@@ -1,11 +1,12 @@
-"""HellaSwag on GPT-2 124M: items per second of gpt2x's evaluation against lm-eval's, the same items and precision.
+"""HellaSwag: items per second of gpt2x's evaluation against lm-eval's, the same model, items and precision.
 
-`python scripts/benchmark.py hellaswag --data ITEMS.jsonl --tokenizer DIR [--items 200] [--batch_sizes 4 8 16 32 64]
-[--dtype float32] [--rounds 3]`
+`python scripts/benchmark.py hellaswag --data ITEMS.jsonl --tokenizer DIR [--recipe gpt2] [--items 200]
+[--batch_sizes 4 8 16 32 64] [--threads 2] [--dtype float32] [--rounds 3]`
 
-Needs the extra eval. lm-eval scores transformers' own GPT-2 by its HFLM, once with each batch size; what counts
-is its best. gpt2x scores its GPT2XForCausalLM and, as gpt2x-stock, the same class as lm-eval. Both start from text;
-random weights. CPU time per item stands beside, for machines that are shared.
+Needs the extra eval. The model has the shape of a recipe in configuration/pretrain (gpt2 is the 124M, quickstart has
+2M) and the tokenizer's vocabulary, with random weights. lm-eval scores the stock class by its HFLM, once with each
+batch size; what counts is its best. gpt2x scores its GPT2XForCausalLM and, as gpt2x-stock, the same class as lm-eval.
+Both start from text. CPU time per item stands beside, for machines that are shared.
 """
 
 import argparse
@@ -16,36 +17,47 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from benchmarks.contest import interleave, print_table
+from gpt2x.command_line import parse_recipe
+from gpt2x.config import Recipe
 from gpt2x.evaluation.hellaswag import evaluate_hellaswag
 from gpt2x.evaluation.hellaswag_items import HellaSwagItem, item_texts, load_hellaswag
+from gpt2x.models import make_config
+from gpt2x.shards.tokenizer import load_tokenizer
 from gpt2x.training.devices import usable_cores
-from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
+from modeling_gpt2x import GPT2XForCausalLM
+from modeling_gpt2x.conversion_gpt2x import to_stock_config
 
+RECIPES = Path(__file__).parent.parent / "configuration" / "pretrain"
 OWN = ("gpt2x", "gpt2x-stock")
 Items = Sequence[HellaSwagItem]
 
 
-def own_evaluation(
-    tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, is_stock: bool
-) -> Callable[[Items], object]:
+def make_model(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, is_stock: bool
+) -> PreTrainedModel:
+    """A model of a recipe's shape, as gpt2x's class or as the stock one."""
+    recipe, _ = parse_recipe(Recipe, [], script="benchmark.py hellaswag", default_config=RECIPES / f"{name}.yaml")
+    config = make_config(recipe.model, tokenizer)
+    model = AutoModelForCausalLM.from_config(to_stock_config(config)) if is_stock else GPT2XForCausalLM(config)
+    return model.to(_device(), dtype).eval()
+
+
+def own_evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Items], object]:
     """gpt2x's evaluation with its own batch size."""
-    model = GPT2LMHeadModel(GPT2Config()) if is_stock else GPT2XForCausalLM(GPT2XConfig())
-    model = model.to(_device(), dtype).eval()
     return lambda items: evaluate_hellaswag(model, tokenizer, items)
 
 
 def peer_evaluation(
-    tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
 ) -> Callable[[Items], object]:
     """lm-eval's log-likelihoods of the same texts."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    model = GPT2LMHeadModel(GPT2Config()).to(_device(), dtype).eval()
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(_device()))
 
     def evaluate(items: Items) -> object:
@@ -65,15 +77,16 @@ def measure(contestant: str, options: argparse.Namespace) -> dict[str, float]:
     """Items per second and seconds of CPU time per item of one contestant in this process."""
     torch.manual_seed(0)
     if not torch.accelerator.is_available():
-        torch.set_num_threads(usable_cores(1))
+        torch.set_num_threads(options.threads or usable_cores(1))
     logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     items = load_hellaswag(options.data, num_items=options.items)
     dtype = getattr(torch, options.dtype)
+    model = make_model(options.recipe, tokenizer, dtype=dtype, is_stock=contestant != "gpt2x")
     if contestant in OWN:
-        evaluate = own_evaluation(tokenizer, dtype=dtype, is_stock=contestant == "gpt2x-stock")
+        evaluate = own_evaluation(model, tokenizer)
     else:
-        evaluate = peer_evaluation(tokenizer, dtype=dtype, batch_size=int(contestant.removeprefix("lm-eval-")))
+        evaluate = peer_evaluation(model, tokenizer, batch_size=int(contestant.removeprefix("lm-eval-")))
     evaluate(items[:8])
     started, cpu_started = time.perf_counter(), time.process_time()
     evaluate(items)
@@ -86,20 +99,26 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmark.py hellaswag", description=__doc__)
     parser.add_argument("contestant", nargs="?")
     parser.add_argument("--data", type=Path, required=True, help="HellaSwag's validation items, .jsonl")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="the directory of GPT-2's tokenizer")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the directory of the model's tokenizer")
+    parser.add_argument("--recipe", default="gpt2", help="the shape: a recipe of configuration/pretrain by its name")
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="lm-eval's")
+    parser.add_argument("--threads", type=int, help="of a CPU; all usable cores by default")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     if options.contestant is not None:
         print(json.dumps(measure(options.contestant, options)))
         return
-    names = ("data", "tokenizer", "items", "dtype")
+    names = ("data", "tokenizer", "recipe", "items", "dtype", *(["threads"] if options.threads else []))
     arguments = [f"--{name}={getattr(options, name)}" for name in names]
     peers = [f"lm-eval-{batch_size}" for batch_size in options.batch_sizes]
     results = interleave("hellaswag", [*peers, *OWN], arguments, rounds=options.rounds)
-    print_table(results, against=max(peers, key=lambda peer: results[peer]["items_per_s"]))
+    best = max(peers, key=lambda peer: results[peer]["items_per_s"])
+    print_table(results, against=best)
+    for own in OWN:
+        ratio = results[own]["items_per_s"] / results[best]["items_per_s"]
+        print(f"{own} scores {ratio:.2f} x the items per second of {best}, the best batch size of lm-eval.")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def find_model(name_or_path: str) -> str:
     steps = {int(path.name[5:]): path / "model" for path in whole if path.name[5:].isdecimal()}
     checkpoints = [steps[step] for step in sorted(steps, reverse=True)]
     for candidate in (directory, directory / "model", directory / "final", *checkpoints):
-        if (candidate / "config.json").is_file():
+        if any((candidate / name).is_file() for name in ("config.json", "adapter_config.json")):
             return str(candidate)
     raise UserError(
         f"{directory} holds no model: no config.json in it, in final/ or in checkpoints/; train one first."
@@ -152,8 +152,11 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
     """Forward and backward FLOPs per token: 6 per weight in a matrix product, and causal attention's half square.
 
     The formula is PaLM's (arXiv:2204.02311, appendix B) without embedding lookups and with the masked half of the
-    attention left out.
+    attention left out. A frozen weight has no gradient of its own and costs 4.
     """
     config = model.config
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sequence_length
-    return 6 * num_parameters(model)[1] + attention
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * width * sequence_length
+    multiplied = num_parameters(model)[1]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return 4 * multiplied + 2 * min(trained, multiplied) + attention

@@ -1,11 +1,13 @@
 """What can be known before step 1, told before step 1."""
 
+from gpt2x.batches.ranks import data_rank
 from gpt2x.config import accumulation_steps
 from gpt2x.models import flops_per_token, num_parameters
 from gpt2x.training.devices import describe_device
 from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.job import Job
 from gpt2x.training.recipe_changes import describe as describe_changes
+from gpt2x.training.sharding import is_sharded
 from gpt2x.training.state import Progress
 
 
@@ -42,9 +44,11 @@ def _saving(job: Job, room: Room) -> str:
         f"{room.num_kept} checkpoints of {_megabytes(room.checkpoint_bytes)} and the final model, "
         f"{_megabytes(room.needed_bytes)} of {_megabytes(room.free_bytes)} free"
     )
+    if is_sharded(job.plain_model):  # the shards are put together anew each time, at the end too
+        return f"{disk}; each save takes {_megabytes(room.checkpoint_bytes)} of the main process's host memory"
     if job.recipe.train.save_steps is None:
         return disk
-    return f"{disk}; copies for saving take {_megabytes(room.checkpoint_bytes)} of memory"
+    return f"{disk}; copies for saving take {_megabytes(room.checkpoint_bytes)} of host memory, from the first step on"
 
 
 def _megabytes(num_bytes: int) -> str:
@@ -65,7 +69,8 @@ def _data(job: Job) -> str:
 
 
 def _batch(job: Job) -> str:
-    train, length, processes = job.recipe.train, job.recipe.data.sequence_length, job.accelerator.num_processes
+    train, length = job.recipe.train, job.recipe.data.sequence_length
+    processes = data_rank(job.accelerator).num_ranks
     accumulation = accumulation_steps(
         train.tokens_per_step,
         micro_batch_size=train.micro_batch_size,

@@ -31,12 +31,12 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     """
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
     from gpt2x.training.checks import check_before_torch
-    from gpt2x.training.launch import check_launch
+    from gpt2x.training.launch import check_launch, num_data_ranks
 
     is_main = environment.get("RANK", "0") == "0"
     check_launch(environment)
     if is_main:
-        check_before_torch(recipe, num_processes=int(environment.get("WORLD_SIZE", "1")))
+        check_before_torch(recipe, num_processes=num_data_ranks(environment))
 
     # 2. Where the run stands; from here on nobody else writes to it
     from gpt2x.training.lock import locked
@@ -55,12 +55,13 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
 
 def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Accelerator":
     from gpt2x.training.devices import make_accelerator
-    from gpt2x.training.launch import asks_for_sharding
+    from gpt2x.training.launch import asks_for_sharding, asks_for_zero
 
     return make_accelerator(
         recipe,
         local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
         is_sharded=asks_for_sharding(environment),
+        is_zero=asks_for_zero(environment),
     )
 
 

@@ -147,8 +147,7 @@ class GPT2XConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """How tensor parallelism splits the projections which this model has."""
         attention, mlp = "layers.*.self_attn", "layers.*.mlp"
         plan = {f"{attention}.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
@@ -166,6 +165,8 @@ class GPT2XConfig(PreTrainedConfig):
         self._check_heads()
         self._check_windows()
         self._take_rope_parameters(kwargs)
+        # of this object, not of its class: transformers adds to it and never saves it
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         _warn_about_unknown_keys(kwargs, known=_known_keys(type(self)))
         super().__post_init__(**kwargs)
         self._check_rope_parameters()

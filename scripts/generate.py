@@ -1,7 +1,8 @@
-"""Continues text: `python scripts/generate.py MODEL [--prompt TEXT] [--FIELD VALUE ...]`.
+"""Continues text, or chats: `python scripts/generate.py MODEL [--prompt TEXT] [--chat true] [--FIELD VALUE ...]`.
 
 MODEL is a directory or Hub id of any causal language model, or the directory of a run. Without a prompt it asks for
-one after another until end of input.
+one after another until end of input. With `--chat true` these are the turns of one conversation; Ctrl-C ends an
+answer early.
 """
 
 import sys
@@ -13,11 +14,12 @@ from gpt2x.errors import exit_on_user_error
 
 
 def main(recipe: GenerationRecipe) -> None:
-    """Streams the continuation of each prompt to stdout."""
+    """Streams the continuation of each prompt, or the answer to it, to stdout."""
     import torch
     from transformers.utils import logging
 
     from gpt2x.evaluation import stream_text
+    from gpt2x.evaluation.chat import chat
     from gpt2x.models import find_model, load_for_inference
     from gpt2x.shards.tokenizer import load_tokenizer
 
@@ -29,6 +31,9 @@ def main(recipe: GenerationRecipe) -> None:
 
     # 2. The texts
     torch.manual_seed(recipe.seed)
+    if recipe.chat:
+        chat(model, tokenizer, prompts(recipe), options=recipe)
+        return
     for prompt in prompts(recipe):
         print(prompt, end="", flush=True)
         stream_text(model, tokenizer, prompt, recipe)

@@ -2,6 +2,10 @@
 
 python scripts/prepare_data.py --config configuration/data/python-stdlib.yaml
 
+Conversations of one's own, whose columns are known by their names; shows one, and what of it is learned:
+python scripts/prepare_data.py --config configuration/data/smol-smoltalk-chat.yaml --corpus.kind files \\
+  --corpus.dataset null --corpus.paths '["chats.jsonl"]' --corpus.validation_fraction 0.1 --output_dir data/chats
+
 On a cluster every job of an array makes one part, and the same command without --task finishes:
 python scripts/prepare_data.py --config RECIPE.yaml --num_tasks 100 --task $SLURM_ARRAY_TASK_ID
 """
@@ -34,8 +38,10 @@ def main(argv: Sequence[str]) -> None:
     fields = dict(vars(command))
     task = fields.pop("task")
     recipe = PreparationRecipe(**fields)
+    from gpt2x.shards.chat_preview import preview
     from gpt2x.shards.preparation import prepare, prepare_task
     from gpt2x.shards.statistics import statistics
+    from gpt2x.shards.tokenizer import load_tokenizer
 
     # --- 2. Text to token shards; what is finished is left alone ---
     with exit_on_user_error():
@@ -44,11 +50,15 @@ def main(argv: Sequence[str]) -> None:
             print(f"task {task} of {recipe.num_tasks} is finished; without --task this command finishes the rest")
             return
         index = prepare(recipe)
+        shown = preview(index, load_tokenizer(index.tokenizer_dir)) if recipe.chat is not None else None
 
     # --- 3. What was made, and how to go on ---
     print(statistics(index))
+    if shown is not None:
+        print(shown)
     print(f"token shards and their tokenizer: {index.directory}")
-    print(f"train on them: python scripts/pretrain.py --data.path {index.directory}")
+    script = "finetune.py --init_from MODEL" if recipe.chat is not None else "pretrain.py"
+    print(f"train on them: python scripts/{script} --data.path {index.directory}")
 
 
 if __name__ == "__main__":

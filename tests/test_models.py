@@ -165,4 +165,9 @@ def test_the_parameters_of_a_stock_model_are_counted_alike():
 def test_the_flops_of_a_token_are_palms_without_the_masked_half(monkeypatch):
     config = SimpleNamespace(num_hidden_layers=3, num_attention_heads=5, head_dim=7)
     monkeypatch.setattr("gpt2x.models.num_parameters", lambda model: (1000, 900))
-    assert flops_per_token(SimpleNamespace(config=config), 16) == 6 * 900 + 12 * 3 * 5 * 7 * 16 / 2
+    weights = [torch.nn.Parameter(torch.empty(500), requires_grad=False), torch.nn.Parameter(torch.empty(500))]
+    model = SimpleNamespace(config=config, parameters=lambda: weights)
+    attention = 12 * 3 * 5 * 7 * 16 / 2
+    assert flops_per_token(model, 16) == 4 * 900 + 2 * 500 + attention  # half of the weights are frozen
+    weights[0].requires_grad = True
+    assert flops_per_token(model, 16) == 6 * 900 + attention

@@ -101,3 +101,8 @@ def test_data_of_another_tokenizer_is_refused_with_the_first_token_that_differs(
 def test_a_run_is_found_by_its_directory(tmp_path):
     save_model(make(), tmp_path / "final", make_tokenizer())
     assert make_model(finetuning(tmp_path), chat_tokenizer()).config.vocab_size == 43
+
+
+def test_a_model_without_a_tokenizer_is_taken_at_its_word(tmp_path):
+    make().save_stock(tmp_path)
+    assert make_model(finetuning(tmp_path), chat_tokenizer()).config.vocab_size == 43

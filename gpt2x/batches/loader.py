@@ -9,6 +9,7 @@ import torch
 
 from gpt2x.batches.order import GlobalOrder, mixed
 from gpt2x.batches.packing import document_positions
+from gpt2x.batches.sequences import IGNORED, Sequences, joined
 from gpt2x.batches.source import Source
 from gpt2x.errors import UserError
 
@@ -17,8 +18,8 @@ class StepBatch(NamedTuple):
     """What one process reads for one optimizer step."""
 
     micro_batches: list[dict[str, torch.Tensor]]
-    """input_ids (B, T) int64 and labels, the same tensor: the model shifts them. position_ids (B, T) int64 where
-    documents are masked from each other."""
+    """input_ids (B, T) int64 and labels, which the model shifts: the same tensor, or another one with -100 where a
+    token is not learned. position_ids (B, T) int64 where documents are masked from each other."""
     checksum: int
     """Of every sequence, added up: over all processes the same number however the step was cut."""
 
@@ -64,7 +65,8 @@ class TrainingBatches:
             micro_batch_size: sequences per process and forward pass.
             rank: this process among num_processes.
             num_processes: data-parallel processes.
-            mask_documents_at: the end-of-text id at which documents are cut from each other; None to leave them.
+            mask_documents_at: the end-of-text id at which documents are masked from each other; None to leave them as
+                the sources give them.
 
         Raises:
             UserError: where either is not so.
@@ -83,14 +85,15 @@ class TrainingBatches:
         """
         self._wait_for_streams(step)
         per_process = self.order.phase_at(step).sequences_per_step // self.num_processes
-        ids_BT = self._sequences(step, self.rank * per_process, (self.rank + 1) * per_process)
-        batch = {"input_ids": torch.from_numpy(ids_BT)}
-        if self.mask_documents_at is not None:
-            batch["position_ids"] = torch.from_numpy(document_positions(ids_BT, self.mask_documents_at))
+        ids_BT, labels_BT, position_ids_BT = self._sequences(
+            step, self.rank * per_process, (self.rank + 1) * per_process
+        )
+        arrays = {"input_ids": ids_BT, "labels": labels_BT, "position_ids": position_ids_BT}
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
         parts = {name: tensor.split(self.micro_batch_size) for name, tensor in batch.items()}
         micro_batches = [dict(zip(parts, tensors)) for tensors in zip(*parts.values())]
         for micro_batch in micro_batches:
-            micro_batch["labels"] = micro_batch["input_ids"]
+            micro_batch.setdefault("labels", micro_batch["input_ids"])
         return StepBatch(micro_batches, checksum(ids_BT))
 
     def _wait_for_streams(self, step: int) -> None:
@@ -151,16 +154,22 @@ class TrainingBatches:
         for source in self.sources.values():
             source.close()
 
-    def _sequences(self, step: int, start: int, stop: int) -> np.ndarray:
-        """The token ids at these places of a step, (stop - start, T) int64."""
+    def _sequences(self, step: int, start: int, stop: int) -> Sequences:
+        """What stands at these places of a step."""
         found = self.order.samples(step, start, stop)
-        if len(found) == 1:
-            ((name, (_, draws)),) = found.items()
-            return self.sources[name].sequences(draws)
-        sequences = np.empty((stop - start, self.sequence_length), np.int64)
-        for name, (places, draws) in found.items():
-            sequences[places] = self.sources[name].sequences(draws)
-        return sequences
+        return joined([(places, self._drawn(self.sources[name], draws)) for name, (places, draws) in found.items()])
+
+    def _drawn(self, source: Source, draws: np.ndarray) -> Sequences:
+        """Sequences of a source; where documents are masked from each other, with positions that say so."""
+        drawn = source.sequences(draws)
+        if self.mask_documents_at is None:
+            return drawn
+        begins_BT = source.document_begins(draws)
+        if begins_BT is None:
+            return drawn._replace(position_ids=document_positions(drawn.ids == self.mask_documents_at))
+        # Here nothing of its own stands before a document's first token.
+        labels_BT = np.where(begins_BT, IGNORED, drawn.ids if drawn.labels is None else drawn.labels)
+        return Sequences(drawn.ids, labels_BT, document_positions(begins_BT))
 
     def _check(self, sequences_per_step: int) -> None:
         per_pass = self.micro_batch_size * self.num_processes
@@ -211,6 +220,6 @@ def check_unchanged(saved: Mapping[str, Any], sources: Sequence[Source], *, seed
         if then != source.fingerprint:
             raise UserError(
                 f"the data of source {source.name!r} has changed since the checkpoint was made (fingerprint "
-                f"{then[:12]}, now {source.fingerprint[:12]}); restore it, give it another name to start it anew as a "
-                f"source of its own, or start a new run with --run.name NAME."
+                f"{then[:12]}, now {source.fingerprint[:12]}); restore it (and data.packing), give it another name to "
+                f"start it anew as a source of its own, or start a new run with --run.name NAME."
             )

@@ -8,6 +8,7 @@ from typing import Any
 from gpt2x.batches.source import ShardSource, Source, tokens_of
 from gpt2x.batches.stream import StreamSource
 from gpt2x.batches.validation import HeldOut
+from gpt2x.batches.whole_documents import WholeDocumentSource
 from gpt2x.config import DataSection, SourceSection
 from gpt2x.errors import UserError
 
@@ -19,7 +20,7 @@ class Mixture:
     Attributes:
         sources: what is trained on.
         weights: each source's share by its name, up to a common factor.
-        held_out: what is validated on, of all sources that hold something out.
+        held_out: what is validated on, by the names of the sources that hold something out.
         tokenizer_dir: the tokenizer that made the ids.
         tokenizer_fingerprint: of it; None where the files do not say.
         vocab_size: every id is below it.
@@ -27,7 +28,7 @@ class Mixture:
 
     sources: tuple[Source, ...]
     weights: Mapping[str, float]
-    held_out: HeldOut
+    held_out: Mapping[str, HeldOut]
     tokenizer_dir: str | Path
     tokenizer_fingerprint: str | None
     vocab_size: int
@@ -83,7 +84,7 @@ def open_mixture(
 
 def _joined(data: DataSection, opened: Sequence[_Opened]) -> Mixture:
     _check_tokenizers(opened)
-    held_out = [part for found in opened if (part := found.held_out()) is not None]
+    held_out = {found.source.name: part for found in opened if (part := found.held_out()) is not None}
     if not held_out:
         raise UserError(
             f"{opened[0].location} holds no validation tokens; prepare it again with corpus.validation_fraction "
@@ -98,7 +99,7 @@ def _joined(data: DataSection, opened: Sequence[_Opened]) -> Mixture:
     return Mixture(
         sources=sources,
         weights=_weights(data.mixture, sources),
-        held_out=HeldOut.joined(held_out),
+        held_out=held_out,
         tokenizer_dir=tokenizer_dirs[0],
         tokenizer_fingerprint=next((f.tokenizer_fingerprint for f in opened if f.tokenizer_fingerprint), None),
         vocab_size=max(found.vocab_size for found in opened),
@@ -107,9 +108,13 @@ def _joined(data: DataSection, opened: Sequence[_Opened]) -> Mixture:
 
 def _open_files(section: SourceSection, data: DataSection, *, seed: int) -> _Opened:
     tokens = tokens_of(section)
-    source = ShardSource(
-        tokens, data.sequence_length, seed=seed, name=section.key, align_documents=data.align_documents
-    )
+    source: Source
+    if data.packing == "whole_documents":
+        source = WholeDocumentSource(tokens, data.sequence_length, seed=seed, name=section.key)
+    else:
+        source = ShardSource(
+            tokens, data.sequence_length, seed=seed, name=section.key, align_documents=data.align_documents
+        )
     return _Opened(
         source=source,
         location=tokens.location,
@@ -127,6 +132,11 @@ def _open_stream(
     assert section.stream is not None
     if data.align_documents:
         raise UserError("data.align_documents is not made for streams; set it to false, or prepare the corpus.")
+    if data.packing == "whole_documents":
+        raise UserError(
+            "data.packing (whole_documents) is not made for streams, which are packed as they come; set it to "
+            "documents, or prepare the corpus."
+        )
     source = StreamSource(
         section.stream, data.sequence_length, seed=seed, name=section.key, fills=fills, state=state or None
     )

@@ -1,11 +1,13 @@
 """Sources: where the sequences of a run come from, each in its own endless order."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gpt2x.batches.order import epoch_windows
+from gpt2x.batches.sequences import IGNORED, Sequences, count_learned, document_begins, learned_flags
 from gpt2x.config import SourceSection
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
@@ -32,8 +34,12 @@ class Source(ABC):
     fingerprint: str
 
     @abstractmethod
-    def sequences(self, draws: np.ndarray) -> np.ndarray:
-        """The token ids at these draws, (len(draws), T) int64. A stream waits until they are there."""
+    def sequences(self, draws: np.ndarray) -> Sequences:
+        """What stands at these draws, B = len(draws). A stream waits until it is there."""
+
+    def document_begins(self, draws: np.ndarray) -> np.ndarray | None:
+        """Which tokens at these draws begin a document, (len(draws), T) bool; None where ends of text tell as much."""
+        return None
 
     @abstractmethod
     def locate(self, draw: int) -> str:
@@ -94,7 +100,8 @@ class ShardSource(Source):
             align_documents: whether windows begin where documents begin.
 
         Raises:
-            UserError: for a broken shard, an id outside the vocabulary, and shards too short for one window.
+            UserError: for a broken shard, an id outside the vocabulary, shards too short for one window, and where
+                nothing is learned.
         """
         self.name, self.sequence_length, self.seed = name, sequence_length, seed
         self.shards = tokens.open_split(split)
@@ -106,6 +113,9 @@ class ShardSource(Source):
         self.first_windows = np.cumsum([0, *counts])
         self.num_windows: int = int(self.first_windows[-1])
         self.fingerprint = tokens.split_fingerprint(split)
+        self.has_targets = any(shard.targets is not None for shard in self.shards)
+        if self.has_targets and not any(any(count_learned(shard, counts_first=True)) for shard in self.shards):
+            raise nothing_learned(name, f"{split} documents of {tokens.location}")
         if self.num_windows == 0:
             longest = max(shard.tokens.size for shard in self.shards)
             raise UserError(
@@ -113,9 +123,24 @@ class ShardSource(Source):
                 f"set it to {longest} or less, or give more text."
             )
 
-    def sequences(self, draws: np.ndarray) -> np.ndarray:
-        """The token ids at these draws, (len(draws), T) int64."""
-        return self.windows(epoch_windows(draws, self.num_windows, seed=self.seed, name=self.name))
+    def sequences(self, draws: np.ndarray) -> Sequences:
+        """What stands at these draws; labels where the shards say what is learned."""
+        windows = epoch_windows(draws, self.num_windows, seed=self.seed, name=self.name)
+        ids_BT = self.windows(windows)
+        if not self.has_targets:
+            return Sequences(ids_BT)
+        is_learned_BT = self._gathered(windows, [learned_flags(shard) for shard in self.shards])
+        return Sequences(ids_BT, np.where(is_learned_BT, ids_BT, IGNORED))
+
+    def document_begins(self, draws: np.ndarray) -> np.ndarray | None:
+        """By the shards' bounds where they say what is learned: in a conversation an end of text ends every turn."""
+        if not self.has_targets:
+            return None
+        windows = epoch_windows(draws, self.num_windows, seed=self.seed, name=self.name)
+        numbers = np.searchsorted(self.first_windows, windows, side="right") - 1
+        starts = [self._start(n, int(window - self.first_windows[n])) for n, window in zip(numbers, windows)]
+        begins = [document_begins(self.shards[n], s, s + self.sequence_length) for n, s in zip(numbers, starts)]
+        return np.stack(begins)
 
     def locate(self, draw: int) -> str:
         """Epoch, file and position of a draw."""
@@ -131,22 +156,26 @@ class ShardSource(Source):
 
     def windows(self, indices: np.ndarray) -> np.ndarray:
         """The windows of these numbers, in the order of the shards, (len(indices), T) int64."""
+        return self._gathered(indices, [shard.tokens for shard in self.shards])
+
+    def _gathered(self, indices: np.ndarray, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """These windows of arrays that lie beside the shards' tokens, (len(indices), T) int64."""
         shard_numbers = np.searchsorted(self.first_windows, indices, side="right") - 1
         numbers = set(shard_numbers.tolist())
         if len(numbers) == 1:
             (number,) = numbers
-            return self._windows_of(number, indices - self.first_windows[number]).astype(np.int64)
+            return self._windows_of(arrays, number, indices - self.first_windows[number]).astype(np.int64)
         windows = np.empty((len(indices), self.sequence_length), np.int64)
         for number in numbers:
             here = shard_numbers == number
-            windows[here] = self._windows_of(number, indices[here] - self.first_windows[number])
+            windows[here] = self._windows_of(arrays, number, indices[here] - self.first_windows[number])
         return windows
 
-    def _windows_of(self, number: int, indices: np.ndarray) -> np.ndarray:
-        tokens, length = self.shards[number].tokens, self.sequence_length
+    def _windows_of(self, arrays: Sequence[np.ndarray], number: int, indices: np.ndarray) -> np.ndarray:
+        array, length = arrays[number], self.sequence_length
         if self.starts is not None:
-            return np.lib.stride_tricks.sliding_window_view(tokens, length)[self.starts[number][indices]]
-        return tokens[: tokens.size // length * length].reshape(-1, length)[indices]
+            return np.lib.stride_tricks.sliding_window_view(array, length)[self.starts[number][indices]]
+        return array[: array.size // length * length].reshape(-1, length)[indices]
 
     def _start(self, number: int, window: int) -> int:
         return int(self.starts[number][window]) if self.starts is not None else window * self.sequence_length
@@ -162,6 +191,14 @@ def _document_starts(shard: Shard, length: int) -> np.ndarray:
             return np.array(starts, np.int64)
         starts.append(int(documents[position]))
         end = starts[-1] + length
+
+
+def nothing_learned(name: str, documents: str) -> UserError:
+    """The refusal of a source that a model would learn nothing from."""
+    return UserError(
+        f"source {name!r}: no token of the {documents} is learned; prepare conversations in which the assistant "
+        f"speaks, or set chat.learn to all."
+    )
 
 
 def tokens_of(section: SourceSection) -> TokenSet:

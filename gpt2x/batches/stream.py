@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpt2x.batches.order import permute, round_keys
+from gpt2x.batches.sequences import Sequences
 from gpt2x.batches.source import Source
 from gpt2x.config import StreamSection
 from gpt2x.errors import UserError
@@ -112,8 +113,8 @@ class StreamSource(Source):
         """The filler's process id, where this process has one."""
         return self._cache.filler_pid
 
-    def sequences(self, draws: np.ndarray) -> np.ndarray:
-        """The token ids at these draws, (len(draws), T) int64; waits until they are there.
+    def sequences(self, draws: np.ndarray) -> Sequences:
+        """What stands at these draws; waits until it is there.
 
         Raises:
             UserError: where they never will be.
@@ -127,7 +128,7 @@ class StreamSource(Source):
                 tokens, length = shards[number].tokens, self.sequence_length
                 places = windows[of_shard] - era.first_windows[number]
                 sequences[here[of_shard]] = tokens[: tokens.size // length * length].reshape(-1, length)[places]
-        return sequences
+        return Sequences(sequences)
 
     def locate(self, draw: int) -> str:
         """Epoch, era, file and position of a draw that is there."""

@@ -14,9 +14,9 @@ from gpt2x.config.finetuning import ChatSection
 class CorpusSection:
     """Where documents come from, and how they are split."""
 
-    kind: Literal["python_stdlib", "python_packages", "files", "dataset"] = "python_stdlib"
-    """The sources of this interpreter's standard library without its tests, those of every installed package, files
-    of one's own, or a dataset of the `datasets` library."""
+    kind: Literal["python_stdlib", "python_packages", "python_docstrings", "files", "dataset"] = "python_stdlib"
+    """The sources of this interpreter's standard library without its tests, those of every installed package, what
+    the library's docstrings answer (with chat), files of one's own, or a dataset of the `datasets` library."""
     paths: list[str] = field(default_factory=list)
     """For kind files: files, folders or glob patterns of .txt, .jsonl (also .gz and .zst), .parquet and .arrow."""
     dataset: str | None = None
@@ -95,6 +95,35 @@ class PreparationRecipe:
     def __post_init__(self) -> None:
         check_positive("", tokens_per_shard=self.tokens_per_shard, num_tasks=self.num_tasks)
         check_positive("", num_workers=self.num_workers)
+        if self.chat is not None:
+            self._check_chat()
+        elif self.corpus.kind == "python_docstrings":
+            raise ValueError(
+                "corpus.kind (python_docstrings) has conversations alone; add chat, or set it to python_stdlib."
+            )
+
+    def _check_chat(self) -> None:
+        corpus, saved_in = self.corpus, self.output_dir / "tokenizer"
+        if corpus.kind not in ("files", "dataset", "python_docstrings"):
+            raise ValueError(
+                f"corpus.kind ({corpus.kind}) has no conversations; with chat set it to files or dataset."
+            )
+        for path in corpus.paths:
+            if path.endswith((".txt", ".txt.gz", ".txt.zst")):
+                raise ValueError(
+                    f"corpus.paths ({path}) has no columns, and chat reads conversations from columns; give .jsonl, "
+                    f".parquet or .arrow, or leave chat out."
+                )
+        if corpus.text_column != "text":
+            raise ValueError(
+                f"corpus.text_column ({corpus.text_column}) has no effect with chat, which knows the columns of "
+                f"conversations by their names; leave it out."
+            )
+        if Path(self.tokenizer.path).absolute() == saved_in.absolute():
+            raise ValueError(
+                f"tokenizer.path ({self.tokenizer.path}) must not be where the shards' own is saved, as chat changes "
+                f"it; set another tokenizer.path or output_dir."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,10 +259,21 @@ class DataSection:
                 f"the sources."
             )
         self.mixture  # raises for a source without a place  # noqa: B018
+        if self.packing == "whole_documents":
+            self._check_lengths_of_conversations()
         names = [source.key for source in self.mixture]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"data.sources: two are called {twice[0]!r}; give each its own name.")
+
+    def _check_lengths_of_conversations(self) -> None:
+        for source in self.mixture:
+            chat = source.preparation.chat if source.preparation is not None else None
+            if chat is not None and chat.max_length is not None and chat.max_length > self.sequence_length:
+                raise ValueError(
+                    f"chat.max_length ({chat.max_length}) must not exceed data.sequence_length "
+                    f"({self.sequence_length}) with packing whole_documents; lower the one or raise the other."
+                )
 
     @property
     def skipped_batches(self) -> list[tuple[int, int]]:

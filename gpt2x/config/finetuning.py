@@ -42,7 +42,8 @@ class LoraSection:
     dropout: float = 0.0
     """Dropout before the adapters."""
     target_modules: list[str] = field(default_factory=list)
-    """Names of the linear layers that get one; by default peft's choice for the architecture, or else all of them."""
+    """Names of the linear layers that get one, or all-linear; by default peft's choice for the architecture, or else
+    all of them."""
     merge: bool = False
     """Whether final/ is the stock model with the adapters added to its weights, or the adapters alone."""
 

@@ -70,6 +70,14 @@ class FinetuneRecipe(TrainingRecipe):
     lora: LoraSection | None = None
     """Low-rank adapters (arXiv:2106.09685) by peft on the stock class, in place of all weights."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is not None and self.optimizer.name == "muon":
+            raise ValueError(
+                "optimizer.name (muon) must be adamw with lora: Muon orthogonalizes the update of a weight, and an "
+                "adapter's weight is the product of two matrices."
+            )
+
 
 def to_yaml(recipe: TrainingRecipe | PreparationRecipe | TokenizerRecipe) -> str:
     """The recipe with every field written out, as YAML that parse_recipe reads back to the same recipe."""

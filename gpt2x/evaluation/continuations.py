@@ -5,7 +5,7 @@ context and itself, and its positions go on from the context's, so that the row 
 would say. The head and the softmax see only the positions that predict a continuation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from gpt2x.batches.ranks import data_rank
 from gpt2x.errors import UserError
 from gpt2x.evaluation.packed import packed_weights
 
@@ -96,11 +97,17 @@ class _Batch:
 
 
 def score_continuations(
-    model: nn.Module, questions: Sequence[Question], *, batch_size: int, accelerator: Accelerator | None = None
-) -> list[Tensor]:
+    model: nn.Module,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> list[Tensor] | None:
     """Summed log-probabilities (natural, softmax in float32) of each question's continuations.
 
-    A context that is too long for the model loses its beginning. The model is left in the mode it was in.
+    A context that is too long for the model loses its beginning. The model is left in the mode it was in. Ranks make
+    the same number of forward passes, which DDP and shards need.
 
     Args:
         model: a causal language model of transformers, plain or prepared by the accelerator.
@@ -108,27 +115,52 @@ def score_continuations(
         batch_size: rows of a forward pass, which are questions. Models that take no mask (recurrent ones, ALiBi)
             get one row per continuation.
         accelerator: splits the rows over its ranks, which all get all scores.
+        is_stopped: asked before each batch; must answer alike on all ranks.
+
+    Returns:
+        The scores; None where is_stopped ended it.
 
     Raises:
         UserError: where a continuation is longer than what the model takes.
     """
     plain = model if accelerator is None else accelerator.unwrap_model(model)
+    check_lengths(plain, questions)
     shares = shares_contexts(plain)
     rows = sorted(_rows(questions, _longest(plain), shares), key=len, reverse=True)  # the largest fail first
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     scores = torch.zeros(sum(len(question.continuations) for question in questions), dtype=torch.float64)
+    with _scoring(model, plain, shares):
+        for batch, counts in _of_this_rank(batches, accelerator):
+            if is_stopped():
+                return None
+            found = _score(model, plain, _collate(batch), shares)
+            if counts:
+                scores.index_add_(0, *found)
+    if accelerator is not None:
+        scores = accelerator.reduce(scores.to(accelerator.device), reduction="sum").cpu()
+        scores /= data_rank(accelerator).num_copies
+    return list(scores.split([len(question.continuations) for question in questions]))
+
+
+@contextmanager
+def _scoring(model: nn.Module, plain: PreTrainedModel, shares: bool) -> Iterator[None]:
+    """The model as it scores; afterwards it is in the mode, and computes its attention, as before."""
     was_training = model.training
     model.eval()
     eager = torch.compiler.set_stance("force_eager")  # other shapes would compile everything once more
     with torch.no_grad(), eager, packed_weights(plain), _maskable_attention(plain, shares):
-        for batch, counts in _of_this_rank(batches, accelerator):
-            found = _score(model, plain, _collate(batch), shares)
-            if counts:
-                scores.index_add_(0, *found)
-    model.train(was_training)
-    if accelerator is not None:
-        scores = accelerator.reduce(scores.to(accelerator.device), reduction="sum").cpu()
-    return list(scores.split([len(question.continuations) for question in questions]))
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+
+def check_lengths(model: PreTrainedModel, questions: Sequence[Question]) -> None:
+    """Raises UserError where a continuation is longer than what the model takes."""
+    longest = _longest(model)
+    num_ids = max(len(ids) for question in questions for ids in question.continuations)
+    if longest is not None and num_ids > longest:
+        raise UserError(f"a continuation has {num_ids} tokens, and the model takes {longest}; leave it out.")
 
 
 def shares_contexts(model: PreTrainedModel) -> bool:
@@ -151,8 +183,6 @@ def _rows(questions: Sequence[Question], longest: int | None, shares: bool) -> I
         branches = [(place + i, list(ids)) for i, ids in enumerate(question.continuations)]
         place += len(branches)
         num_ids = max(len(ids) for _, ids in branches)
-        if longest is not None and num_ids > longest:
-            raise UserError(f"a continuation has {num_ids} tokens, and the model takes {longest}; leave it out.")
         # The last token of a continuation is predicted but not read.
         if shares and (longest is None or len(context) + num_ids - 1 <= longest):
             yield _Row(context=context, branches=branches)
@@ -164,7 +194,8 @@ def _rows(questions: Sequence[Question], longest: int | None, shares: bool) -> I
 
 def _of_this_rank(batches: list[list[_Row]], accelerator: Accelerator | None) -> Iterator[tuple[list[_Row], bool]]:
     """This rank's batches, and whether they count: as many on every rank, since sharded models wait for each other."""
-    rank, num_ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    place = None if accelerator is None else data_rank(accelerator)
+    rank, num_ranks = (0, 1) if place is None else (place.rank, place.num_ranks)
     for first in range(0, len(batches), num_ranks):
         counts = first + rank < len(batches)
         yield batches[first + rank if counts else first], counts

@@ -1,7 +1,7 @@
 """HellaSwag (arXiv:1905.07830): which of four endings a model finds likeliest."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt2x.evaluation.continuations import score_continuations
+from gpt2x.evaluation.continuations import Question, check_lengths, score_continuations
 from gpt2x.evaluation.hellaswag_items import (
     NUM_VALIDATION_ITEMS,
     HellaSwagItem,
@@ -52,9 +52,49 @@ class HellaSwag:
         return self.style if self.num_items == NUM_VALIDATION_ITEMS else f"{self.style}_{self.num_items}_items"
 
     def metrics(self) -> dict[str, float]:
-        """The record of metrics.jsonl."""
+        """The record of metrics.jsonl; a part of the items has the keys of the whole, and says how many they are."""
         fields = ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")
-        return {f"{self.name}/{field}": getattr(self, field) for field in fields}
+        metrics = {f"{self.style}/{field}": getattr(self, field) for field in fields}
+        return metrics | {f"{self.style}/items": self.num_items}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HellaSwagQuestions:
+    """Items as a tokenizer writes them, for any number of evaluations.
+
+    Attributes:
+        style: lm-eval's or the completion style.
+        questions: their tokens.
+        lengths: (num_items, 4), what acc_norm divides by.
+        labels: the places of the right endings.
+    """
+
+    style: Style
+    questions: Sequence[Question]
+    lengths: np.ndarray
+    labels: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, items: Sequence[HellaSwagItem], style: Style = "hellaswag"
+    ) -> "HellaSwagQuestions":
+        """Encodes the items."""
+        questions = encode_items(tokenizer, items, style)
+        if style == "hellaswag":
+            lengths = [[len(ending) for ending in item_texts(item, style)[1]] for item in items]
+        else:
+            lengths = [[len(ids) for ids in question.continuations] for question in questions]
+        labels = [item.label for item in items]
+        return cls(style=style, questions=questions, lengths=np.array(lengths), labels=labels)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of a forward pass, at most."""
+        return max(len(question.context) + sum(map(len, question.continuations)) for question in self.questions)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises UserError where an ending is longer than what the model takes."""
+        check_lengths(model, self.questions)
 
 
 def evaluate_hellaswag(
@@ -73,34 +113,52 @@ def evaluate_hellaswag(
         tokenizer: its tokenizer.
         items: the same on all ranks.
         style: lm-eval's or the completion style.
-        batch_size: items of a forward pass, on which the result does not depend; None for 2 on a CPU, whose caches
-            then hold a layer, and 32 elsewhere.
+        batch_size: items of a forward pass, on which the result does not depend; None for what suits the device.
         accelerator: splits the items over its ranks, which all get the whole result.
     """
-    questions = encode_items(tokenizer, items, style)
-    if batch_size is None:
-        batch_size = 2 if next(model.parameters()).device.type == "cpu" else 32
-    scores = score_continuations(model, questions, batch_size=batch_size, accelerator=accelerator)
-    if style == "hellaswag":
-        lengths = [[len(ending) for ending in item_texts(item, style)[1]] for item in items]
-    else:
-        lengths = [[len(ids) for ids in question.continuations] for question in questions]
-    return _result(torch.stack(scores), lengths, [item.label for item in items], style)
+    questions = HellaSwagQuestions.of(tokenizer, items, style)
+    scores = score_hellaswag(model, questions, batch_size=batch_size, accelerator=accelerator)
+    assert scores is not None
+    return scores
 
 
-def _result(scores: Tensor, lengths: list[list[int]], labels: list[int], style: Style) -> HellaSwag:
-    log_probs, num_units = scores.numpy(), np.array(lengths)
+def score_hellaswag(
+    model: nn.Module,
+    questions: HellaSwagQuestions,
+    *,
+    batch_size: int | None = None,
+    accelerator: Accelerator | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> HellaSwag | None:
+    """evaluate_hellaswag with items that are encoded; is_stopped and None as in score_continuations."""
+    scores = score_continuations(
+        model,
+        questions.questions,
+        batch_size=batch_size or items_per_pass(next(model.parameters()).device),
+        accelerator=accelerator,
+        is_stopped=is_stopped,
+    )
+    return None if scores is None else _result(torch.stack(scores), questions)
+
+
+def items_per_pass(device: torch.device) -> int:
+    """Items of a forward pass that suit a device: on a CPU its caches then hold a layer."""
+    return 2 if device.type == "cpu" else 32
+
+
+def _result(scores: Tensor, questions: HellaSwagQuestions) -> HellaSwag:
+    log_probs, lengths, labels = scores.numpy(), questions.lengths, questions.labels
     acc = float((log_probs.argmax(1) == labels).mean())
-    acc_norm = float(((log_probs / num_units).argmax(1) == labels).mean())
+    acc_norm = float(((log_probs / lengths).argmax(1) == labels).mean())
     return HellaSwag(
-        style=style,
+        style=questions.style,
         acc=acc,
         acc_norm=acc_norm,
         acc_stderr=_standard_error(acc, len(labels)),
         acc_norm_stderr=_standard_error(acc_norm, len(labels)),
         num_items=len(labels),
         log_probs=log_probs,
-        lengths=num_units,
+        lengths=lengths,
     )
 
 

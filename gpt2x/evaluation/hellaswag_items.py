@@ -15,7 +15,9 @@ from gpt2x.evaluation.continuations import Question
 HUB_ID = "Rowan/hellaswag"
 NUM_VALIDATION_ITEMS = 10_042
 Style = Literal["hellaswag", "hellaswag_completion"]
-_COLUMNS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+_TEXTS = ("activity_label", "ctx_a", "ctx_b")
+_COLUMNS = (*_TEXTS, "endings", "label")
+_NUM_ENDINGS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +38,16 @@ class HellaSwagItem:
     """The place of the right one, from 0."""
 
 
-def load_hellaswag(source: str | Path, *, num_items: int | None = None) -> list[HellaSwagItem]:
+def load_hellaswag(
+    source: str | Path, *, num_items: int | None = None, option: str = "num_items"
+) -> list[HellaSwagItem]:
     """Reads HellaSwag's items.
 
     Args:
         source: a .jsonl file with the columns of the Hub's ``Rowan/hellaswag``, or ``hub`` for its validation split.
         num_items: a fixed subset of that size: items at equal distances, so that both sources (ActivityNet's items
             come first, WikiHow's after) have their share.
+        option: the user's name for num_items.
 
     Raises:
         UserError: where there are no items, or fewer than asked for, and with the place of an item that is none.
@@ -51,10 +56,12 @@ def load_hellaswag(source: str | Path, *, num_items: int | None = None) -> list[
         items = [_item(row, f"row {i} of {HUB_ID}") for i, row in enumerate(_hub_rows())]
     else:
         items = [_item(row, place) for row, place in _file_rows(Path(source))]
+    if not items:
+        raise UserError(f"{source} has no items; give HellaSwag's validation split as a .jsonl file, or hub.")
     if num_items is None:
         return items
     if num_items > len(items):
-        raise UserError(f"num_items ({num_items}) must not exceed the {len(items)} items of {source}; lower it.")
+        raise UserError(f"{option} ({num_items}) must not exceed the {len(items)} items of {source}; lower it.")
     return [items[i * len(items) // num_items] for i in range(num_items)]
 
 
@@ -73,7 +80,7 @@ def _hub_rows() -> Iterable[Mapping[str, Any]]:
 def _file_rows(file: Path) -> Iterator[tuple[Any, str]]:
     if not file.is_file():
         raise UserError(f"{file} does not exist; give HellaSwag's validation split as a .jsonl file, or hub.")
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
@@ -86,7 +93,12 @@ def _item(row: Any, place: str) -> HellaSwagItem:
     missing = [column for column in _COLUMNS if not isinstance(row, dict) or column not in row]
     if missing:
         raise UserError(f"{place} has no {', '.join(missing)}; give the columns of {HUB_ID}.")
-    endings, label = tuple(row["endings"]), str(row["label"])
+    for column in _TEXTS:
+        if not isinstance(row[column], str):
+            raise UserError(f"{place}: {column} ({row[column]!r}) must be a text; give the columns of {HUB_ID}.")
+    endings, label = row["endings"], str(row["label"])
+    if not _are_endings(endings):
+        raise UserError(f"{place}: endings must be a list of {_NUM_ENDINGS} texts; give the columns of {HUB_ID}.")
     if not all(_without_tags(ending) for ending in endings):
         raise UserError(f"{place} has an empty ending, which has no probability; leave the item out.")
     if label not in [str(number) for number in range(len(endings))]:
@@ -95,8 +107,11 @@ def _item(row: Any, place: str) -> HellaSwagItem:
             f"train and validation splits have labels."
         )
     ctx = row.get("ctx") or f"{row['ctx_a']} {row['ctx_b']}".strip()
-    texts = {key: str(row[key]) for key in ("activity_label", "ctx_a", "ctx_b")}
-    return HellaSwagItem(**texts, ctx=ctx, endings=endings, label=int(label))
+    return HellaSwagItem(**{key: row[key] for key in _TEXTS}, ctx=ctx, endings=tuple(endings), label=int(label))
+
+
+def _are_endings(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == _NUM_ENDINGS and all(isinstance(text, str) for text in value)
 
 
 def item_texts(item: HellaSwagItem, style: Style) -> tuple[str, list[str]]:

@@ -1,6 +1,7 @@
 """Texts that a model writes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -58,17 +59,24 @@ def stream_text(
 ) -> None:
     """Prints the continuation of a prompt while it is being written."""
     input_ids, max_new_tokens = _encode(model, tokenizer, prompt, options.max_new_tokens)
-    sampling = {"temperature": options.temperature, "top_k": options.top_k or 0, "top_p": options.top_p}
     model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
-        do_sample=options.temperature > 0,
-        **(sampling if options.temperature > 0 else {}),
-        repetition_penalty=options.repetition_penalty,
+        **sampling_arguments(options),
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
+
+
+def sampling_arguments(options: GenerationRecipe) -> dict[str, Any]:
+    """What generate() is told about how to choose tokens."""
+    sampling = {"temperature": options.temperature, "top_k": options.top_k or 0, "top_p": options.top_p}
+    return {
+        "do_sample": options.temperature > 0,
+        "repetition_penalty": options.repetition_penalty,
+        **(sampling if options.temperature > 0 else {}),
+    }
 
 
 def _encode(

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gpt2x.batches.ranks import data_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +19,11 @@ class Validation:
     Attributes:
         loss: nats per token.
         bits_per_byte: summed nats over the documents, end-of-text included, / ln 2 / their UTF-8 bytes; comparable
-            across tokenizers.
+            across tokenizers. Of conversations, over what is learned.
         perplexity: exp(loss).
         token_accuracy: share of tokens that the model ranks first.
         num_tokens: how many tokens were predicted.
+        sources: the same of each source by its name, where there are several.
     """
 
     loss: float
@@ -28,22 +31,28 @@ class Validation:
     perplexity: float
     token_accuracy: float
     num_tokens: int
+    sources: Mapping[str, "Validation"] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """The record of metrics.jsonl."""
-        return {
+        metrics = {
             "val/loss": self.loss,
             "val/bits_per_byte": self.bits_per_byte,
             "val/perplexity": self.perplexity,
             "val/token_accuracy": self.token_accuracy,
         }
+        for name, source in self.sources.items():
+            metrics[f"val/{name}/loss"] = source.loss
+            metrics[f"val/{name}/bits_per_byte"] = source.bits_per_byte
+            metrics[f"val/{name}/token_accuracy"] = source.token_accuracy
+        return metrics
 
 
 def validate(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
     *,
-    num_bytes: int,
+    num_bytes: Mapping[str, int],
     accelerator: Accelerator,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Validation | None:
@@ -51,8 +60,9 @@ def validate(
 
     Args:
         model: the prepared model, or a plain one.
-        batches: this rank's share: ``input_ids`` (B, T) and unshifted ``labels`` (B, T), -100 where nothing counts.
-        num_bytes: UTF-8 bytes of the documents, of all ranks.
+        batches: this rank's share: ``input_ids`` (B, T) and unshifted ``labels`` (B, T), -100 where nothing counts;
+            where there are several sources, ``sources`` (B,), the number of each row's.
+        num_bytes: UTF-8 bytes of each source's documents by its name, of all ranks.
         accelerator: for the device and the sum over ranks.
         is_stopped: asked before each batch; must answer alike on all ranks.
 
@@ -61,32 +71,43 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, hits, tokens
+    sums = torch.zeros(len(num_bytes), 3, dtype=torch.float64)  # nats, hits, tokens of each source
     # eager: another mode and batch size would compile everything once more
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             if is_stopped():
                 break
-            sums += _batch_sums(model, batch, accelerator.device)
+            sums += _batch_sums(model, batch, accelerator.device, num_sources=len(num_bytes))
         else:
             sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+            sums /= data_rank(accelerator).num_copies
             model.train(was_training)
-            return _summary(sums, num_bytes)
+            return _of_all_sources(sums, num_bytes)
     model.train(was_training)
     return None
 
 
-def _batch_sums(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+def _batch_sums(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device, *, num_sources: int) -> Tensor:
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", "sources")}
+    sources = batch["sources"].tolist() if "sources" in batch else [0] * len(batch["labels"])
     targets_BT = batch["labels"][:, 1:].to(device)
     logits_BTV = model(**inputs, use_cache=False).logits
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT, strict=True):  # one row's float32 at a time
+    sums = torch.zeros(num_sources, 3, dtype=torch.float64, device=device)
+    # one row's float32 at a time
+    for source, logits_TV, targets_T in zip(sources, logits_BTV[:, :-1], targets_BT, strict=True):
         counted_T = targets_T != -100
         nats = F.cross_entropy(logits_TV.float(), targets_T, ignore_index=-100, reduction="sum")
         hits = ((logits_TV.argmax(-1) == targets_T) & counted_T).sum()
-        sums += torch.stack([nats.double(), hits.double(), counted_T.sum().double()])
+        sums[source] += torch.stack([nats.double(), hits.double(), counted_T.sum().double()])
     return sums.cpu()
+
+
+def _of_all_sources(sums: Tensor, num_bytes: Mapping[str, int]) -> Validation:
+    total = _summary(sums.sum(0), sum(num_bytes.values()))
+    if len(num_bytes) == 1:
+        return total
+    sources = {name: _summary(part, num_bytes[name]) for name, part in zip(num_bytes, sums, strict=True)}
+    return replace(total, sources=sources)
 
 
 def _summary(sums: Tensor, num_bytes: int) -> Validation:
@@ -94,7 +115,7 @@ def _summary(sums: Tensor, num_bytes: int) -> Validation:
     loss = nats / tokens
     return Validation(
         loss=loss,
-        bits_per_byte=nats / math.log(2) / num_bytes,
+        bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
         perplexity=math.exp(min(loss, 700.0)),
         token_accuracy=hits / tokens,
         num_tokens=int(tokens),

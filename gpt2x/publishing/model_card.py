@@ -1,23 +1,14 @@
 """The README.md of a model on the Hub, written from what its run left."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from gpt2x.models import find_model
+from gpt2x.publishing.published_model import PublishedModel, is_hub_id
 from gpt2x.publishing.run_files import RunFiles
 
-_READERS = {
-    "gpt2": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
-    "llama": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
-    "qwen3": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
-    "nanochat": "transformers as it is; ONNX Runtime and transformers.js after an export",
-    "gpt2x": "transformers with `trust_remote_code=True`, since its code is in this repository; ONNX Runtime after an "
-    "export",
-}
 _ARCHITECTURE = {
     "model_type": "model type",
     "num_hidden_layers": "layers",
@@ -32,6 +23,12 @@ _ARCHITECTURE = {
     "tie_word_embeddings": "tied embeddings",
     "rope_parameters": "RoPE",
     "sliding_window": "sliding window",
+}
+# Of LoRA (arXiv:2106.09685), by PEFT's names.
+_ADAPTERS = {
+    "r": "rank of the adapters",
+    "lora_alpha": "scale of the adapters, times their rank",
+    "target_modules": "adapted layers",
 }
 # GPT-2's names for the same.
 _OLD_NAMES = {
@@ -58,7 +55,7 @@ _METRICS = {
 
 
 def model_card(directory: Path, *, repo_id: str, license: str) -> str:
-    """The card: metadata in YAML, then architecture, data, training, evaluation, curves and how to load the model.
+    """The card: metadata in YAML, then how to load the model and chat with it, how it was made and what it is worth.
 
     Args:
         directory: a run's, whose config.yaml, stats.json, metrics.jsonl and plots it reads, or a bare model's.
@@ -66,13 +63,14 @@ def model_card(directory: Path, *, repo_id: str, license: str) -> str:
         license: an identifier that the Hub knows.
     """
     run = RunFiles.of(directory)
-    config = json.loads((Path(find_model(str(directory))) / "config.json").read_text())
-    metadata = _metadata(run, config, repo_id, license)
+    model = PublishedModel.of(directory)
+    metadata = _metadata(run, model, repo_id, license)
     sections = [
         f"# {repo_id.split('/')[1]}",
-        _introduction(config),
-        _section("How to load it", _loading(config, repo_id)),
-        _section("Architecture", _table(_architecture(config))),
+        model.introduction(),
+        _section("How to load it", model.loading(repo_id)),
+        _section("Chat", model.chatting()),
+        _section("Architecture", _table(_architecture(model))),
         _section("Data", _table(dict(_flat(run.recipe.get("data", {}))))),
         _section("Training", _table(_training(run))),
         _section("Evaluation", _table(_evaluation(run))),
@@ -82,8 +80,9 @@ def model_card(directory: Path, *, repo_id: str, license: str) -> str:
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"))
 
 
-def _metadata(run: RunFiles, config: Mapping[str, Any], repo_id: str, license: str) -> ModelCardData:
-    origin = run.recipe.get("init_from")
+def _metadata(run: RunFiles, model: PublishedModel, repo_id: str, license: str) -> ModelCardData:
+    is_whole = model.adapters is None
+    model_type = model.config.get("model_type")
     results = [
         EvalResult(
             task_type="text-generation",
@@ -97,39 +96,29 @@ def _metadata(run: RunFiles, config: Mapping[str, Any], repo_id: str, license: s
     ]
     return ModelCardData(
         license=license,
-        library_name="transformers",
+        library_name="transformers" if is_whole else "peft",
         pipeline_tag="text-generation",
-        tags=["gpt2x", config["model_type"]],
-        base_model=origin if origin is not None and _is_hub_id(origin) else None,
+        tags=["gpt2x", *([] if is_whole else ["lora"]), *([model_type] if model_type else [])],
+        base_model=_origin(run) if is_whole else model.base,
         model_name=repo_id.split("/")[1],
         eval_results=results or None,
     )
 
 
-def _is_hub_id(name: str) -> bool:
-    return len(PurePath(name).parts) == 2 and not PurePath(name).is_absolute() and not Path(name).exists()
+def _origin(run: RunFiles) -> str | None:
+    """The model on the Hub that a run started from, or the run it started from, and so on."""
+    seen: set[str] = set()
+    name = run.recipe.get("init_from")
+    while name is not None and Path(name).is_dir() and name not in seen:
+        seen.add(name)
+        name = RunFiles.of(Path(name)).recipe.get("init_from")
+    return name if name is not None and is_hub_id(name) else None
 
 
-def _introduction(config: Mapping[str, Any]) -> str:
-    model_class = (config.get("architectures") or [config["model_type"]])[0]
-    readers = _READERS.get(config["model_type"], "transformers")
-    return f"A causal language model, `{model_class}`, trained by gpt2x. It is read by {readers}."
-
-
-def _loading(config: Mapping[str, Any], repo_id: str) -> str:
-    remote = ", trust_remote_code=True" if config["model_type"] == "gpt2x" else ""
-    return (
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repo_id}"{remote})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")\n'
-        "```"
-    )
-
-
-def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    named = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
-    return {label: named.get(key) for key, label in _ARCHITECTURE.items()}
+def _architecture(model: PublishedModel) -> dict[str, Any]:
+    named = {_OLD_NAMES.get(key, key): value for key, value in model.config.items()}
+    rows = {label: named.get(key) for key, label in _ARCHITECTURE.items()}
+    return rows | {label: (model.adapters or {}).get(key) for key, label in _ADAPTERS.items()}
 
 
 def _training(run: RunFiles) -> dict[str, Any]:
@@ -166,8 +155,12 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             for number, item in enumerate(value):
                 yield from _flat(item, f"{prefix}{key}.{item.get('name') or number}.")
         elif value not in (None, [], {}):
-            is_private = isinstance(value, str) and PurePath(value).is_absolute()
-            yield f"{prefix}{key}", PurePath(value).name if is_private else value
+            yield f"{prefix}{key}", [_public(item) for item in value] if isinstance(value, list) else _public(value)
+
+
+def _public(value: Any) -> Any:
+    is_private = isinstance(value, str) and PurePath(value).is_absolute()
+    return PurePath(value).name if is_private else value
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -180,6 +173,8 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 

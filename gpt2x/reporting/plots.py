@@ -1,7 +1,9 @@
 """Draws what a run recorded: one PNG per quantity, over optimizer steps."""
 
+import itertools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 from gpt2x.reporting.metrics import column, read_metrics
 
 BLUE, ORANGE, GREY = "#2f6db3", "#d9662b", "#5f6b76"
+# Of the sources of a mixture: told apart also by those who see no red and green (Okabe & Ito's palette).
+SOURCE_COLORS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8a6d3b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,8 @@ class Curve:
     """Color of the line."""
     smoothed: bool = False
     """Whether a moving average is drawn over the light raw curve."""
+    linewidth: float = 1.8
+    """Width of the line in points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +119,7 @@ def draw(plot: Plot, metrics: Sequence[dict[str, Any]], run_name: str) -> Figure
     """The figure of one plot; curves without records are left out."""
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for curve in plot.curves:
+    for curve in [*plot.curves, *_curves_of_sources(plot, metrics)]:
         steps, values = column(metrics, curve.key)
         if len(steps):
             _draw_curve(axes, curve, steps, values, y_format=plot.y_format)
@@ -128,6 +134,18 @@ def draw(plot: Plot, metrics: Sequence[dict[str, Any]], run_name: str) -> Figure
     return figure
 
 
+def _curves_of_sources(plot: Plot, metrics: Sequence[dict[str, Any]]) -> list[Curve]:
+    """The validation curve once for each source of a mixture: `val/web/loss` beside `val/loss`."""
+    found = []
+    for curve in (curve for curve in plot.curves if curve.key.startswith("val/")):
+        of_source = re.compile("val/.+" + re.escape(curve.key.removeprefix("val")))
+        keys = dict.fromkeys(key for record in metrics for key in record if of_source.fullmatch(key))
+        for key, color in zip(keys, itertools.cycle(SOURCE_COLORS)):
+            name = key.removeprefix("val/").removesuffix(curve.key.removeprefix("val"))
+            found.append(replace(curve, key=key, label=name, color=color, linewidth=1.0))
+    return found
+
+
 def _draw_curve(
     axes: Axes, curve: Curve, steps: NDArray[np.int64], values: NDArray[np.float64], *, y_format: str
 ) -> None:
@@ -137,7 +155,7 @@ def _draw_curve(
         values, label = smooth(values), f"{label}, smoothed"
     marker = "o" if len(steps) <= 40 else None  # a single record is a dot, since a line of one point is invisible
     label = f"{label} (last {_number(values[-1], y_format)})"
-    axes.plot(steps, values, color=curve.color, marker=marker, markersize=4, linewidth=1.8, label=label)
+    axes.plot(steps, values, color=curve.color, marker=marker, markersize=4, linewidth=curve.linewidth, label=label)
 
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,17 +15,11 @@ from datasets import Dataset, IterableDataset
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
+from gpt2x.shards.chat_layouts import Layout, find_layout
 from gpt2x.shards.cutting import CHARACTERS_PER_PIECE, chunks_of, cut
-from gpt2x.shards.rows import open_rows, text_of
-from gpt2x.shards.text_files import (
-    Advance,
-    LongFile,
-    OpenedFile,
-    Row,
-    matching_files,
-    rows_of,
-    size_of,
-)
+from gpt2x.shards.docstrings import conversations
+from gpt2x.shards.rows import Advance, Row, open_dataset, open_rows, text_of
+from gpt2x.shards.text_files import LongFile, OpenedFile, columns_of, kind_of, matching_files, rows_of, size_of
 
 # Tests are long tables of cases and would be a third of the corpus; the packages are not the library's.
 NOT_LIBRARY_SOURCES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -62,6 +56,8 @@ class Reading(NamedTuple):
     """How much there is to read, in the unit; None where nobody knows."""
     unit: str
     """Of the size: B or rows."""
+    layout: Layout | None = None
+    """How the rows hold conversations; None where they are read as documents, and where there is no row."""
 
 
 def is_validation(text: str, corpus: CorpusSection) -> bool:
@@ -98,10 +94,21 @@ def read_pieces(reading: Reading, corpus: CorpusSection, *, dropped: Counter[str
         if isinstance(row, LongFile):
             yield from _long_file(row, corpus, dropped=dropped, cuts=cuts)
             continue
-        text = row.text(dropped)
+        text = _text(row, corpus, dropped)
         if text is not None:
             parts = cut(chunks_of(text)) if cuts and len(text) > 2 * CHARACTERS_PER_PIECE else iter((text,))
             yield from _as_pieces(row.name, parts, is_validation(text, corpus))
+
+
+def _text(row: Row, corpus: CorpusSection, dropped: Counter[str]) -> str | None:
+    columns, column = row.columns(dropped), corpus.text_column
+    if columns is None:
+        return None
+    if column not in columns:
+        raise UserError(
+            f"{row.name} has no field {column!r}, only: {', '.join(columns)}; set corpus.text_column to one of them."
+        )
+    return text_of(columns[column], name=row.name, column=column, dropped=dropped)
 
 
 def _as_pieces(name: str, parts: Iterator[str], held_out: bool) -> Iterator[Piece]:
@@ -140,7 +147,7 @@ def _chunks(file: Path, advance: Advance) -> Iterator[str]:
     decoder.decode(b"", final=True)
 
 
-def open_corpus(corpus: CorpusSection, advance: Advance, *, share: Share = WHOLE) -> Reading:
+def open_corpus(corpus: CorpusSection, advance: Advance, *, share: Share = WHOLE, as_chat: bool = False) -> Reading:
     """Finds out what a task has to read. It is told which part, and finds it without reading the others if it can.
 
     The files are dealt out in turn where there are enough for every task, a dataset's own shards likewise; else each
@@ -150,24 +157,42 @@ def open_corpus(corpus: CorpusSection, advance: Advance, *, share: Share = WHOLE
         corpus: what to read.
         advance: told how much of Reading.size has been read since it was told before.
         share: which part.
+        as_chat: whether the rows are conversations; the first row of the whole corpus says in which layout.
 
     Raises:
-        UserError: for a path that matches no file, an unknown kind of file, a dataset that cannot be opened.
+        UserError: for a path that matches no file, an unknown kind of file, a dataset that cannot be opened; and for
+            rows in no layout of conversations.
     """
     if corpus.kind == "dataset":
-        return _open_dataset(corpus, advance, share)
+        return _open_dataset(corpus, advance, share, as_chat=as_chat)
     files = _files(corpus)
+    layout = _layout_of(files, corpus) if as_chat else None
     if len(files) >= share.num_tasks:
         files = files[share.task :: share.num_tasks]
-        return Reading(_rows(files, corpus, advance), size_of(files), "B")
-    every = islice(_rows(files, corpus, advance), share.task, None, share.num_tasks)
-    return Reading(every, size_of(files), "B")
+        return Reading(_rows(files, corpus, advance, layout), size_of(files), "B", layout)
+    every = islice(_rows(files, corpus, advance, layout), share.task, None, share.num_tasks)
+    return Reading(every, size_of(files), "B", layout)
 
 
-def size_to_read(corpus: CorpusSection, tasks: Sequence[int], *, num_tasks: int) -> tuple[int | None, str]:
+def _layout_of(files: list[Path], corpus: CorpusSection) -> Layout | None:
+    """That of the first row; None where there is no row."""
+    if corpus.kind == "python_docstrings":
+        return find_layout(["messages"], corpus.kind)
+    for file in files:
+        if kind_of(file) == ".txt":
+            raise UserError(
+                f"corpus.paths: '{file}' has no columns, and chat reads conversations from columns; give .jsonl, "
+                f".parquet or .arrow, or leave chat out."
+            )
+    return next((find_layout(found, str(file)) for file in files if (found := columns_of(file))), None)
+
+
+def size_to_read(
+    corpus: CorpusSection, tasks: Sequence[int], *, num_tasks: int, as_chat: bool = False
+) -> tuple[int | None, str]:
     """How much these tasks have to read in all, None where nobody knows; and its unit."""
     if corpus.kind == "dataset":
-        reading = _open_dataset(corpus, lambda _: None, Share(task=tasks[0], num_tasks=num_tasks))
+        reading = _open_dataset(corpus, lambda _: None, Share(task=tasks[0], num_tasks=num_tasks), as_chat=as_chat)
         return reading.size and reading.size * len(tasks), reading.unit
     files = _files(corpus)
     if len(files) < num_tasks:
@@ -175,15 +200,28 @@ def size_to_read(corpus: CorpusSection, tasks: Sequence[int], *, num_tasks: int)
     return sum(size_of(files[task::num_tasks]) for task in tasks), "B"
 
 
-def _rows(files: list[Path], corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
+def _rows(
+    files: list[Path], corpus: CorpusSection, advance: Advance, layout: Layout | None
+) -> Iterator[Row | LongFile]:
     for file in files:
-        yield from rows_of(file, corpus, advance)
+        if corpus.kind == "python_docstrings":
+            yield from _docstring_rows(file)
+            advance(file.stat().st_size)
+        else:
+            yield from rows_of(file, corpus, advance, layout=layout)
+
+
+def _docstring_rows(file: Path) -> Iterator[Row]:
+    parts = file.relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
+    for name, messages in conversations(file, ".".join(part for part in parts if part != "__init__")):
+        columns = {"messages": messages}
+        yield Row(name, lambda _dropped, columns=columns: columns)  # type: ignore[misc]
 
 
 def _files(corpus: CorpusSection) -> list[Path]:
     if corpus.kind == "files":
         return matching_files(corpus.paths)
-    if corpus.kind == "python_stdlib":
+    if corpus.kind in ("python_stdlib", "python_docstrings"):
         return _python_files(Path(sysconfig.get_path("stdlib")), NOT_LIBRARY_SOURCES)
     roots = sorted({Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")})
     return [file for root in roots for file in _python_files(root, frozenset({"__pycache__"}))]
@@ -198,22 +236,28 @@ def _python_files(root: Path, left_out: frozenset[str]) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share) -> Reading:
+def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share, *, as_chat: bool) -> Reading:
+    task, num_tasks = share.task, share.num_tasks
     try:
-        rows = open_rows(corpus)
+        rows, layout = _opened_as_chat(corpus) if as_chat else (open_rows(corpus), None)
     except ConnectionError as error:
         raise UserError(f"corpus.dataset ({corpus.dataset}): {error}; try again when it can be reached.") from None
     if isinstance(rows, Dataset):
-        first = rows.num_rows // share.num_tasks * share.task + min(share.task, rows.num_rows % share.num_tasks)
-        rows = rows.select_columns([corpus.text_column]).shard(share.num_tasks, share.task, contiguous=True)
-        return Reading(_dataset_rows(rows, first, corpus, advance), rows.num_rows, "rows")
+        first = rows.num_rows // num_tasks * task + min(task, rows.num_rows % num_tasks)
+        columns = layout.columns_in(rows.column_names, str(corpus.dataset)) if layout else [corpus.text_column]
+        rows = rows.select_columns(columns).shard(num_tasks, task, contiguous=True)
+        return Reading(_dataset_rows(enumerate(rows, first), corpus, advance, layout), rows.num_rows, "rows", layout)
     num_rows = rows.info.splits[corpus.dataset_split].num_examples if _knows_its_length(rows, corpus) else None
-    if rows.num_shards >= share.num_tasks:
-        rows = rows.shard(share.num_tasks, share.task, contiguous=False)
-        size = num_rows and num_rows // share.num_tasks
-        return Reading(_dataset_rows(rows, 0, corpus, advance), size, "rows")
-    every = _dataset_rows(rows, 0, corpus, advance)
-    return Reading(islice(every, share.task, None, share.num_tasks), num_rows, "rows")
+    if rows.num_shards >= num_tasks:
+        every = _dataset_rows(enumerate(rows.shard(num_tasks, task, contiguous=False)), corpus, advance, layout)
+        return Reading(every, num_rows and num_rows // num_tasks, "rows", layout)
+    every = _dataset_rows(enumerate(rows), corpus, advance, layout)
+    return Reading(islice(every, task, None, num_tasks), num_rows, "rows", layout)
+
+
+def _opened_as_chat(corpus: CorpusSection) -> tuple[Dataset | IterableDataset, Layout | None]:
+    rows, columns = open_dataset(corpus)
+    return rows, find_layout(columns, f"corpus.dataset ({corpus.dataset})") if columns else None
 
 
 def _knows_its_length(rows: IterableDataset, corpus: CorpusSection) -> bool:
@@ -221,13 +265,17 @@ def _knows_its_length(rows: IterableDataset, corpus: CorpusSection) -> bool:
 
 
 def _dataset_rows(
-    rows: Dataset | IterableDataset, first: int, corpus: CorpusSection, advance: Advance
+    rows: Iterable[tuple[int, dict[str, Any]]], corpus: CorpusSection, advance: Advance, layout: Layout | None
 ) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=first):
-        yield _dataset_row(f"{corpus.dataset} row {number}", row, corpus)
+    for number, row in rows:
+        yield _dataset_row(f"{corpus.dataset} row {number}", row if layout else _column_of(row, corpus.text_column))
         advance(1)
 
 
-def _dataset_row(name: str, row: dict[str, Any], corpus: CorpusSection) -> Row:
-    column = corpus.text_column
-    return Row(name, lambda dropped: text_of(row.get(column), name=name, column=column, dropped=dropped))
+def _column_of(row: dict[str, Any], column: str) -> dict[str, Any]:
+    """A row of a stream may lack the column; that is a row without text."""
+    return {column: row.get(column)}
+
+
+def _dataset_row(name: str, columns: dict[str, Any]) -> Row:
+    return Row(name, lambda dropped: columns)

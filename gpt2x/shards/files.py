@@ -1,4 +1,5 @@
 """Shard files: safetensors with the token ids and where each document starts, written durably, read by memory map.
+Those of conversations also say which tokens are learned.
 
 The format is https://github.com/huggingface/safetensors: eight bytes of header length, a JSON header, the arrays. It
 is written and opened here rather than through the library, because the library loads whole arrays and does not
@@ -19,7 +20,12 @@ import numpy as np
 
 from gpt2x.errors import UserError
 
-DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "I64": np.dtype("<i8"),
+}
 REMEDY = "delete the directory and prepare the data again, or copy the file again"
 MAX_HEADER_BYTES = 1_000_000
 TOKENS_PER_CHUNK = 2**22
@@ -60,7 +66,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_shard(file: Path, *, tokens: np.ndarray, documents: np.ndarray, metadata: dict[str, str]) -> str:
+def write_shard(
+    file: Path,
+    *,
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    metadata: dict[str, str],
+    targets: np.ndarray | None = None,
+) -> str:
     """Writes one shard.
 
     Args:
@@ -68,12 +81,15 @@ def write_shard(file: Path, *, tokens: np.ndarray, documents: np.ndarray, metada
         tokens: (num_tokens,) uint16 or uint32.
         documents: (num_documents + 1,) int64, where each document starts, and the end.
         metadata: goes into the header; must not depend on when or where the shard is made.
+        targets: (num_tokens,) uint8, 1 where a token is learned; None where all of them are.
 
     Returns:
         The sha256 of the file.
     """
-    # The wider dtype first, so that both arrays are aligned.
+    # The wider dtype first, so that every array is aligned.
     arrays = {"documents": documents.astype(DTYPES["I64"], copy=False), "tokens": tokens}
+    if targets is not None:
+        arrays["targets"] = targets
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     start = 0
     for name, array in arrays.items():
@@ -95,6 +111,7 @@ class Shard:
         file: where it is.
         tokens: (num_tokens,) of some integer dtype; uint16 or uint32 in shards of ours.
         bounds: (num_documents + 1,) int64, where each document starts, and the end; None where the file does not say.
+        targets: (num_tokens,) uint8, 1 where a token is learned; None where all of them are.
         eos_token_id: what documents end with; needed where bounds is None.
         id_range: the smallest and the largest id, where they are known.
         metadata: the header's.
@@ -103,6 +120,7 @@ class Shard:
     file: Path
     tokens: np.ndarray
     bounds: np.ndarray | None = None
+    targets: np.ndarray | None = None
     eos_token_id: int | None = None
     id_range: tuple[int, int] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -149,13 +167,19 @@ def open_shard(file: Path) -> Shard:
         UserError: names the file, what was expected and what was found.
     """
     header, data_start = _read_header(file)
-    arrays = {name: _mapped(file, header, name, data_start) for name in ("tokens", "documents")}
-    tokens, starts = arrays["tokens"], arrays["documents"]
-    if tokens.dtype == DTYPES["I64"] or starts.dtype != DTYPES["I64"]:
+    arrays = {name: _mapped(file, header, name, data_start) for name in _array_names(header)}
+    tokens, starts, targets = arrays["tokens"], arrays["documents"], arrays.get("targets")
+    if tokens.dtype not in (DTYPES["U16"], DTYPES["U32"]) or starts.dtype != DTYPES["I64"]:
         raise UserError(f"{file}: tokens must be U16 or U32 and documents I64; {REMEDY}.")
+    if targets is not None and (targets.dtype != DTYPES["U8"] or targets.size != tokens.size):
+        raise UserError(f"{file}: targets must be U8, one for each of the {tokens.size} tokens; {REMEDY}.")
     if starts.size < 2 or starts[0] != 0 or starts[-1] != tokens.size or (np.diff(starts) <= 0).any():
         raise UserError(f"{file}: documents must start at 0, grow and end at {tokens.size}; {REMEDY}.")
-    return Shard(file=file, tokens=tokens, bounds=starts, metadata=header.get("__metadata__", {}))
+    return Shard(file=file, tokens=tokens, bounds=starts, targets=targets, metadata=header.get("__metadata__", {}))
+
+
+def _array_names(header: dict) -> list[str]:
+    return ["tokens", "documents", *(["targets"] if "targets" in header else [])]
 
 
 def _read_header(file: Path) -> tuple[dict, int]:
@@ -169,7 +193,7 @@ def _read_header(file: Path) -> tuple[dict, int]:
             raise UserError(f"{file}: its {found} bytes end inside the header, or it is no token shard; {REMEDY}.")
         try:
             header = json.loads(stream.read(length))
-            expected = 8 + length + max(int(header[name]["data_offsets"][1]) for name in ("tokens", "documents"))
+            expected = 8 + length + max(int(header[name]["data_offsets"][1]) for name in _array_names(header))
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{file}: its header is not that of a token shard; {REMEDY}.") from None
     if found != expected:

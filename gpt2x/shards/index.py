@@ -25,11 +25,11 @@ class ShardEntry:
     file: str
     """Name inside the split's directory."""
     num_tokens: int
-    """Tokens, the end of text after every document included."""
+    """Tokens, the end of text after every document, or what ends a conversation, included."""
     num_documents: int
     """Documents."""
     num_bytes: int
-    """UTF-8 bytes of the documents."""
+    """UTF-8 bytes of the documents; of what is learned of conversations."""
     sha256: str
     """Of the file, in hexadecimal."""
 
@@ -49,7 +49,7 @@ class Index:
     eos_token_id: int
     """The id that ends every document."""
     recipe: Mapping[str, Any]
-    """What the data was made of: corpus, split seed and fraction, tokens per shard."""
+    """What the data was made of: corpus, split seed and fraction, tokens per shard, how conversations are written."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Documents that were left out, by reason."""
 

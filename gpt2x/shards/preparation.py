@@ -8,7 +8,7 @@ arrays and a loop run the same function.
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
-from gpt2x.shards.corpus import Piece, Share, open_corpus, read_pieces, size_to_read
+from gpt2x.shards.chats import read_chats, spoken_text, write_chats
+from gpt2x.shards.corpus import Piece, Reading, Share, open_corpus, read_pieces, size_to_read
 from gpt2x.shards.cutting import can_be_cut
 from gpt2x.shards.encoding import encoded
 from gpt2x.shards.index import SPLITS, Index, ShardEntry, write_index
@@ -54,7 +55,8 @@ def prepare(recipe: PreparationRecipe) -> Index:
     Raises:
         UserError: what the steps raise.
     """
-    plan = plan_of(recipe, prepare_tokenizer(recipe.tokenizer, recipe.corpus))
+    as_chat = recipe.chat is not None
+    plan = plan_of(recipe, prepare_tokenizer(recipe.tokenizer, recipe.corpus, as_chat=as_chat))
     if finished := finished_index(plan):
         shutil.rmtree(tasks_dir(recipe.output_dir), ignore_errors=True)
         return finished
@@ -70,7 +72,10 @@ def prepare(recipe: PreparationRecipe) -> Index:
 
 
 def _progress(recipe: PreparationRecipe, tasks: list[int]) -> ProgressBar:
-    size, unit = size_to_read(recipe.corpus, tasks, num_tasks=recipe.num_tasks) if tasks else (0, "B")
+    if not tasks:
+        return ProgressBar("tokenizing", total=0, unit="B")
+    as_chat = recipe.chat is not None
+    size, unit = size_to_read(recipe.corpus, tasks, num_tasks=recipe.num_tasks, as_chat=as_chat)
     return ProgressBar("tokenizing", total=size, unit=unit)
 
 
@@ -78,17 +83,23 @@ def _work(recipe: PreparationRecipe, task: int, report: Report) -> None:
     prepare_task(recipe, task, report=report)
 
 
-def prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection) -> PreTrainedTokenizerFast:
+def prepare_tokenizer(
+    section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool = False
+) -> PreTrainedTokenizerFast:
     """Loads the tokenizer, after training it on the corpus' training documents where vocab_size asks for that.
+
+    Args:
+        section: where it is, and whether it is trained.
+        corpus: what it is trained on.
+        as_chat: whether the corpus' rows are conversations; then it is trained on what is said in them.
 
     Raises:
         UserError: where the saved one has another vocabulary size; and what training and loading raise.
     """
     if section.vocab_size is not None and not is_saved(section.path):
-        reading = open_corpus(corpus, lambda read: progress.report(read, 0))
+        reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
         with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
-            pieces = read_pieces(reading, corpus, dropped=Counter(), cuts=True)
-            texts = (piece.text for piece in pieces if not piece.is_validation)
+            texts = _training_texts(reading, corpus, as_chat=as_chat)
             save_tokenizer(train_tokenizer(texts, section), Path(section.path))
     tokenizer = load_tokenizer(section.path)
     if section.vocab_size not in (None, vocabulary_size(tokenizer)):
@@ -97,6 +108,14 @@ def prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection) -> PreTr
             f"{vocabulary_size(tokenizer)}; set another tokenizer.path, or delete that directory."
         )
     return tokenizer
+
+
+def _training_texts(reading: Reading, corpus: CorpusSection, *, as_chat: bool) -> Iterator[str]:
+    if as_chat:
+        chats = read_chats(reading, corpus, dropped=Counter())
+        return (spoken_text(chat) for chat in chats if not chat.is_validation)
+    pieces = read_pieces(reading, corpus, dropped=Counter(), cuts=True)
+    return (piece.text for piece in pieces if not piece.is_validation)
 
 
 def prepare_task(recipe: PreparationRecipe, task: int, *, report: Report | None = None) -> None:
@@ -139,15 +158,24 @@ def _tokenize(plan: Plan, task: int, writers: dict[str, ShardWriter], report: Re
         nonlocal unreported
         unreported += read
 
-    corpus, encoder = plan.recipe.corpus, text_encoder(plan.tokenizer)
-    reading = open_corpus(corpus, advance, share=Share(task=task, num_tasks=plan.recipe.num_tasks))
-    pieces = read_pieces(reading, corpus, dropped=dropped, cuts=can_be_cut(encoder))
-    for batch, encodings in encoded(pieces, encoder):
-        num_tokens = sum(_write(piece, encoding, writers) for piece, encoding in zip(batch, encodings, strict=True))
+    share, as_chat = Share(task=task, num_tasks=plan.recipe.num_tasks), plan.recipe.chat is not None
+    reading = open_corpus(plan.recipe.corpus, advance, share=share, as_chat=as_chat)
+    write = write_chats if as_chat else _write_documents
+    for num_tokens in write(plan, reading, writers, dropped=dropped):
         report(unreported, num_tokens)
         unreported = 0
     report(unreported, 0)
     return dropped
+
+
+def _write_documents(
+    plan: Plan, reading: Reading, writers: dict[str, ShardWriter], *, dropped: Counter[str]
+) -> Iterator[int]:
+    """Encodes and writes documents; tells after each batch how many tokens it came to."""
+    encoder = text_encoder(plan.tokenizer)
+    pieces = read_pieces(reading, plan.recipe.corpus, dropped=dropped, cuts=can_be_cut(encoder))
+    for batch, encodings in encoded(pieces, encoder):
+        yield sum(_write(piece, encoding, writers) for piece, encoding in zip(batch, encodings, strict=True))
 
 
 def _write(piece: Piece, encoding: Encoding, writers: dict[str, ShardWriter]) -> int:

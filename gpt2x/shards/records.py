@@ -1,7 +1,9 @@
 """What the tasks of a preparation have finished, on disk."""
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import CorpusSection, PreparationRecipe
 from gpt2x.errors import UserError
+from gpt2x.shards.chat_template import chat_tokenizer
 from gpt2x.shards.files import write_durably
 from gpt2x.shards.index import INDEX_FILE, Index, load_index
 from gpt2x.shards.tokenizer import tokenizer_fingerprint, vocabulary_size
@@ -38,13 +41,22 @@ class Plan:
 
 
 def plan_of(recipe: PreparationRecipe, tokenizer: PreTrainedTokenizerFast) -> Plan:
-    """Works out the fingerprint, which takes a fifth of a second for a large vocabulary, once."""
+    """Works out the fingerprint, which takes a fifth of a second for a large vocabulary, once.
+
+    Raises:
+        UserError: where the recipe's chat section does not fit the tokenizer.
+    """
+    if recipe.chat is not None:
+        tokenizer = chat_tokenizer(tokenizer, recipe.chat)
     made_of = {
         **dataclasses.asdict(recipe.corpus),
         "tokens_per_shard": recipe.tokens_per_shard,
         "num_tasks": recipe.num_tasks,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
+    if recipe.chat is not None:
+        # What the template says, not where it lies.
+        made_of["chat"] = {**dataclasses.asdict(recipe.chat), "template": tokenizer.chat_template}
     return Plan(recipe=recipe, tokenizer=tokenizer, vocab_size=vocabulary_size(tokenizer), made_of=made_of)
 
 
@@ -60,15 +72,31 @@ def finished_index(plan: Plan) -> Index | None:
         return None
     index = load_index(plan.output_dir)
     # An index does not list the fields that came after it; they had no effect.
-    found = {**dataclasses.asdict(CorpusSection()), **index.recipe}
-    wanted = {key: value for key, value in plan.made_of.items() if key != "num_tasks"}
-    changed = [f"{key} {found.get(key)!r} -> {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
+    found = {**dataclasses.asdict(CorpusSection()), **_flat(index.recipe)}
+    wanted = _flat(plan.made_of)
+    has_chat = found.get("chat") == wanted.get("chat")
+    keys = [key for key in wanted | found if (has_chat or not key.startswith("chat.")) and key in {*wanted, "chat"}]
+    changed = [f"{k} {_shown(found.get(k))} -> {_shown(wanted.get(k))}" for k in keys if found.get(k) != wanted.get(k)]
     if changed:
         raise UserError(
             f"'{plan.output_dir}' holds data of another recipe ({', '.join(changed)}); set another output_dir, or "
             f"delete that directory."
         )
     return index
+
+
+def _flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the number of tasks, and with the fields of chat beside the others."""
+    flat = {key: value for key, value in made_of.items() if key not in ("num_tasks", "chat")}
+    chat = made_of.get("chat")
+    return flat if chat is None else {**flat, "chat": True, **{f"chat.{key}": value for key, value in chat.items()}}
+
+
+def _shown(value: Any) -> str:
+    """A value for a message of one line; a template by its hash."""
+    if isinstance(value, str) and "\n" in value:
+        return f"a text of sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]}"
+    return repr(value)
 
 
 def tasks_dir(output_dir: Path) -> Path:

@@ -1,10 +1,12 @@
-"""Rows of a dataset, and the text in a row's column.
+"""Rows: what one is, the rows of a dataset, and the text in a row's column.
 
-The reader is the `datasets` library: a Hub id, or a builder (json, parquet, arrow, text) of local or remote files.
+The reader of datasets is the `datasets` library: a Hub id, or a builder (json, parquet, arrow, text) of local or
+remote files.
 """
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -15,6 +17,18 @@ from gpt2x.errors import UserError
 # Without files these read the current directory, whatever is there.
 BUILDERS = ("json", "parquet", "arrow", "text", "csv")
 
+Advance = Callable[[int], None]
+
+
+class Row(NamedTuple):
+    """What may become one document. It is not looked at before it is asked for its columns, so that a task which
+    reads every n-th row parses no other."""
+
+    name: str
+    """Path of the file or name of the dataset, with the number of the line or row where it holds many."""
+    columns: Callable[[Counter[str]], dict[str, Any] | None]
+    """Gives the columns; or None after counting why there are none."""
+
 
 def open_rows(corpus: CorpusSection) -> Dataset | IterableDataset:
     """Opens the split of a dataset; reads at most its first row. Code that comes with a dataset is never run.
@@ -24,6 +38,22 @@ def open_rows(corpus: CorpusSection) -> Dataset | IterableDataset:
 
     Raises:
         UserError: where there is no such dataset, configuration, split or column, and for files that cannot be read.
+        ConnectionError: where the dataset is elsewhere and cannot be reached; trying again may help.
+    """
+    rows, found = open_dataset(corpus)
+    if found and corpus.text_column not in found:
+        raise UserError(
+            f"corpus.dataset ({corpus.dataset}) has no column {corpus.text_column!r}, only: {', '.join(found)}; "
+            f"set corpus.text_column to one of them."
+        )
+    return rows
+
+
+def open_dataset(corpus: CorpusSection) -> tuple[Dataset | IterableDataset, list[str]]:
+    """Opens the split of a dataset as open_rows does, and finds its columns: none where it has no row to tell them.
+
+    Raises:
+        UserError: where there is no such dataset, configuration or split, and for files that cannot be read.
         ConnectionError: where the dataset is elsewhere and cannot be reached; trying again may help.
     """
     assert corpus.dataset is not None, "a corpus of kind dataset names one"
@@ -37,15 +67,9 @@ def open_rows(corpus: CorpusSection) -> Dataset | IterableDataset:
             split=corpus.dataset_split,
             streaming=corpus.streaming,
         )
-        found = rows.column_names or list(next(iter(rows.take(1)), {corpus.text_column: None}))
+        return rows, rows.column_names or list(next(iter(rows.take(1)), {}))
     except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
         raise UserError(_complaint(corpus, error)) from None
-    if corpus.text_column not in found:
-        raise UserError(
-            f"corpus.dataset ({corpus.dataset}) has no column {corpus.text_column!r}, only: {', '.join(found)}; "
-            f"set corpus.text_column to one of them."
-        )
-    return rows
 
 
 def _complaint(corpus: CorpusSection, error: Exception) -> str:

@@ -17,9 +17,15 @@ def _line(index: Index, split: str) -> str:
     num_documents, tokens, num_bytes = (
         index.total(split, name) for name in ("num_documents", "num_tokens", "num_bytes")
     )
-    longest = max(int(np.diff(shard.documents).max()) for shard in index.open_split(split))
+    shards = index.open_split(split)
+    longest = max(int(np.diff(shard.documents).max()) for shard in shards)
+    of_tokens = f"{tokens:,} tokens in {len(shards)} shards"
+    if index.recipe.get("chat") is not None:  # the bytes are those that are learned, the tokens are all
+        return (
+            f"{split}: {num_documents:,} conversations, {of_tokens}, {num_bytes:,} bytes to learn, the longest "
+            f"conversation {longest:,} tokens"
+        )
     return (
-        f"{split}: {num_documents:,} documents, {num_bytes:,} bytes, {tokens:,} tokens in "
-        f"{len(index.splits[split])} shards, {num_bytes / tokens:.3f} bytes per token, the longest document "
-        f"{longest:,} tokens"
+        f"{split}: {num_documents:,} documents, {num_bytes:,} bytes, {of_tokens}, {num_bytes / tokens:.3f} bytes per "
+        f"token, the longest document {longest:,} tokens"
     )

@@ -1,7 +1,4 @@
-"""Files of text: which ones, and their rows one after the other, whatever their size.
-
-A row is not looked at before it is asked for its text, so that a task which reads every n-th row parses no other.
-"""
+"""Files of text: which ones, and their rows one after the other, whatever their size."""
 
 import glob
 import gzip
@@ -10,35 +7,24 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow
-import pyarrow.ipc
-import pyarrow.parquet
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
-from gpt2x.shards.rows import text_of
+from gpt2x.shards.chat_layouts import Layout
+from gpt2x.shards.rows import Advance, Row
+from gpt2x.shards.tables import TABLES, table_columns, table_rows
 
 COMPRESSIONS = (".gz", ".zst")
-KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
+KINDS = (".txt", ".jsonl", *TABLES)
 READABLE = (*KINDS, *(kind + compression for kind in KINDS[:2] for compression in COMPRESSIONS))
 # A .txt file of more bytes is one document that is read in pieces.
 LONG_FILE_BYTES = 8_000_000
-ROWS_PER_BATCH = 128
-
-Advance = Callable[[int], None]
-
-
-class Row(NamedTuple):
-    """What may become one document."""
-
-    name: str
-    """Path of the file, with the number of the line or row where a file holds many documents."""
-    text: Callable[[Counter[str]], str | None]
-    """Gives the text; or None after counting why there is none."""
 
 
 class LongFile(NamedTuple):
@@ -83,30 +69,67 @@ def _readable(file: Path) -> Path:
     return file
 
 
-def rows_of(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
+def kind_of(file: Path) -> str:
+    """The suffix that says what a file holds, whether it is compressed or not."""
+    return Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def columns_of(file: Path) -> list[str]:
+    """The columns of a table, or of the first row of a .jsonl; none where it has no row.
+
+    Raises:
+        UserError: for a file that is not what its name says.
+    """
+    with _complaining(file):
+        if file.suffix in TABLES:
+            return table_columns(file)
+        with closing(_json_rows(file, lambda _: None)) as rows:
+            found = (row.columns(Counter()) for row in rows)
+            return next((list(columns) for columns in found if columns), [])
+
+
+def rows_of(
+    file: Path, corpus: CorpusSection, advance: Advance, *, layout: Layout | None = None
+) -> Iterator[Row | LongFile]:
     """The rows of a file.
 
     Args:
         file: of a kind in READABLE; any other is one document.
         corpus: names the column and the separator.
         advance: told how many bytes of the file have been read since it was told before.
+        layout: of the conversations in its rows; None where they are texts.
 
     Raises:
         UserError: for a file that is not what its name says, and a missing column.
     """
-    kind = Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
-    try:
-        if kind in (".parquet", ".arrow"):
-            yield from _column_rows(file, corpus.text_column, advance)
+    kind = kind_of(file)
+    with _complaining(file):
+        if kind in TABLES:
+            found = table_columns(file)
+            columns = layout.columns_in(found, str(file)) if layout else [_text_column(file, corpus, found)]
+            yield from table_rows(file, columns, advance)
         elif kind == ".jsonl":
-            yield from _json_rows(file, corpus.text_column, advance)
+            yield from _json_rows(file, advance)
         elif corpus.document_separator is not None and kind == ".txt":
-            yield from _separated_rows(file, corpus.document_separator.encode(), advance)
+            yield from _separated_rows(file, corpus, advance)
         else:
-            yield from _whole(file, advance)
+            yield from _whole(file, corpus, advance)
+
+
+@contextmanager
+def _complaining(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"corpus.paths: '{file}' cannot be read ({reason}); repair it or leave it out.") from None
+
+
+def _text_column(file: Path, corpus: CorpusSection, found: list[str]) -> str:
+    column = corpus.text_column
+    if column not in found:
+        raise UserError(f"{file} has no column {column!r}, only: {', '.join(found)}; set corpus.text_column to one.")
+    return column
 
 
 class OpenedFile:
@@ -143,28 +166,30 @@ def decoded(content: bytes) -> str | None:
         return None
 
 
-def _whole(file: Path, advance: Advance) -> Iterator[Row | LongFile]:
+def _whole(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
     with OpenedFile(file) as opened:
         content = opened.stream.read(LONG_FILE_BYTES + 1)
     if len(content) > LONG_FILE_BYTES:
         yield LongFile(str(file), file, advance)
     else:
-        yield _bytes_row(str(file), content)
+        yield _bytes_row(str(file), content, corpus)
         advance(file.stat().st_size)
 
 
-def _bytes_row(name: str, content: bytes) -> Row:
-    def text(dropped: Counter[str]) -> str | None:
+def _bytes_row(name: str, content: bytes, corpus: CorpusSection) -> Row:
+    def columns(dropped: Counter[str]) -> dict[str, Any] | None:
         found = decoded(content)
         if found is None:
             dropped["not UTF-8"] += 1
             return None
-        return text_of(found, name=name, column="text", dropped=dropped)
+        return {corpus.text_column: found}
 
-    return Row(name, text)
+    return Row(name, columns)
 
 
-def _separated_rows(file: Path, separator: bytes, advance: Advance) -> Iterator[Row]:
+def _separated_rows(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row]:
+    assert corpus.document_separator is not None, "without a separator a file is one document"
+    separator = corpus.document_separator.encode()
     number, buffer, searched = 0, bytearray(), 0
     with OpenedFile(file) as opened:
         while chunk := opened.stream.read(2**20):
@@ -172,27 +197,27 @@ def _separated_rows(file: Path, separator: bytes, advance: Advance) -> Iterator[
             start = 0
             while (end := buffer.find(separator, max(start, searched))) >= 0:
                 number += 1
-                yield _bytes_row(f"{file}:{number}", bytes(buffer[start:end]))
+                yield _bytes_row(f"{file}:{number}", bytes(buffer[start:end]), corpus)
                 start = end + len(separator)
             del buffer[:start]
             # A separator may lie across the chunks' border.
             searched = max(len(buffer) - len(separator) + 1, 0)
             opened.tell(advance)
     if buffer:
-        yield _bytes_row(f"{file}:{number + 1}", bytes(buffer))
+        yield _bytes_row(f"{file}:{number + 1}", bytes(buffer), corpus)
 
 
 # Not datasets' reader: its type inference turns a text that looks like a date into one.
-def _json_rows(file: Path, column: str, advance: Advance) -> Iterator[Row]:
+def _json_rows(file: Path, advance: Advance) -> Generator[Row, None, None]:
     with OpenedFile(file) as opened:
         for number, line in enumerate(opened.stream, start=1):
             if line.strip():
-                yield _json_row(f"{file}:{number}", line, column)
+                yield _json_row(f"{file}:{number}", line)
             opened.tell(advance)
 
 
-def _json_row(name: str, line: bytes, column: str) -> Row:
-    def text(dropped: Counter[str]) -> str | None:
+def _json_row(name: str, line: bytes) -> Row:
+    def columns(dropped: Counter[str]) -> dict[str, Any] | None:
         found = decoded(line)
         if found is None:
             dropped["not UTF-8"] += 1
@@ -201,71 +226,11 @@ def _json_row(name: str, line: bytes, column: str) -> Row:
             row = json.loads(found)
         except json.JSONDecodeError as error:
             raise UserError(f"{name} is not JSON ({error.msg}); a .jsonl file holds one object per line.") from None
-        if not isinstance(row, dict) or column not in row:
-            keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{name} has no field {column!r}, only: {keys}; set corpus.text_column to one of them.")
-        return text_of(row[column], name=name, column=column, dropped=dropped)
+        if not isinstance(row, dict):
+            raise UserError(f"{name} is no JSON object but a {type(row).__name__}; a .jsonl file holds one per line.")
+        return row
 
-    return Row(name, text)
-
-
-def _column_rows(file: Path, column: str, advance: Advance) -> Iterator[Row]:
-    """The rows of a table, a batch at a time: of a parquet file, an Arrow stream (as datasets writes) or file."""
-    size, number, told = file.stat().st_size, 0, 0
-    with pyarrow.memory_map(str(file)) as source:
-        num_rows, batches = _batches(file, source, column)
-        for batch in batches:
-            values = _encoded(batch)
-            for value in values:
-                number += 1
-                yield _value_row(f"{file}:{number}", value, column)
-            position = size * number // num_rows if num_rows else source.tell()
-            advance(position - told)
-            told = position
-
-
-def _batches(file: Path, source: Any, column: str) -> tuple[int | None, Iterator[Any]]:
-    """The number of rows where it is known, and the column in parts."""
-    if file.suffix == ".parquet":
-        table = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
-        _check_column(file, column, table.schema_arrow.names)
-        parts = table.iter_batches(batch_size=ROWS_PER_BATCH, columns=[column], use_threads=False)
-        return table.metadata.num_rows, (part.column(column) for part in parts)
-    is_file = source.read(6) == b"ARROW1"
-    source.seek(0)
-    if is_file:
-        opened = pyarrow.ipc.open_file(source)
-        _check_column(file, column, opened.schema.names)
-        return None, (opened.get_batch(number).column(column) for number in range(opened.num_record_batches))
-    stream = pyarrow.ipc.open_stream(source)
-    _check_column(file, column, stream.schema.names)
-    return None, (part.column(column) for part in stream)
-
-
-def _check_column(file: Path, column: str, found: list[str]) -> None:
-    if column not in found:
-        raise UserError(f"{file} has no column {column!r}, only: {', '.join(found)}; set corpus.text_column to one.")
-
-
-def _encoded(values: Any) -> Any:
-    """Strings as bytes, since Arrow does not check that they are UTF-8."""
-    if pyarrow.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    is_text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
-    return values.cast(pyarrow.large_binary()) if is_text else values
-
-
-def _value_row(name: str, value: Any, column: str) -> Row:
-    def text(dropped: Counter[str]) -> str | None:
-        try:
-            found = value.as_py()
-            found = found.decode() if isinstance(found, bytes) else found
-        except UnicodeDecodeError:
-            dropped["not UTF-8"] += 1
-            return None
-        return text_of(found, name=name, column=column, dropped=dropped)
-
-    return Row(name, text)
+    return Row(name, columns)
 
 
 def size_of(files: list[Path]) -> int:

@@ -5,20 +5,50 @@ import tempfile
 from array import array
 from collections.abc import Iterable
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 
 from gpt2x.errors import UserError
-from gpt2x.shards.files import token_dtype, write_shard
+from gpt2x.shards.files import DTYPES, token_dtype, write_shard
 from gpt2x.shards.index import ShardEntry
 from gpt2x.shards.records import Plan
+
+
+class Spool:
+    """An array that grows in an unnamed file, which is gone with the process, however that ends."""
+
+    def __init__(self, directory: Path, dtype: np.dtype) -> None:
+        self.directory, self.dtype = directory, dtype
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 (closed by close)
+
+    def write(self, values: np.ndarray) -> None:
+        """Appends values, which the dtype must hold."""
+        self._file.write(values.astype(self.dtype, copy=False).data)
+
+    def beginning(self, size: int) -> np.ndarray:
+        """The first so many values, (size,), as a memory map: they need not fit into memory."""
+        self._file.flush()
+        return np.memmap(self._file, self.dtype, mode="r", shape=(size,))
+
+    def forget_beginning(self, size: int) -> None:
+        """Keeps what stands after the first so many values."""
+        following = tempfile.TemporaryFile(dir=self.directory)  # noqa: SIM115 (closed by close)
+        self._file.seek(size * self.dtype.itemsize)
+        shutil.copyfileobj(self._file, following)
+        self._file.close()
+        self._file = following
+
+    def close(self) -> None:
+        """Removes the file."""
+        self._file.close()
 
 
 class ShardWriter:
     """Collects a split's tokens in an unnamed file and writes a shard when it is full.
 
-    Memory: a few bytes per document of the shard, whatever the length of shards and documents. The unnamed file is
-    gone with the process, however that ends.
+    Memory: a few bytes per document of the shard, whatever the length of shards and documents. Conversations have
+    their targets in a second such file, and end as their template ends them.
     """
 
     def __init__(self, plan: Plan, split: str, numbers: Iterable[int]) -> None:
@@ -35,7 +65,8 @@ class ShardWriter:
             "eos_token_id": str(self.eos_token_id),
         }
         self.entries: list[ShardEntry] = []
-        self.spool = tempfile.TemporaryFile(dir=self.directory)  # noqa: SIM115 (closed by __exit__)
+        self.spool = Spool(self.directory, self.dtype)
+        self.targets = Spool(self.directory, DTYPES["U8"]) if plan.recipe.chat is not None else None
         # Of the documents that are whole, and of the one that is being added.
         self.lengths, self.num_tokens, self.num_bytes = array("q"), 0, 0
         self.open_length, self.open_bytes = 0, 0
@@ -44,15 +75,21 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.spool.close()
+        for spool in self._spools:
+            spool.close()
 
-    def add(self, name: str, ids: np.ndarray, num_bytes: int) -> None:
+    @property
+    def _spools(self) -> list[Spool]:
+        return [self.spool, *([self.targets] if self.targets is not None else [])]
+
+    def add(self, name: str, ids: np.ndarray, num_bytes: int, *, targets: np.ndarray | None = None) -> None:
         """Appends ids to the document at hand.
 
         Args:
             name: of the document, for messages.
             ids: (num_tokens,) of an integer type that holds whatever the tokenizer gives.
-            num_bytes: of the text in UTF-8.
+            num_bytes: of the text in UTF-8; of what is learned of it in conversations.
+            targets: (num_tokens,) bool, which ids are learned; given exactly for conversations.
 
         Raises:
             UserError: for an id outside the vocabulary, which the cast to the shard's dtype would wrap silently.
@@ -63,14 +100,20 @@ class ShardWriter:
                 f"{name}: the tokenizer gives id {outside[0]}, outside its vocabulary of {self.vocab_size}; "
                 f"repair the tokenizer or use another."
             )
-        self.spool.write(ids.astype(self.dtype).data)
+        assert (targets is None) == (self.targets is None), "conversations, and nothing else, have targets"
+        self.spool.write(ids)
+        if self.targets is not None and targets is not None:
+            self.targets.write(targets)
         self.open_length += ids.size
         self.open_bytes += num_bytes
 
     def end_document(self) -> None:
-        """Appends the end of text. A shard ends before the document that would make it too long."""
-        self.spool.write(np.array([self.eos_token_id], self.dtype).data)
-        length, num_bytes = self.open_length + 1, self.open_bytes
+        """Appends the end of text, if it is no conversation. A shard ends before the document that would make it too
+        long."""
+        if self.targets is None:
+            self.spool.write(np.array([self.eos_token_id]))
+            self.open_length += 1
+        length, num_bytes = self.open_length, self.open_bytes
         self.open_length, self.open_bytes = 0, 0
         if self.lengths and self.num_tokens + length > self.tokens_per_shard:
             self._write()
@@ -87,13 +130,12 @@ class ShardWriter:
     def _write(self) -> None:
         """Writes the whole documents as a shard; what stands after them in the spool begins the next."""
         name = f"tokens_part_{next(self.numbers):05d}.safetensors"
-        self.spool.flush()
         sha256 = write_shard(
             self.directory / name,
-            # A memory map: a document longer than a shard gets one to itself, and need not fit into memory.
-            tokens=np.memmap(self.spool, self.dtype, mode="r", shape=(self.num_tokens,)),
+            tokens=self.spool.beginning(self.num_tokens),
             documents=np.fromiter(accumulate(self.lengths, initial=0), np.int64, len(self.lengths) + 1),
             metadata=self.metadata,
+            targets=None if self.targets is None else self.targets.beginning(self.num_tokens),
         )
         self.entries.append(
             ShardEntry(
@@ -104,12 +146,6 @@ class ShardWriter:
                 sha256=sha256,
             )
         )
-        self._start_with(self.num_tokens * self.dtype.itemsize)
-
-    def _start_with(self, position: int) -> None:
-        following = tempfile.TemporaryFile(dir=self.directory)  # noqa: SIM115 (closed by __exit__)
-        self.spool.seek(position)
-        shutil.copyfileobj(self.spool, following)
-        self.spool.close()
-        self.spool = following
+        for spool in self._spools:
+            spool.forget_beginning(self.num_tokens)
         self.lengths, self.num_tokens, self.num_bytes = array("q"), 0, 0

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from gpt2x.batches.ranks import data_rank
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
@@ -15,7 +17,7 @@ class Vote:
         stops: whether the run is to stop; of any rank.
         saves: whether it is to be saved now; of any rank.
         is_spike: whether the loss is out of the ordinary; of rank 0.
-        checksum: of the samples; the sum over the ranks.
+        checksum: of the samples; the sum over the ranks, those that read the same counted once.
     """
 
     seconds: float = 0.0
@@ -30,6 +32,7 @@ def agree(accelerator: Accelerator, own: Vote) -> Vote:
     if accelerator.num_processes == 1:
         return own
     clock, is_spike = (round(own.seconds * 1e6), own.is_spike) if accelerator.is_main_process else (0, False)
-    numbers = torch.tensor([clock, own.stops, own.saves, is_spike, own.checksum], device=accelerator.device)
+    checksum = own.checksum if data_rank(accelerator).is_first_copy else 0
+    numbers = torch.tensor([clock, own.stops, own.saves, is_spike, checksum], device=accelerator.device)
     microseconds, stops, saves, spikes, checksum = accelerator.reduce(numbers, reduction="sum").tolist()
     return Vote(seconds=microseconds / 1e6, stops=stops > 0, saves=saves > 0, is_spike=spikes > 0, checksum=checksum)

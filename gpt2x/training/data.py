@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from gpt2x.batches.loader import TrainingBatches, check_unchanged
 from gpt2x.batches.mixture import Mixture, open_mixture
 from gpt2x.batches.order import GlobalOrder, Phase, phases_of_json
+from gpt2x.batches.ranks import data_rank
 from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import TrainingRecipe
@@ -41,7 +42,7 @@ def prepare_data(recipe: TrainingRecipe, accelerator: Accelerator) -> None:
     Raises:
         UserError: for a batch that cannot be cut evenly, and for whatever is wrong with the corpus.
     """
-    check_batch(recipe, num_processes=accelerator.num_processes)
+    check_batch(recipe, num_processes=data_rank(accelerator).num_ranks)
     if accelerator.is_main_process:
         prepare_missing_shards(recipe)
     accelerator.wait_for_everyone()
@@ -80,8 +81,8 @@ def open_run_data(
         order,
         mixture.sources,
         micro_batch_size=recipe.train.micro_batch_size,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+        rank=data_rank(accelerator).rank,
+        num_processes=data_rank(accelerator).num_ranks,
         mask_documents_at=tokenizer.eos_token_id if recipe.data.packing == "documents" else None,
     )
     read_ahead = ReadAhead(
@@ -94,9 +95,9 @@ def open_run_data(
         mixture.held_out,
         sequence_length=recipe.data.sequence_length,
         batch_size=recipe.evaluation.batch_size,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        masks_documents=recipe.data.packing == "documents",
+        rank=data_rank(accelerator).rank,
+        num_processes=data_rank(accelerator).num_ranks,
+        packing=recipe.data.packing,
     )
     return RunData(
         batches=read_ahead,

@@ -4,14 +4,19 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.optim import Optimizer
 
 from gpt2x.config import TrainingRecipe
 from gpt2x.errors import UserError
+from gpt2x.training.deepspeed import check_zero, prepare_zero, uses_zero
+from gpt2x.training.tensor_parallel import TensorParallelism, separate_meshes
 
 # malloc.h: M_MMAP_MAX, no separate mapping for large blocks; M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
 _GLIBC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 2**28}
@@ -31,16 +36,19 @@ _PEAK_FLOPS = {
 _FSDP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_accelerator(recipe: TrainingRecipe, *, local_world_size: int, is_sharded: bool = False) -> Accelerator:
+def make_accelerator(
+    recipe: TrainingRecipe, *, local_world_size: int, is_sharded: bool = False, is_zero: bool = False
+) -> Accelerator:
     """The accelerator of a run, its threads set and its random numbers seeded.
 
     Args:
         recipe: precision, trackers, threads and seed.
         local_world_size: processes on this machine, which share its cores.
-        is_sharded: whether the launch configuration asks for FSDP2.
+        is_sharded: whether the launch configuration asks for FSDP2, with tensor parallelism or without.
+        is_zero: whether it asks for DeepSpeed.
 
     Raises:
-        UserError: for fp16, or shards in host memory, without a GPU.
+        UserError: for fp16, or shards in host memory, without a GPU; for what DeepSpeed cannot do.
     """
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and recipe.train.mixed_precision == "fp16":
@@ -51,14 +59,17 @@ def make_accelerator(recipe: TrainingRecipe, *, local_world_size: int, is_sharde
         torch.set_flush_denormal(True)
         keep_freed_memory()
     plugin = make_fsdp_plugin(recipe.train.mixed_precision) if is_sharded else None
-    if on_cpu and plugin is not None:
-        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-            raise UserError("fsdp_offload_params (true) needs a GPU, and there is none; set it to false.")
+    if on_cpu and plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise UserError("fsdp_offload_params (true) needs a GPU, and there is none; set it to false.")
+    if is_zero:
+        check_zero(recipe)
+    if on_cpu and (is_sharded or is_zero):
         let_accelerate_shard_on_cpu()
     accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=recipe.train.mixed_precision,
+        cpu=on_cpu and not is_zero,  # else accelerate leaves DeepSpeed out
+        mixed_precision="no" if is_zero else recipe.train.mixed_precision,
         fsdp_plugin=plugin,
+        parallelism_config=make_parallelism() if is_sharded else None,
         log_with=recipe.run.report_to or None,
         project_dir=recipe.run.dir,
     )
@@ -66,10 +77,21 @@ def make_accelerator(recipe: TrainingRecipe, *, local_world_size: int, is_sharde
     return accelerator
 
 
-def let_accelerate_shard_on_cpu() -> None:
-    """Makes accelerate's FSDP2 work on processes that talk by gloo, as it does on GPUs.
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizers: Sequence[Optimizer], recipe: TrainingRecipe
+) -> tuple[nn.Module, list[Optimizer]]:
+    """The model and its optimizers as the launch configuration has them."""
+    if uses_zero(accelerator):
+        return prepare_zero(accelerator, model, optimizers, recipe)
+    prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
+    separate_meshes(prepared_optimizers)
+    return prepared, prepared_optimizers
 
-    The type of the processes is all that it asks before it turns FSDP on; nothing of what follows needs a GPU.
+
+def let_accelerate_shard_on_cpu() -> None:
+    """Makes accelerate's FSDP2, and DeepSpeed, work on processes that talk by gloo, as it does on GPUs.
+
+    The type of the processes is all that it asks before it turns them on; nothing of what follows needs a GPU.
     """
     state = PartialState(cpu=True)
     if state.distributed_type == DistributedType.MULTI_CPU:
@@ -83,6 +105,11 @@ def make_fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:
     """
     policy = MixedPrecisionPolicy(param_dtype=_FSDP_DTYPES[mixed_precision], reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
+
+
+def make_parallelism() -> ParallelismConfig | None:
+    """The sizes of the launch configuration; None where it has no tensor parallelism, and accelerate reads them."""
+    return TensorParallelism() if ParallelismConfig().tp_size > 1 else None
 
 
 def keep_freed_memory() -> None:

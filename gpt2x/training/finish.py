@@ -30,6 +30,8 @@ def finish(job: Job, progress: Progress, validation: Validation) -> None:
         with job.failures.tolerated("plots", say=job.accelerator.print):
             write_curves(job.run)
         stats = _stats(job, progress) | validation.metrics() | {"model_type": model_type}
+        if job.hellaswag is not None:
+            stats["evaluation"] = job.hellaswag.results()
         replace_file(job.run.stats_file, (json.dumps(stats, indent=2) + "\n").encode())
     job.accelerator.wait_for_everyone()
 

@@ -13,6 +13,7 @@ from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import TrainingRecipe
 from gpt2x.training.budget import Budget
 from gpt2x.training.failures import Failures
+from gpt2x.training.hellaswag import RunHellaSwag
 from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.saving import CheckpointSaver
 from gpt2x.training.trainee import Trainee
@@ -36,6 +37,7 @@ class Job:
         prompts: what the samples continue.
         budget: when to end.
         saver: writes the checkpoints.
+        hellaswag: the items that are scored beside every validation; None for none.
         failures: what has failed without ending the run.
     """
 
@@ -52,6 +54,7 @@ class Job:
     prompts: Sequence[str]
     budget: Budget
     saver: CheckpointSaver
+    hellaswag: RunHellaSwag | None = None
     failures: Failures = field(default_factory=Failures)
 
     @property

@@ -1,6 +1,7 @@
 """What a launcher has made of its configuration, told before torch is imported."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from gpt2x.errors import UserError
 
@@ -11,6 +12,11 @@ _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 def asks_for_sharding(environment: Mapping[str, str]) -> bool:
     """Whether the launch configuration asks for FSDP2."""
     return environment.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def asks_for_zero(environment: Mapping[str, str]) -> bool:
+    """Whether the launch configuration asks for DeepSpeed."""
+    return environment.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
@@ -27,18 +33,63 @@ def check_launch(environment: Mapping[str, str]) -> None:
         _check_alone(environment)
     if asks_for_sharding(environment) and environment.get("FSDP_VERSION", "1") != "2":
         raise UserError("fsdp_version (1) must be 2; set it in the launch configuration, as in fsdp2.yaml.")
-    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if asks_for_zero(environment):
+        _check_zero(environment)
+    if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        _check_sizes(environment)
+
+
+def num_data_ranks(environment: Mapping[str, str]) -> int:
+    """How many processes of the run read different rows; those of a tensor-parallel group read the same ones."""
+    return int(environment.get("WORLD_SIZE", "1")) // _size(environment, "tp")
+
+
+def _check_zero(environment: Mapping[str, str]) -> None:
+    """Of DeepSpeed's many forms the one that gpt2x knows."""
+    given = {
+        "zero_stage": environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
+        "offload_optimizer_device": environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        "deepspeed_config_file": environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"),
+    }
+    for (name, value), expected in zip(given.items(), ("2", "none", "none"), strict=True):
+        if value != expected:
+            raise UserError(f"{name} ({value}) must be {expected}, as in deepspeed_zero2.yaml; fsdp2.yaml does more.")
+    if find_spec("deepspeed") is None:
         raise UserError(
-            "distributed_type (DEEPSPEED) is none of gpt2x's, whose every step must be able to be left out before "
-            "the optimizer moves; fsdp2.yaml shards the same weights, gradients and state."
+            "distributed_type (DEEPSPEED) needs the package deepspeed, which is not installed; pip install deepspeed, "
+            "or use fsdp2.yaml, which shards the same gradients and state, and the weights too."
         )
-    for kind in ("TP", "CP", "SP"):
-        size = environment.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")
-        if size != "1":
+
+
+def _size(environment: Mapping[str, str], kind: str) -> int:
+    return int(environment.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1"))
+
+
+def _check_sizes(environment: Mapping[str, str]) -> None:
+    """Of the dimensions of parallelism."""
+    for kind in ("cp", "sp"):
+        if (size := _size(environment, kind)) != 1:
             raise UserError(
-                f"parallelism_config_{kind.lower()}_size ({size}) must be 1: every process reads its own rows; "
-                f"use dp_shard_size and dp_replicate_size, as in hsdp.yaml."
+                f"parallelism_config_{kind}_size ({size}) must be 1: every process reads whole rows; use tp_size, "
+                f"dp_shard_size and dp_replicate_size, as in fsdp2_tp.yaml and hsdp.yaml."
             )
+    replicate, shard, tensor = (_size(environment, kind) for kind in ("dp_replicate", "dp_shard", "tp"))
+    world_size = int(environment.get("WORLD_SIZE", "1"))
+    if shard * tensor > 1 and not asks_for_sharding(environment):
+        raise UserError(
+            f"parallelism_config_tp_size ({tensor}) and dp_shard_size ({shard}) need distributed_type FSDP; set it, "
+            f"as in fsdp2_tp.yaml, where dp_shard_size may be 1."
+        )
+    if replicate * shard * tensor != world_size:
+        raise UserError(
+            f"dp_replicate_size x dp_shard_size x tp_size ({replicate} x {shard} x {tensor}) must be num_processes "
+            f"({world_size}); set --parallelism_config_dp_shard_size {world_size // (replicate * tensor) or 1}."
+        )
+    if tensor > 1 and replicate > 1 and shard == 1:
+        raise UserError(
+            f"parallelism_config_dp_replicate_size ({replicate}) with tp_size ({tensor}) needs a dp_shard_size of 2 "
+            f"or more; swap dp_replicate_size and dp_shard_size."
+        )
 
 
 def _check_alone(environment: Mapping[str, str]) -> None:

@@ -50,6 +50,7 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
         )
         vote = agree(accelerator, own)
         handle_incident(job, progress, outcome, detector, is_spike=vote.is_spike)
+        progress.scaler_skipped_steps += outcome.has_overflowed
         progress.advance(tokens=recipe.train.tokens_per_step, seconds=vote.seconds)
         stop.hold()
         job.batches.release(progress.step)
@@ -57,8 +58,7 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
 
         metrics = outcome.metrics | job.batches.accounts(progress.step)
         metrics |= {"tokens_per_s": recipe.train.tokens_per_step / vote.seconds, "data/checksum": vote.checksum}
-        if progress.skipped_steps:
-            metrics["train/skipped_steps"] = progress.skipped_steps
+        metrics |= progress.left_out()
         recorder.show(progress, metrics)
         recorder.note_waiting(job.batches.waited_s, vote.seconds)
         if _is_due(progress, recipe.train.logging_steps):
@@ -153,7 +153,11 @@ def read_batch(job: Job, progress: Progress) -> StepBatch:
 
 
 def evaluate(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> Validation | None:
-    """Validates on the whole held-out set and records the result; None where a signal asked to stop."""
+    """Validates on the whole held-out set, scores HellaSwag where the recipe asks for it, and records the results.
+
+    Returns:
+        The validation; None where a signal asked to stop.
+    """
     validation = validate(
         job.model,
         job.validation_batches,
@@ -161,13 +165,33 @@ def evaluate(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest
         accelerator=job.accelerator,
         is_stopped=lambda: _is_stopped(job, stop),
     )
-    if validation is not None:
-        recorder.record(progress, validation.metrics())
-        recorder.say(
-            f"step {progress.step}: validation loss {validation.loss:.4f}, {validation.bits_per_byte:.4f} bits per "
-            f"byte, perplexity {validation.perplexity:.2f}, token accuracy {validation.token_accuracy:.1%}"
-        )
-    return validation
+    if validation is None:
+        return None
+    recorder.record(progress, validation.metrics())
+    recorder.say(
+        f"step {progress.step}: validation loss {validation.loss:.4f}, {validation.bits_per_byte:.4f} bits per "
+        f"byte, perplexity {validation.perplexity:.2f}, token accuracy {validation.token_accuracy:.1%}"
+    )
+    return validation if score_hellaswag(job, progress, recorder, stop) else None
+
+
+def score_hellaswag(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> bool:
+    """Scores the items that the recipe asks for, none by default, and records the result.
+
+    Returns:
+        False where a signal asked to stop.
+    """
+    if job.hellaswag is None:
+        return True
+    scores = job.hellaswag.score(job.model, job.accelerator, lambda: _is_stopped(job, stop))
+    if scores is None:
+        return False
+    recorder.record(progress, scores.metrics())
+    recorder.say(
+        f"step {progress.step}: {scores.style} on {scores.num_items:,} items, acc {scores.acc:.4f} ± "
+        f"{scores.acc_stderr:.4f}, acc_norm {scores.acc_norm:.4f} ± {scores.acc_norm_stderr:.4f}"
+    )
+    return True
 
 
 def write_samples(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> bool:

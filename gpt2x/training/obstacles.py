@@ -1,9 +1,11 @@
 """Steps that must not move the weights: without a token to predict, or not finite."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from gpt2x.training.job import Job
+from gpt2x.training.scaler import MIN_SCALE
 from gpt2x.training.spikes import SpikeDetector, StepLosses, Suspect, located, record_spike, suspects
 from gpt2x.training.state import Progress
 
@@ -16,24 +18,25 @@ class StepOutcome(NamedTuple):
     metrics: dict[str, float]
     losses: StepLosses
     obstacle: str | None
-    """Why the weights were left as they were; None where they were updated."""
+    """Why the weights were left as they were; None where they were updated, or will be at a lower scale."""
+    has_overflowed: bool = False
+    """Whether the weights were left as they were because the gradient, scaled for fp16, was not finite."""
 
 
-def find_obstacle(loss: float, grad_norm: float, *, num_targets: float, is_scaled: bool) -> str | None:
+def find_obstacle(metrics: Mapping[str, float], *, num_targets: float) -> str | None:
     """Why a step must not move the weights, from numbers that are the same on all ranks.
 
     Args:
-        loss: the step's, over all ranks.
-        grad_norm: before clipping, over all ranks.
+        metrics: the step's loss, the norm of its gradient before clipping, and, where gradients are scaled for fp16,
+            by how much. Scaled gradients overflow as a matter of course, until the scale has come down.
         num_targets: predicted tokens over all ranks.
-        is_scaled: whether gradients are scaled for fp16; then some overflow as a matter of course, and the scaler
-            leaves the step out by itself.
     """
+    loss, grad_norm, scale = metrics["train/loss"], metrics["grad_norm"], metrics.get("train/loss_scale", MIN_SCALE)
     if num_targets == 0:
         return NO_TARGETS
     if not math.isfinite(loss):
         return f"loss is {loss}"
-    return None if math.isfinite(grad_norm) or is_scaled else f"gradient norm is {grad_norm}"
+    return None if math.isfinite(grad_norm) or scale > MIN_SCALE else f"gradient norm is {grad_norm}"
 
 
 def reason_to_stop(job: Job, progress: Progress, outcome: StepOutcome, detector: SpikeDetector) -> str | None:

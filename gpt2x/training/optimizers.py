@@ -13,12 +13,15 @@ from gpt2x.config import OptimizerSection
 from gpt2x.training.sharding import in_shards_like, whole_matrices
 
 
-def make_optimizers(model: PreTrainedModel, section: OptimizerSection, *, fused: bool = True) -> list[Optimizer]:
+def make_optimizers(
+    model: PreTrainedModel, section: OptimizerSection, *, mixed_precision: str = "bf16", fused: bool = True
+) -> list[Optimizer]:
     """The optimizers of a recipe, every trainable parameter in exactly one of them.
 
     Args:
         model: any causal language model of transformers.
         section: which optimizer, and its hyper-parameters.
+        mixed_precision: of the recipe, which Muon's matrix products follow: float32 with ``no``, else bfloat16.
         fused: whether AdamW runs as one kernel.
 
     Returns:
@@ -44,6 +47,7 @@ def make_optimizers(model: PreTrainedModel, section: OptimizerSection, *, fused:
                 lr=section.muon_learning_rate,
                 momentum=section.muon_momentum,
                 weight_decay=section.weight_decay,
+                ns_dtype=torch.float32 if mixed_precision == "no" else torch.bfloat16,
             ),
             AdamW(_filled(undecayed), **adamw),
         ]
@@ -95,13 +99,19 @@ class Muon(Optimizer):
         lr: learning rate; an update has a root mean square of about ``lr`` times 1 / sqrt(columns).
         momentum: of the Nesterov momentum.
         weight_decay: decoupled; a step shrinks a weight by ``lr * weight_decay``.
-        ns_steps: Newton-Schulz iterations.
+        ns_dtype: of the Newton-Schulz iterations; float32 where the order in which gradients were summed must not show.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float, ns_steps: int = 5
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        ns_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_dtype": ns_dtype})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -121,7 +131,7 @@ class Muon(Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, buffers, momentum)
         # of a shard alone the nearest orthogonal matrix would be another one
-        orthogonal = orthogonalize(torch.stack(whole_matrices(nesterov)), steps=group["ns_steps"])
+        orthogonal = orthogonalize(torch.stack(whole_matrices(nesterov)), dtype=group["ns_dtype"])
         updates = in_shards_like(parameters, orthogonal.unbind())
         rows, columns = parameters[0].shape
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
@@ -138,18 +148,19 @@ class Muon(Optimizer):
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrices_NRC: Tensor, *, steps: int) -> Tensor:
-    """The nearest semi-orthogonal matrices, approximately, by a quintic Newton-Schulz iteration in bfloat16.
+def orthogonalize(matrices_NRC: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The nearest semi-orthogonal matrices, approximately, by a quintic Newton-Schulz iteration.
 
     Args:
         matrices_NRC: a batch of matrices, float32.
         steps: iterations.
+        dtype: of the iterations.
 
     Returns:
         A batch of the same shape and type whose singular values lie around 1.
     """
     a, b, c = _QUINTIC
-    x_NRC = matrices_NRC.bfloat16()
+    x_NRC = matrices_NRC.to(dtype)
     tall = x_NRC.size(-2) > x_NRC.size(-1)
     if tall:  # the Gram matrix is built on the shorter side
         x_NRC = x_NRC.mT

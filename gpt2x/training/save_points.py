@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from gpt2x.training.checkpoints import optimizer_tensors
+from gpt2x.training.deepspeed import ZeroAdamW
 from gpt2x.training.job import Job
 from gpt2x.training.saving import State
 from gpt2x.training.sharding import gather, is_sharded
@@ -29,20 +30,22 @@ def save_checkpoint(job: Job, progress: Progress, *, is_last: bool = False) -> N
     sharded = is_sharded(job.plain_model)
     if job.accelerator.is_main_process:
         job.saver.save(whole_state(job, progress), is_last=is_last or sharded)  # what was sharded is a copy already
-    elif sharded:  # every process has a part of it
+    elif sharded or _is_zero(job):  # every process has a part of it
         whole_state(job, progress)
 
 
 def reserve_copies(job: Job, progress: Progress) -> None:
     """Gets the memory for copies once there is an optimizer state to copy, where there will be saves on the way."""
     is_wanted = job.accelerator.is_main_process and job.recipe.train.save_steps is not None
-    if is_wanted and not job.saver.is_reserved and not is_sharded(job.plain_model):
+    if is_wanted and not job.saver.is_reserved and not (is_sharded(job.plain_model) or _is_zero(job)):
         job.saver.reserve(whole_state(job, progress))
 
 
 def whole_state(job: Job, progress: Progress) -> State:
     """Everything a checkpoint holds, as it is now."""
     scaler, is_writer = job.accelerator.scaler, job.accelerator.is_main_process
+    for zero in (optimizer for optimizer in job.optimizers if isinstance(optimizer, ZeroAdamW)):
+        zero.gather_state(is_writer=is_writer)
     optimizer = optimizer_tensors(job.optimizers, job.parameter_names)
     return State(
         model=job.trainee.weights(job.plain_model, is_writer=is_writer).items(),
@@ -54,3 +57,7 @@ def whole_state(job: Job, progress: Progress) -> State:
             "data": job.batches.state(progress.step),
         },
     )
+
+
+def _is_zero(job: Job) -> bool:
+    return any(isinstance(optimizer, ZeroAdamW) for optimizer in job.optimizers)

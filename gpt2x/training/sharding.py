@@ -35,23 +35,22 @@ def gather(tensors: Mapping[str, Tensor], *, is_writer: bool) -> dict[str, Tenso
         is_writer: whether this process wants them.
 
     Returns:
-        On the writer sharded ones as whole copies in host memory, one for names that share one tensor, and the others
-        as they are; on other processes nothing of sharded ones.
+        Where none is sharded, all as they are. Else on the writer whole copies in host memory, one for names that
+        share one tensor; on other processes nothing.
     """
+    has_shards = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     found: dict[int, Tensor | None] = {}
     for tensor in tensors.values():
         if id(tensor) not in found:
-            found[id(tensor)] = _whole_on_host(tensor, is_writer=is_writer)
+            found[id(tensor)] = _whole_on_host(tensor, is_writer=is_writer) if has_shards else tensor.detach()
     pairs = ((name, found[id(tensor)]) for name, tensor in tensors.items())
     return {name: tensor for name, tensor in pairs if tensor is not None}
 
 
 def _whole_on_host(tensor: Tensor, *, is_writer: bool) -> Tensor | None:
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
     with torch.no_grad():
-        whole = tensor.full_tensor()
-    return whole.to("cpu", copy=True) if is_writer else None
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu", copy=True) if is_writer else None
 
 
 def whole_matrices(tensors: Sequence[Tensor]) -> list[Tensor]:

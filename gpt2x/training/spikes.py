@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gpt2x.batches.ranks import data_rank
 from gpt2x.training.job import Job
 from gpt2x.training.run_directory import append_record
 from gpt2x.training.state import Progress
@@ -33,8 +34,10 @@ class StepLosses(NamedTuple):
     """Predicted tokens of the step over all ranks, divided by the number of ranks."""
 
     def means(self) -> Tensor:
-        """Each micro-batch's own mean loss, (A,); NaN where it predicts nothing."""
-        return self.shares * self.targets_per_rank / self.targets.to(self.shares.device)
+        """Each micro-batch's own mean loss, (A,); -inf where it predicts nothing."""
+        targets = self.targets.to(self.shares.device)
+        means = self.shares * self.targets_per_rank / targets
+        return means.masked_fill(targets == 0, -math.inf)
 
 
 class SpikeDetector:
@@ -94,11 +97,12 @@ def suspects(job: Job, losses: StepLosses) -> list[Suspect]:
     means_A = losses.means()
     gathered_WA = job.accelerator.gather(means_A).reshape(-1, len(means_A)).tolist()
     found = []
-    for rank, means in enumerate(gathered_WA):
+    for rank, means in enumerate(gathered_WA[:: data_rank(job.accelerator).num_copies]):
         for number, mean in enumerate(means):
             size = job.recipe.train.micro_batch_size
             first = (rank * len(means) + number) * size
-            found.append(Suspect(rank, first, first + size - 1, mean))
+            if mean != -math.inf:
+                found.append(Suspect(rank, first, first + size - 1, mean))
     wild = [suspect for suspect in found if not math.isfinite(suspect.mean_loss)]
     return wild or [max(found, key=lambda suspect: suspect.mean_loss)]
 

@@ -10,19 +10,22 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.batches.validation import ValidationBatches
-from gpt2x.config import TrainingRecipe
+from gpt2x.config import FinetuneRecipe, TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.training.budget import Budget, make_budget
 from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.data import open_run_data, prepare_data, steps_per_epoch
+from gpt2x.training.devices import prepare
+from gpt2x.training.hellaswag import open_hellaswag
 from gpt2x.training.job import Job
 from gpt2x.training.optimizers import make_optimizers
 from gpt2x.training.retention import Retention, decay_of, is_of_this_decay
 from gpt2x.training.run_directory import RunDirectory, clear, truncate_records
 from gpt2x.training.saving import CheckpointSaver
 from gpt2x.training.state import Progress
-from gpt2x.training.trainee import trainee_of
+from gpt2x.training.tensor_parallel import cut_weights
+from gpt2x.training.trainee import Trainee, WholeModel
 
 
 def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator) -> tuple[Job, Progress]:
@@ -41,16 +44,18 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
     trainee = trainee_of(recipe)
     model = trainee.make(data.tokenizer)
     _check_ids(data.vocab_size, model)
+    hellaswag = open_hellaswag(recipe, model, data.tokenizer, accelerator)
     if checkpoint is not None:
         trainee.load(model, checkpoint / "model")
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if accelerator.device.type == "cpu":
         model.set_attn_implementation(register_chunked_causal())
+    cut_weights(model, accelerator)
     optimizers = make_optimizers(model, recipe.optimizer)
     if recipe.train.torch_compile:
         compile_layers(model)
-    prepared, *optimizers = accelerator.prepare(model, *optimizers)
+    prepared, optimizers = prepare(accelerator, model, optimizers, recipe)
     names = parameter_names(accelerator.unwrap_model(prepared))  # FSDP2 has put other parameters in their places
     progress = Progress()
     if checkpoint is not None:
@@ -76,6 +81,7 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
         validation_batches=data.validation_batches,
         prompts=_prompts(recipe, data.tokenizer, data.validation_batches),
         budget=budget,
+        hellaswag=hellaswag,
         saver=CheckpointSaver(
             run.path,
             lambda directory, weights: trainee.save(model, directory, data.tokenizer, weights=weights),
@@ -107,6 +113,15 @@ def _progress(trainer: Mapping[str, Any], budget: Budget) -> Progress:
     if not is_of_this_decay(progress.decays_to, budget.size):
         progress.decays_to = None
     return progress
+
+
+def trainee_of(recipe: TrainingRecipe) -> Trainee:
+    """What a recipe trains: adapters where it asks for them."""
+    if isinstance(recipe, FinetuneRecipe) and recipe.lora is not None:
+        from gpt2x.training.adapted import Adapters
+
+        return Adapters(recipe)
+    return WholeModel(recipe)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -21,6 +21,7 @@ class Progress:
         is_followed_up: whether the validation and samples due after the last step are made.
         skipped_steps: steps whose update was left out: without tokens to predict, or not finite.
         skipped_in_a_row: how many of the last steps were not finite.
+        scaler_skipped_steps: steps left out until the scale of fp16 gradients had come down; not among skipped_steps.
         decays_to: the budget that a warmup-stable-decay schedule decays to; None where it does not decay yet.
         best_val_loss: the lowest validation loss so far.
         best_step: the step it was reached at.
@@ -33,6 +34,7 @@ class Progress:
     is_followed_up: bool = True
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    scaler_skipped_steps: int = 0
     decays_to: float | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
@@ -45,6 +47,11 @@ class Progress:
         if self.step > 1:
             self.step_s = min(seconds, self.step_s or seconds)
         self.is_followed_up = False
+
+    def left_out(self) -> dict[str, float]:
+        """How many steps have moved no weights, by metric, where any have."""
+        counts = {"train/skipped_steps": self.skipped_steps, "train/scaler_skipped_steps": self.scaler_skipped_steps}
+        return {name: count for name, count in counts.items() if count}
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:

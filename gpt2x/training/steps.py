@@ -1,5 +1,6 @@
 """One optimizer step: its loss, its gradient, its clipping, its update."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
@@ -7,9 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from gpt2x.batches.ranks import data_rank
+from gpt2x.training.deepspeed import backward, uses_zero, zero_grad_norm
 from gpt2x.training.job import Job
 from gpt2x.training.obstacles import StepOutcome, find_obstacle
 from gpt2x.training.optimizers import set_learning_rates
+from gpt2x.training.scaler import settle_scale, without_scaler
 from gpt2x.training.schedules import learning_rate_factor
 from gpt2x.training.spikes import StepLosses
 from gpt2x.training.state import Progress, seed_step
@@ -22,10 +26,10 @@ def optimizer_step(job: Job, progress: Progress, micro_batches: Sequence[MicroBa
 
     The loss is the sum of the cross-entropies of the whole step, over micro-batches and ranks, divided by the step's
     valid tokens, so that the gradient does not depend on how the step is cut. Where loss or gradient are not finite,
-    which all ranks see alike, the weights are left as they are.
+    which all ranks see alike, the weights are left as they are, by all optimizers.
     """
     accelerator, model = job.accelerator, job.model
-    seed_step(job.recipe.run.seed, step=progress.step, rank=accelerator.process_index)
+    seed_step(job.recipe.run.seed, step=progress.step, rank=data_rank(accelerator).rank)
     factor = learning_rate_factor(
         job.recipe.optimizer, warmup=job.budget.warmup(progress), progress=job.budget.decay(progress)
     )
@@ -38,15 +42,19 @@ def optimizer_step(job: Job, progress: Progress, micro_batches: Sequence[MicroBa
         "learning_rate": job.optimizers[0].param_groups[0]["lr"],
         "grad_norm": grad_norm,
     }
-    is_scaled = accelerator.scaler is not None
-    num_targets = losses.targets_per_rank.item()
-    obstacle = find_obstacle(metrics["train/loss"], grad_norm, num_targets=num_targets, is_scaled=is_scaled)
+    scaler, num_targets = accelerator.scaler, losses.targets_per_rank.item()
+    if scaler is not None:
+        metrics["train/loss_scale"] = scaler.get_scale()
+    obstacle = find_obstacle(metrics, num_targets=num_targets)
+    has_overflowed = obstacle is None and not math.isfinite(grad_norm)
     job.saver.wait_for_copy()
+    if scaler is not None:
+        settle_scale(scaler, is_kept=obstacle is not None)
     for optimizer in job.optimizers:
-        if obstacle is None or is_scaled:  # a scaler leaves out what is not finite, and must be told of every step
-            optimizer.step()
+        if obstacle is None and not has_overflowed:
+            without_scaler(optimizer).step()
         optimizer.zero_grad(set_to_none=True)
-    return StepOutcome(metrics, losses, obstacle)
+    return StepOutcome(metrics, losses, obstacle, has_overflowed)
 
 
 def accumulate_gradients(accelerator: Accelerator, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -58,7 +66,8 @@ def accumulate_gradients(accelerator: Accelerator, model: nn.Module, micro_batch
 def accumulate_losses(accelerator: Accelerator, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> StepLosses:
     """Adds up the gradients of a step's micro-batches; ranks exchange them once, after the last.
 
-    Data-parallel wrappers average over ranks, so each rank divides its sum by the valid tokens per rank.
+    Data-parallel wrappers average over ranks, so each rank divides its sum by the valid tokens per rank. Of rows that
+    several processes read this counts every copy, and divides by every copy.
     """
     targets = torch.stack([count_targets(batch["labels"]) for batch in micro_batches])
     targets_per_rank = accelerator.reduce(targets.sum().to(accelerator.device), reduction="sum")
@@ -74,7 +83,7 @@ def accumulate_losses(accelerator: Accelerator, model: nn.Module, micro_batches:
                 return_logits=False,
                 use_cache=False,
             ).loss
-            accelerator.backward(loss)
+            backward(accelerator, model, loss, is_last=is_last)
         shares.append(loss.detach())
     return StepLosses(torch.stack(shares), targets, targets_per_rank)
 
@@ -86,4 +95,6 @@ def count_targets(labels_BT: Tensor) -> Tensor:
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> float:
     """Scales the gradients down to ``max_norm`` and returns their norm before that."""
+    if uses_zero(accelerator):
+        return zero_grad_norm(model)  # the engine clips when it steps
     return float(accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm))

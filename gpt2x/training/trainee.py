@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt2x.config import FinetuneRecipe, TrainingRecipe
+from gpt2x.config import TrainingRecipe
 from gpt2x.models import load_weights, make_model, save_model
 from gpt2x.training.sharding import whole_weights
 
@@ -82,12 +82,3 @@ class WholeModel(Trainee):
     def load(self, model: PreTrainedModel, directory: Path) -> None:
         """Of a model of the same shape."""
         load_weights(model, directory)
-
-
-def trainee_of(recipe: TrainingRecipe) -> Trainee:
-    """What a recipe trains."""
-    if isinstance(recipe, FinetuneRecipe) and recipe.lora is not None:
-        from gpt2x.training.adapted import Adapters  # imports peft
-
-        return Adapters(recipe)
-    return WholeModel(recipe)

@@ -14,14 +14,26 @@ VOCAB_SIZE, EOS = 500, 7
 
 @pytest.fixture
 def make_index(tmp_path: Path) -> Callable[..., Index]:
-    """Makes an index whose train and validation have one shard per list of document lengths (end of text included)."""
+    """Makes an index whose train and validation have one shard per list of document lengths (end of text included).
 
-    def make(train: list[list[int]], validation: list[list[int]] | None = None, *, name: str = "") -> Index:
+    Where a share is learned they are conversations: an end of text stands at every fifth token.
+    """
+
+    def make(
+        train: list[list[int]],
+        validation: list[list[int]] | None = None,
+        *,
+        name: str = "",
+        learned: float | None = None,
+    ) -> Index:
         generator, directory = np.random.default_rng(0), tmp_path / name
         directory.mkdir(exist_ok=True)
         splits = {"train": train, "validation": validation or []}
         entries = {
-            split: [_entry(directory / split, number, lengths, generator) for number, lengths in enumerate(shards)]
+            split: [
+                _entry(directory / split, number, lengths, generator, learned=learned)
+                for number, lengths in enumerate(shards)
+            ]
             for split, shards in splits.items()
         }
         return Index(
@@ -36,13 +48,25 @@ def make_index(tmp_path: Path) -> Callable[..., Index]:
     return make
 
 
-def _entry(directory: Path, number: int, lengths: list[int], generator: np.random.Generator) -> ShardEntry:
+def _entry(
+    directory: Path, number: int, lengths: list[int], generator: np.random.Generator, *, learned: float | None
+) -> ShardEntry:
     directory.mkdir(exist_ok=True)
     documents = np.cumsum([0, *lengths])
     tokens = generator.integers(EOS + 1, VOCAB_SIZE, documents[-1]).astype(np.uint16)
     tokens[documents[1:] - 1] = EOS
     name = f"tokens_part_{number:05d}.safetensors"
-    sha256 = write_shard(directory / name, tokens=tokens, documents=documents, metadata={"tokenizer_fingerprint": "f"})
+    targets = None
+    if learned is not None:
+        tokens[4::5] = EOS
+        targets = (generator.random(tokens.size) < learned).astype(np.uint8)
+    sha256 = write_shard(
+        directory / name,
+        tokens=tokens,
+        documents=documents,
+        metadata={"tokenizer_fingerprint": "f"},
+        targets=targets,
+    )
     return ShardEntry(
         file=name, num_tokens=tokens.size, num_documents=len(lengths), num_bytes=3 * tokens.size, sha256=sha256
     )

@@ -44,7 +44,7 @@ def naive_step(order, sources, step):
     by_name, found = {source.name: source for source in sources}, []
     for place in range(PER_STEP):
         ((name, (_, draws)),) = order.samples(step, place, place + 1).items()
-        found.append(by_name[name].sequences(draws)[0].tolist())
+        found.append(by_name[name].sequences(draws).ids[0].tolist())
     return found
 
 

@@ -89,5 +89,5 @@ def test_each_epoch_gives_every_window_once(make_index):
     windows = sorted(source.windows(np.arange(source.num_windows)).tolist())
     for epoch in range(3):
         draws = np.arange(epoch * source.num_windows, (epoch + 1) * source.num_windows)
-        assert sorted(source.sequences(draws).tolist()) == windows
+        assert sorted(source.sequences(draws).ids.tolist()) == windows
         assert source.epochs(int(draws[-1]) + 1) == epoch + 1

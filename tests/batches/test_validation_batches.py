@@ -20,13 +20,16 @@ def index(make_index):
     return make_index([[9]], SHARDS)
 
 
-def validation(index, sequence_length=8, batch_size=3, rank=0, num_processes=1):
+def validation(index, sequence_length=8, batch_size=3, rank=0, num_processes=1, packing="continuous"):
+    """Of an index, or of a mixture of them by their names."""
+    held_out = {name: HeldOut.of(part) for name, part in index.items()} if isinstance(index, dict) else None
     return ValidationBatches(
-        HeldOut.of(index),
+        held_out or HeldOut.of(index),
         sequence_length=sequence_length,
         batch_size=batch_size,
         rank=rank,
         num_processes=num_processes,
+        packing=packing,
     )
 
 
@@ -88,7 +91,124 @@ def test_going_through_twice_gives_the_same(index):
 
 
 def test_the_bytes_are_those_of_the_documents(index):
-    assert validation(index).num_bytes == 3 * NUM_TOKENS
+    assert validation(index).num_bytes == {"validation": 3 * NUM_TOKENS}
+
+
+@pytest.fixture
+def chat(make_index):
+    return make_index([[9]], [[20, 13, 1], [5], [31, 2]], name="chat", learned=0.5)
+
+
+def naive_documents(index):
+    """What whole documents ask: every learned token but the first of each, from its own document alone."""
+    asked = []
+    for entry in index.splits["validation"]:
+        shard = load_file(index.directory / "validation" / entry.file)
+        targets = shard.get("targets", np.ones(len(shard["tokens"])))
+        for start, end in zip(shard["documents"][:-1], shard["documents"][1:]):
+            ids = shard["tokens"][start:end].tolist()
+            asked += [(tuple(ids[:i]), ids[i]) for i in range(1, len(ids)) if targets[start + i]]
+    return asked
+
+
+def own_predictions(batches):
+    """What a causal model is asked that masks documents where positions begin again."""
+    asked = []
+    for batch in batches:
+        for inputs, labels, positions in zip(*(batch[k].tolist() for k in ("input_ids", "labels", "position_ids"))):
+            for i in range(1, len(inputs)):
+                if labels[i] != -100:
+                    asked.append((tuple(inputs[i - 1 - positions[i - 1] : i]), labels[i]))
+                    assert positions[i] == positions[i - 1] + 1
+    return asked
+
+
+@pytest.mark.parametrize(("batch_size", "num_processes"), [(1, 1), (3, 2), (2, 5), (50, 1)])
+@pytest.mark.parametrize("kind", ["index", "chat"])
+def test_whole_documents_are_predicted_once_from_themselves_alone(request, kind, batch_size, num_processes):
+    index = request.getfixturevalue(kind)
+    ranks = [
+        validation(index, 32, batch_size, rank, num_processes, "whole_documents") for rank in range(num_processes)
+    ]
+    asked = [prediction for rank in ranks for prediction in own_predictions(rank)]
+    assert Counter(asked) == Counter(naive_documents(index))
+    assert {rank.num_targets for rank in ranks} == {len(asked)}
+    assert {batch["labels"].shape for rank in ranks for batch in rank} == {(batch_size, 32)}
+
+
+@pytest.mark.parametrize("sequence_length", [2, 8, 36, 100])
+def test_what_a_conversation_does_not_teach_is_context_only(chat, sequence_length):
+    files = [chat.directory / "validation" / entry.file for entry in chat.splits["validation"]]
+    targets = np.concatenate([load_file(file)["targets"] for file in files])
+    expected = [
+        pair for pair, learned in zip(naive_predictions(chat, sequence_length), targets, strict=True) if learned
+    ]
+    batches = validation(chat, sequence_length)
+    assert [prediction for batch in batches for prediction in predictions(batch)] == expected
+    assert batches.num_targets == len(expected) == targets.sum()
+
+
+def test_masked_conversations_are_told_apart_by_their_bounds(chat):
+    batches = validation(chat, 100, packing="documents")
+    assert Counter(own_predictions(batches)) == Counter(naive_documents(chat))
+    assert batches.num_targets == len(naive_documents(chat))
+
+
+@pytest.mark.parametrize("packing", ["continuous", "documents"])
+def test_a_row_of_a_mixture_holds_nothing_of_another_source(index, chat, packing):
+    batches = validation({"web": index, "chat": chat}, 8, 3, packing=packing)
+    asked = {0: [], 1: []}
+    for batch in batches:
+        for row, source in enumerate(batch["sources"].tolist()):
+            asked[source] += predictions({name: tensor[row : row + 1] for name, tensor in batch.items()})
+    alone = [
+        [p for batch in validation(part, 8, packing=packing) for p in predictions(batch)] for part in (index, chat)
+    ]
+    assert list(asked.values()) == alone
+    assert batches.num_targets == sum(map(len, alone))
+    assert batches.num_bytes == {"web": 213, "chat": 216}
+
+
+@pytest.mark.parametrize(("batch_size", "num_processes"), [(1, 1), (3, 2), (2, 5), (50, 2)])
+def test_the_rows_of_a_mixture_go_to_the_same_source_however_they_are_cut(index, chat, batch_size, num_processes):
+    mixture = {"web": index, "chat": chat}
+    ranks = [validation(mixture, 8, batch_size, rank, num_processes) for rank in range(num_processes)]
+    found = Counter()
+    for batch in (batch for rank in ranks for batch in rank):
+        for row, source in enumerate(batch["sources"].tolist()):
+            asked = predictions({name: tensor[row : row + 1] for name, tensor in batch.items()})
+            found.update((source, prediction) for prediction in asked)
+    expected = [
+        (number, p) for number, part in enumerate((index, chat)) for b in validation(part, 8) for p in predictions(b)
+    ]
+    assert found == Counter(expected)
+
+
+def test_a_source_of_whose_held_out_documents_nothing_is_learned_is_refused(index, make_index):
+    unlearned = make_index([[9]], [[9]], name="unlearned", learned=0.0)
+    complaint = r"source 'chat': no token of the held-out documents is learned; prepare conversations in which the "
+    with pytest.raises(UserError, match=complaint):
+        validation({"web": index, "chat": unlearned})
+
+
+def test_a_held_out_document_that_must_be_whole_and_does_not_fit_is_refused(index):
+    complaint = r"validation/tokens_part_00002.safetensors: document 0 has 31 tokens, .* \(30\) must hold it whole; "
+    with pytest.raises(UserError, match=complaint):
+        validation(index, 30, packing="whole_documents")
+
+
+@pytest.mark.parametrize("num_documents", [1, 3, 6, 9])
+def test_the_beginning_of_a_conversation_goes_up_to_what_is_learned(chat, num_documents):
+    expected = []
+    for entry in chat.splits["validation"]:
+        shard = load_file(chat.directory / "validation" / entry.file)
+        for start, end in zip(shard["documents"][:-1], shard["documents"][1:]):
+            first = next((i for i in range(start, end) if shard["targets"][i]), start)  # or nothing is learned
+            stop = first if first > start else min(start + 3, end - 1)
+            expected.append(shard["tokens"][start:stop].tolist())
+    found = validation(chat).document_beginnings(num_documents, 3)
+    assert len(found) == min(num_documents, 6)
+    assert Counter(map(str, found)) - Counter(map(str, expected)) == Counter()
 
 
 @pytest.mark.parametrize("num_documents", [1, 3, 5, 9])

@@ -192,9 +192,10 @@ def test_an_accelerator_alone_changes_nothing(accelerator, bpe, items):
 
 def test_the_record_names_the_number_of_items_and_the_precision(bpe, items):
     found = evaluate_hellaswag(make("gpt2"), bpe, items)
-    assert list(found.metrics()) == [
-        f"hellaswag_20_items/{field}" for field in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")
-    ]
+    fields = ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")
+    assert found.metrics() == {f"hellaswag/{field}": getattr(found, field) for field in fields} | {
+        "hellaswag/items": 20
+    }
     assert result_record("float32", found)[0] == "hellaswag_20_items"
     assert result_record("int8", found)[0] == "hellaswag_20_items_int8"
 

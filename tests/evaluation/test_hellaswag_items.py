@@ -55,6 +55,9 @@ def test_the_completion_style_takes_the_text_as_it_stands(tmp_path):
         ),
         ({"label": 4}, r"rows.jsonl:1: label \('4'\) must be the place of one of the 4 endings"),
         ({"endings": ["a", "b", "[step]", "d"]}, "rows.jsonl:1 has an empty ending, which has no probability; leave"),
+        ({"endings": ["a", "b", "c"]}, "rows.jsonl:1: endings must be a list of 4 texts; give the columns of Rowan"),
+        ({"endings": "abcd"}, "rows.jsonl:1: endings must be a list of 4 texts; give the columns of Rowan"),
+        ({"ctx_b": None}, r"rows.jsonl:1: ctx_b \(None\) must be a text; give the columns of Rowan/hellaswag."),
     ],
 )
 def test_an_item_that_cannot_be_scored_is_named(tmp_path, change, line):
@@ -67,9 +70,10 @@ def test_missing_columns_are_named(tmp_path):
         load_hellaswag(write(tmp_path, {"activity_label": "", "ctx_a": "", "endings": []}))
 
 
-def test_what_is_no_json_is_named_by_its_line(tmp_path):
+@pytest.mark.parametrize("line", [b"{oops\n", b'{"ctx_a": "\xff"}\n'])
+def test_what_is_no_json_is_named_by_its_line(tmp_path, line):
     file = write(tmp_path, rows()[0])
-    file.write_text(file.read_text() + "{oops\n")
+    file.write_bytes(file.read_bytes() + line)
     with pytest.raises(UserError, match=r"rows.jsonl:2 is no JSON; give one JSON object per line."):
         load_hellaswag(file)
 
@@ -77,6 +81,13 @@ def test_what_is_no_json_is_named_by_its_line(tmp_path):
 def test_more_items_than_there_are_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"num_items \(21\) must not exceed the 20 items of .*rows.jsonl; lower it."):
         load_hellaswag(write(tmp_path, *rows()), num_items=21)
+
+
+def test_a_file_without_items_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl has no items; give HellaSwag's validation split as a .jsonl file"
+    ):
+        load_hellaswag(write(tmp_path))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -1,18 +1,28 @@
 """Model cards: written from what a run left, read by the Hub's own parser."""
 
 import json
+import re
+import shutil
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from published_models import random_model
+from transformers import AutoTokenizer
 
+from gpt2x.adapters import add_adapters, save_adapters
+from gpt2x.config import LoraSection
 from gpt2x.publishing.model_card import model_card
 
 RECIPE = {
     "run": {"name": "tiny", "seed": 1337},
     "data": {
         "path": None,
-        "preparation": {"output_dir": "/home/somebody/shards", "corpus": {"kind": "python_stdlib", "paths": []}},
+        "preparation": {
+            "output_dir": "/home/somebody/shards",
+            "corpus": {"kind": "files", "paths": ["/home/somebody/*.txt", "texts/*.txt"]},
+        },
         "sequence_length": 128,
     },
     "train": {"max_steps": 10, "tokens_per_step": 4096, "torch_compile": True},
@@ -73,7 +83,8 @@ def test_its_tables_hold_architecture_data_schedule_and_evaluation(run_dir):
     )
     assert rows(card, "Data") == {
         "preparation.output_dir": "shards",
-        "preparation.corpus.kind": "python_stdlib",
+        "preparation.corpus.kind": "files",
+        "preparation.corpus.paths": "*.txt, texts/*.txt",
         "sequence_length": "128",
     }
     training = rows(card, "Training")
@@ -145,3 +156,99 @@ def test_it_says_how_to_load_the_model(saved, form, is_remote):
 def test_a_model_that_was_continued_names_the_one_on_the_hub_it_came_from(run_dir, init_from, base):
     (run_dir / "config.yaml").write_text(yaml.safe_dump({**RECIPE, "init_from": init_from}))
     assert card_of(run_dir).data.to_dict().get("base_model") == base
+
+
+def test_a_model_made_of_a_run_names_what_that_run_started_from(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "base")
+    (tmp_path / "base" / "config.yaml").write_text(yaml.safe_dump({"init_from": "openai-community/gpt2"}))
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({**RECIPE, "init_from": str(tmp_path / "base")}))
+    assert card_of(run_dir).data.base_model == "openai-community/gpt2"
+    (tmp_path / "base" / "config.yaml").write_text(yaml.safe_dump({"init_from": str(tmp_path / "base")}))
+    assert card_of(run_dir).data.base_model is None
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def give_chat_template(directory):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def run_code(card, **names):
+    """Runs the card's code blocks, one after the other, with other names of the repositories."""
+    found = {}
+    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        for name, path in names.items():
+            block = block.replace(f'"{name}"', f'"{path}"')
+        exec(block.replace("max_new_tokens=256", "max_new_tokens=3, do_sample=False"), found)
+    return found
+
+
+def test_a_model_that_chats_comes_with_code_that_does(run_dir, capsys):
+    tokenizer = give_chat_template(run_dir / "final")
+    card = card_of(run_dir)
+    assert (
+        f"`{tokenizer.eos_token}` ends a turn. transformers' pipelines read the text of a special token" in card.text
+    )
+    found = run_code(card, **{"user/tiny": run_dir / "final"})
+    ids = tokenizer.apply_chat_template(found["messages"], add_generation_prompt=True, return_tensors="pt")[
+        "input_ids"
+    ]
+    answer = found["model"].generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
+
+
+def test_a_model_without_a_chat_template_has_nothing_to_say_of_chats(run_dir):
+    assert "## Chat" not in card_of(run_dir).text
+
+
+@pytest.fixture
+def adapted(run_dir, saved):
+    """The run's final model replaced by adapters for a model in another directory: (run, model, tokenizer, base)."""
+    base = saved("gpt2").rename(run_dir.parent / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain = random_model("gpt2")
+    plain.name_or_path = plain.config._name_or_path = str(base)
+    model = add_adapters(plain, LoraSection(rank=2, target_modules=["c_attn", "c_fc"]), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    shutil.rmtree(run_dir / "final")
+    save_adapters(model, run_dir / "final", tokenizer)
+    return run_dir, model, base
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it by its old name
+@pytest.mark.parametrize("place", [".", "final"])
+def test_adapters_are_loaded_through_peft_beside_their_base(adapted, place):
+    run_dir, model, base = adapted
+    card = card_of(run_dir / place)
+    assert card.data.library_name == "peft"
+    assert card.data.tags == ["gpt2x", "lora", "gpt2"]
+    assert card.data.base_model is None
+    assert "`BASE` is the directory of the model that the adapters were trained on." in card.text
+    assert str(base) not in card.content
+    architecture = rows(card, "Architecture")
+    assert (architecture["width"], architecture["rank of the adapters"]) == ("32", "2")
+    assert architecture["adapted layers"] == "c_attn, c_fc"
+    found = run_code(card, **{"user/tiny": run_dir / "final", "BASE": base})
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(found["model"](ids).logits, model.eval()(ids).logits)
+
+
+def test_adapters_for_a_model_on_the_hub_name_it(adapted):
+    run_dir, _, _ = adapted
+    file = run_dir / "final" / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "openai-community/gpt2"}
+    file.write_text(json.dumps(settings))
+    card = card_of(run_dir)
+    assert card.data.base_model == "openai-community/gpt2"
+    assert 'base = AutoModelForCausalLM.from_pretrained("openai-community/gpt2")' in card.text
+    assert "BASE" not in card.text
+    assert rows(card, "Architecture")["rank of the adapters"] == "2"

@@ -115,6 +115,25 @@ def test_the_loss_plot_shows_raw_smoothed_and_validation_loss_over_labelled_axes
     assert axes.get_title("right") == "quickstart"
 
 
+def test_the_validation_plots_show_the_sources_of_a_mixture_beside_the_whole(tmp_path):
+    metrics = []
+    for step in (20, 40, 60):
+        record = {"step": step, "train/loss": 8 / step + 3}
+        for number, name in enumerate(("", "web/", "chat/en/")):
+            record |= {f"val/{name}loss": 4.0 + number, f"val/{name}token_accuracy": 0.3 + number / 10}
+        metrics.append(record)
+    records = read_metrics(write_metrics(tmp_path / "mixture", metrics))
+    plots = {plot.name: plot for plot in PLOTS}
+    labels = {
+        name: [line.get_label() for line in draw(plots[name], records, "mixture").axes[0].lines]
+        for name in ("loss", "token_accuracy")
+    }
+    assert labels["loss"][2:] == ["validation (last 4)", "web (last 5)", "chat/en (last 6)"]
+    assert labels["token_accuracy"] == ["validation (last 30.0%)", "web (last 40.0%)", "chat/en (last 50.0%)"]
+    lines = draw(plots["loss"], records, "mixture").axes[0].lines
+    assert len({line.get_color() for line in lines[1:]}) == 4
+
+
 def test_smoothing_follows_a_level_and_passes_over_what_is_not_finite():
     values = np.full(100, 4.0)
     values[[0, 50]] = np.nan, np.inf

@@ -1,7 +1,8 @@
-"""scripts/generate.py: a prompt, prompts from stdin, and what it says where there is no model."""
+"""scripts/generate.py: a prompt, prompts from stdin, a conversation, and what it says where there is no model."""
 
 import importlib.util
 import io
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,29 +13,51 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config import GenerationRecipe
+from gpt2x.config import ChatSection, GenerationRecipe
+from gpt2x.errors import UserError
 from gpt2x.models import save_model
+from gpt2x.shards.chat_template import chat_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
+ENDS = {"bos_token_id": 256, "eos_token_id": 256}
+
+
+def byte_tokenizer():
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """The directory of a run with a final model of random weights, and a worse one beside it."""
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer = byte_tokenizer()
     directory = tmp_path_factory.mktemp("runs") / "tiny"
     shape = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = GPT2XConfig(**shape, max_position_embeddings=64, initializer_range=0.3)
+    config = GPT2XConfig(**shape, **ENDS, max_position_embeddings=64, initializer_range=0.3)
     for seed, name in enumerate(("final", "checkpoints/step-000010/model")):
         torch.manual_seed(seed)
         save_model(GPT2XForCausalLM(config), directory / name, tokenizer)
     (directory / "checkpoints" / "step-000010" / "manifest.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def chat_dir(tmp_path_factory):
+    """A model of random weights that has a chat template and never ends an answer."""
+    tokenizer = chat_tokenizer(byte_tokenizer(), ChatSection(template=ROOT / "tokenization" / "plain.jinja"))
+    torch.manual_seed(0)
+    shape = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = GPT2XForCausalLM(GPT2XConfig(**shape, **ENDS, max_position_embeddings=20_000, tie_word_embeddings=False))
+    with torch.no_grad():
+        model.model.norm.bias.fill_(1)
+        model.lm_head.weight[ENDS["eos_token_id"]] = -10
+    directory = tmp_path_factory.mktemp("models") / "chat"
+    save_model(model, directory, tokenizer)
     return directory
 
 
@@ -91,3 +114,45 @@ def test_a_model_that_is_not_there_ends_in_one_line(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     line = f"error: {tmp_path}/nowhere does not exist; give a model's directory, a run's, or a Hub id NAME/MODEL.\n"
     assert (finished.returncode, finished.stdout, finished.stderr) == (1, "", line)
+
+
+def test_a_conversation_is_typed_line_by_line_until_the_input_ends(chat_dir):
+    typed = "hello\n\n<|endoftext|>\\nsecond\n"
+    command = [sys.executable, SCRIPT, chat_dir, "--chat=true", "--system=Be brief.", "--max_new_tokens=8"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, input=typed)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    first, blank, second, end = finished.stdout.removeprefix(">>> ").split(">>> ")
+    assert first.endswith("\n")
+    assert second.endswith("\n")
+    assert (blank, end) == ("", "\n")
+
+
+def test_one_turn_is_answered_without_being_repeated(generate, chat_dir, capsys):
+    options = ("--max_new_tokens=9", "--temperature=0")
+    answer = generate(chat_dir, "--prompt=hello", "--chat=true", *options)
+    continued = generate(chat_dir, "--prompt=User:\nhello\n\nAssistant:\n", *options)
+    assert continued == "User:\nhello\n\nAssistant:\n" + answer
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(chat_dir):
+    command = [sys.executable, SCRIPT, chat_dir, "--chat=true", "--max_new_tokens=15000", "--temperature=1"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout.read(4) == b">>> "
+        for turn in (b"first\n", b"second\n"):
+            process.stdin.write(turn)
+            process.stdin.flush()
+            written = process.stdout.read(20)
+            assert b">>> " not in written, "the answer was complete before it could be interrupted"
+            process.send_signal(signal.SIGINT)
+            while not written.endswith(b"\n>>> "):
+                written += process.stdout.read(1) or pytest.fail("the conversation ended with the answer")
+            assert len(written) < 10_000, "the answer went on"
+        process.stdin.close()
+        assert (process.stdout.read(), process.stderr.read(), process.wait(60)) == (b"\n", b"", 0)
+
+
+def test_a_model_without_a_chat_template_is_refused(generate, run_dir):
+    complaint = f"^{run_dir} has no chat template; fine-tune it by scripts/finetune.py, or leave --chat out.$"
+    with pytest.raises(UserError, match=complaint):
+        generate(run_dir, "--chat=true", "--prompt=x")

@@ -1,7 +1,10 @@
 """The two scripts that come before training: what they make, what they say, and how they refuse."""
 
+import ast
+import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +134,7 @@ def test_the_statistics_name_the_longest_document_and_what_was_left_out(run, tmp
 def rows_of(recipe: str) -> list[dict]:
     """Rows of the shape that the recipe's dataset has on the Hub."""
     texts = [f"document {number} says that {number} times {number} is {number**2}" for number in range(60)]
-    if recipe == "smol-smoltalk":
+    if recipe in ("smol-smoltalk", "smol-smoltalk-chat"):
         chats = [[{"role": "user", "content": "How much?"}, {"role": "assistant", "content": text}] for text in texts]
         return [{"messages": chat, "source": "smol-magpie-ultra"} for chat in chats]
     if recipe == "wikitext":
@@ -141,7 +144,7 @@ def rows_of(recipe: str) -> list[dict]:
     return [{"text": text, "id": str(number), "score": 3.5} for number, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("recipe", ["openwebtext", "fineweb-edu", "smol-smoltalk", "wikitext"])
+@pytest.mark.parametrize("recipe", ["openwebtext", "fineweb-edu", "smol-smoltalk", "smol-smoltalk-chat", "wikitext"])
 def test_a_recipe_of_the_hub_prepares_rows_of_that_shape(run, tmp_path, monkeypatch, tokenizer, recipe):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     table = pyarrow.Table.from_pylist(rows_of(recipe))
@@ -153,6 +156,8 @@ def test_a_recipe_of_the_hub_prepares_rows_of_that_shape(run, tmp_path, monkeypa
     ]
     config = ["--config", str(ROOT / "configuration" / "data" / f"{recipe}.yaml")]
     fields = ["--corpus.validation_fraction=0.3", "--num_workers=1", "--num_tasks=2"]
+    if recipe.endswith("-chat"):  # its template is named from the repository's root, where the command is to be given
+        fields.append(f"--chat.template={ROOT / 'tokenization' / 'chatml.jinja'}")
     code, printed, complaint = run("prepare_data.py", *config, *local, *fields, *tokenizer)
     assert code == 0, complaint
     assert printed.endswith(f"--data.path data/{recipe}\n")
@@ -161,3 +166,41 @@ def test_a_recipe_of_the_hub_prepares_rows_of_that_shape(run, tmp_path, monkeypa
         recipe == "wikitext"
     )
     assert index.dropped == ({"empty": 61} if recipe == "wikitext" else {})
+
+
+def test_conversations_are_prepared_as_the_script_says_and_one_is_shown(run, tmp_path, tokenizer):
+    """The command of the script's docstring, from the root of a copy of what it names."""
+    (tmp_path / "tokenization").symlink_to(ROOT / "tokenization")
+    (tmp_path / "configuration").symlink_to(ROOT / "configuration")
+    rows = [
+        {"conversations": [{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": "Yes!"}]} for n in range(99)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    docstring = ast.get_docstring(ast.parse((ROOT / "scripts" / "prepare_data.py").read_text()))
+    (command,) = re.findall(r"scripts/(prepare_data.py .*-chat.yaml[^\n]*\n.*)", docstring)
+    script, *arguments = shlex.split(command.replace("\\\n", " "))
+    code, printed, complaint = run(script, *arguments, *tokenizer, "--num_workers=1")
+    assert code == 0, complaint
+    lines = printed.splitlines()
+    assert re.match(r"train: \d\d conversations, [\d,]+ tokens in ", lines[0])
+    assert lines[3:8] == [
+        "the first training document; what is learned stands between ⟦ and ⟧:",
+        "<|im_start|>user",
+        lines[5],
+        "<|im_start|>assistant",
+        "⟦Yes!<|im_end|>⟧",
+    ]
+    assert re.match(r"\d+\?<\|im_end\|>$", lines[5])
+    assert re.match(
+        r"learned: [\d,]+ of [\d,]+ tokens \(\d+\.\d%\), in \d\d documents; the longest has \d+ tok", lines[8]
+    )
+    assert lines[-1].endswith("python scripts/finetune.py --init_from MODEL --data.path data/chats")
+    assert load_index(tmp_path / "data" / "chats").recipe["chat"]["end_of_turn"] == "<|im_end|>"
+
+
+def test_conversations_that_a_recipe_cannot_hold_are_refused_in_one_line(run, tokenizer):
+    code, _, complaint = run("prepare_data.py", *tokenizer, "--output_dir=shards", "--chat.learn=all")
+    assert code == 2
+    assert complaint.endswith(
+        "corpus.kind (python_stdlib) has no conversations; with chat set it to files or dataset.\n"
+    )

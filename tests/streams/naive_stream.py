@@ -67,7 +67,7 @@ def read(source: StreamSource, start: int, stop: int, *, step: int = 8, watch: C
         source.release(draw)
         source.require(min(draw + step, stop))
         watch()
-        parts.append(source.sequences(np.arange(draw, min(draw + step, stop))))
+        parts.append(source.sequences(np.arange(draw, min(draw + step, stop))).ids)
     return np.concatenate(parts)
 
 

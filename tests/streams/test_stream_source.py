@@ -181,7 +181,7 @@ def test_a_second_reader_and_many_threads_see_the_same(open_source, naive):
     found = [None] * 6
 
     def run(number):
-        found[number] = (source if number % 2 else reader).sequences(orders[number])
+        found[number] = (source if number % 2 else reader).sequences(orders[number]).ids
 
     threads = [threading.Thread(target=run, args=[number]) for number in range(6)]
     for thread in threads:
@@ -205,7 +205,7 @@ def test_waiting_is_counted_and_a_place_can_be_named(section, open_source, naive
         f"epoch 0, era 0, {section.cache_dir}/train/tokens_part_00000.safetensors, tokens "
     )
     start = int(source.locate(0).split("tokens ")[-1].split(" to ")[0])
-    (sequence,) = source.sequences(np.array([0])).tolist()
+    (sequence,) = source.sequences(np.array([0])).ids.tolist()
     assert sequence == naive.epoch_shards[0][start : start + LENGTH]
     read(source, 0, naive.num_draws)
     assert source.epochs(naive.num_draws - 1) == 1.0
@@ -287,7 +287,7 @@ def test_rows_without_text_are_left_out_and_counted(texts, section, open_source)
     corpus = replace(section.corpus, data_files=section.corpus.data_files[:1], validation_fraction=0.0)
     naive = NaiveStream([texts[0][:10]], replace(section, corpus=corpus))
     source = open_source(corpus=corpus, max_cached_shards=100)
-    assert np.array_equal(source.sequences(np.arange(naive.num_draws)), naive.sequences(0, naive.num_draws))
+    assert np.array_equal(source.sequences(np.arange(naive.num_draws)).ids, naive.sequences(0, naive.num_draws))
     ledger = source.state(0)["ledger"]["shards"]
     assert sum(shard["left_out"].get("empty", 0) for shard in ledger if shard["start"]["epoch"] == 1) == 3
 

@@ -1,5 +1,6 @@
 """Killed or asked to stop at a named point, out of room, beside another run: nothing is lost, and the run ends as it
-would have. Faults 1 to 7, 16, 18, 19 and 24 of the list; the long ones are in tests/trials/test_faults.py."""
+would have. Faults 1 to 7, 18, 19, 22 and 24 of docs/faults.md; the long ones are in
+tests/trials/test_faults.py."""
 
 import json
 import os
@@ -165,6 +166,63 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(runs, write_recipe, tmp
     assert 0 < step < 5000
 
 
+@pytest.mark.parametrize("phase", ["evaluation", "sampling"])
+def test_sigterm_to_all_ranks_while_they_evaluate_or_sample_saves_that_step_once(runs, write_recipe, tmp_path, phase):
+    """Fault 3, of two ranks, as a launcher does it."""
+    (command, run_dir), (point, step) = write_recipe(tmp_path), PHASES[phase]
+    run = runs.start(*command, at=point, num_processes=2)
+    assert run.wait_for_all() == [143, 143], run.output()
+    assert run.output().splitlines()[-1] == f"stopped at step {step}; the same command goes on from there."
+    assert "Traceback" not in run.output() + run.output(rank=1)
+    assert newest_checkpoint(run_dir)[0] == run_dir / "checkpoints" / f"step-{step:06d}"
+    run = runs.start(*command, num_processes=2)
+    assert run.wait_for_all() == [0, 0], run.output()
+    steps = [record["step"] for record in read_records(run_dir) if "train/loss" in record]
+    assert steps == list(range(1, 13))
+
+
+def test_where_one_rank_is_killed_the_other_ends_by_itself_and_the_same_command_goes_on(runs, write_recipe, tmp_path):
+    command, run_dir = write_recipe(tmp_path, train={"max_steps": 5000})
+    run = runs.start(*command, num_processes=2)
+    run.wait_until(lambda: list_checkpoints(run_dir))
+    run.send(signal.SIGKILL, rank=1)
+    codes = run.wait_for_all()
+    assert codes[0] != 0
+    assert codes[1] == -signal.SIGKILL
+    checkpoint, passed_over = newest_checkpoint(run_dir)
+    assert passed_over == []
+    step = int(checkpoint.name[5:])
+    run = runs.start(*command, f"--train.max_steps={step + 2}", "--resume=true", num_processes=2)
+    assert run.wait_for_all() == [0, 0]
+    assert f"resumed at step {step:,}" in run.output()
+
+
+def test_where_the_data_of_one_of_three_ranks_ends_all_stop_at_that_step_with_the_run_saved(
+    runs, write_recipe, tmp_path
+):
+    """Fault 22."""
+    command, run_dir = write_recipe(tmp_path, train={"tokens_per_step": 192})
+    run = runs.start(*command, patch="rank_patches:end_the_data_of_rank_one", num_processes=3)
+    assert run.wait_for_all() == [1, 1, 1]
+    last = [run.output(rank=rank).splitlines()[-1] for rank in range(3)]
+    assert last[1] == "error: the stream of this machine has ended."
+    assert last[0] == last[2] == "error: the data of another process has ended; see its message."
+    assert newest_checkpoint(run_dir)[0] == run_dir / "checkpoints" / "step-000005"
+    assert runs.start(*command, num_processes=3).wait_for_all() == [0, 0, 0]
+    records = [record for record in read_records(run_dir) if "train/loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert len({record["data/checksum"] for record in records}) == 12
+
+
+def test_a_run_that_was_moved_to_another_directory_goes_on_there(runs, write_recipe, tmp_path, assert_ends_alike):
+    command, run_dir = write_recipe(tmp_path)
+    code, output = runs.run(*command, at="gpt2x.training.loop:optimizer_step:before:7:SIGTERM")
+    assert code == 143, output
+    (tmp_path / "elsewhere").mkdir()
+    moved = run_dir.rename(tmp_path / "elsewhere" / "tiny")
+    assert_ends_alike((*command, f"--run.dir={moved.parent}"), moved)
+
+
 # --- one writer ------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +254,23 @@ def test_a_lock_of_another_machine_is_taken_over_only_by_force(runs, write_recip
     )
     assert runs.run(*command, "--run.force_lock=true")[0] == 0
     assert not (run_dir / "run.lock").exists()
+
+
+def test_a_finished_run_says_so_whatever_lock_lies_there(runs, write_recipe, tmp_path):
+    """Killed between its last file and the end of its lock; then brought to another machine."""
+    command, run_dir = write_recipe(tmp_path, train={"max_steps": 1})
+    code, _ = runs.run(*command, at="gpt2x.training.finish:replace_file:after:1:SIGKILL")
+    assert (code, (run_dir / "run.lock").exists()) == (-signal.SIGKILL, True)
+    files = files_of(run_dir)
+    line = f"{run_dir} is finished; its model is in {run_dir}/final. Start another with --run.name NAME.\n"
+    assert runs.run(*command) == (0, line)
+    owner = json.loads((run_dir / "run.lock").read_text())
+    (run_dir / "run.lock").write_text(json.dumps(owner | {"host": "elsewhere"}))
+    assert runs.run(*command) == (0, line)
+    assert files_of(run_dir) == files
+    code, output = runs.run(*command, "--train.max_steps=2")
+    assert code == 1
+    assert output.endswith("cannot be known here: if it is dead, --run.force_lock true.\n")
 
 
 def test_of_many_processes_that_start_in_the_same_moment_one_gets_the_directory(tmp_path):

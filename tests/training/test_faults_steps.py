@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from gpt2x import preflight
 from gpt2x.errors import UserError
 from gpt2x.training import checkpoints, loop, steps
 from gpt2x.training import finish as finish_module
@@ -275,6 +276,27 @@ def test_the_checkpoints_that_will_be_there_are_counted(recipe, changed, start, 
     assert (room.num_kept, room.num_for_ever) == counts
 
 
+SAVING = {
+    "copies while training goes on": (
+        4,
+        False,
+        "; copies for saving take 2 MB of host memory, from the first step on",
+    ),
+    "a save at the end alone": (None, False, " free"),
+    "shards": (None, True, "; each save takes 2 MB of the main process's host memory"),
+}
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_the_plan_says_what_a_save_takes_of_memory(recipe, changed, start, monkeypatch, name):
+    save_steps, is_sharded, end = SAVING[name]
+    larger = {"hidden_size": 80}
+    job, progress = start(changed(recipe, train={"save_steps": save_steps}, model=larger))
+    monkeypatch.setattr(preflight, "is_sharded", lambda model: is_sharded)
+    (line,) = [line for line in preflight.describe(job, progress).splitlines() if line.startswith("saving:")]
+    assert line.endswith(end), line
+
+
 ROOM = {"checkpoint_bytes": 3_000_000_000, "model_bytes": 1_000_000_000, "num_kept": 3, "num_for_ever": 0}
 
 
@@ -309,6 +331,7 @@ DAMAGES = {
     "header": "header",
     "missing tensor": "lacks? .*attn|misses|missing",
     "another shape": "mismatch",
+    "extra tensor": r"attn.gate.weight, which GPT2X has no place for",
 }
 
 
@@ -324,9 +347,11 @@ def test_a_damaged_model_to_go_on_from_is_refused_before_the_first_step(
     if damage == "header":
         file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
     else:
-        del tensors[name]
+        weight = tensors.pop(name)
         if damage == "another shape":
             tensors[name] = torch.ones(3, 3)
+        elif damage == "extra tensor":
+            tensors |= {name: weight, name.replace("attn.c_attn", "attn.gate"): torch.ones(3, 3)}
         save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=DAMAGES[damage]):
         start(changed(recipe, init_from=str(tmp_path / "model")))

@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from gpt2x.errors import UserError
-from gpt2x.training.launch import asks_for_sharding, check_launch
+from gpt2x.training.launch import asks_for_sharding, check_launch, num_data_ranks
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -84,12 +84,27 @@ def test_processes_that_know_nothing_of_each_other_are_refused(name):
         check_launch({name: "4"})
 
 
+def sizes(*, world, **given):
+    """What the launcher tells a process of the sizes of parallelism."""
+    named = {f"PARALLELISM_CONFIG_{kind.upper()}_SIZE": str(size) for kind, size in given.items()}
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    return {"RANK": "0", "WORLD_SIZE": str(world), "ACCELERATE_USE_PARALLELISM_CONFIG": "true"} | fsdp | named
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"fsdp_version \(1\) must be 2"),
         ({"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"}, r"distributed_type \(DEEPSPEED\) is none of gpt2x's"),
-        ({"RANK": "0", "PARALLELISM_CONFIG_TP_SIZE": "2"}, r"parallelism_config_tp_size \(2\) must be 1"),
+        (sizes(cp=2, world=2), r"parallelism_config_cp_size \(2\) must be 1: every process reads whole rows"),
+        (sizes(sp=2, world=2), r"parallelism_config_sp_size \(2\) must be 1"),
+        (sizes(tp=2, dp_shard=4, world=6), r"\(1 x 4 x 2\) must be num_processes \(6\); .*dp_shard_size 3"),
+        (sizes(dp_replicate=2, dp_shard=2, world=8), r"\(2 x 2 x 1\) must be num_processes \(8\); .*dp_shard_size 4"),
+        (
+            sizes(tp=2, world=2) | {"ACCELERATE_USE_FSDP": "false"},
+            r"tp_size \(2\) and dp_shard_size \(1\) need distributed_type FSDP; set it, as in fsdp2_tp\.yaml",
+        ),
+        (sizes(tp=2, dp_replicate=2, world=4), r"dp_replicate_size \(2\) with tp_size \(2\) needs a dp_shard_size"),
     ],
 )
 def test_what_a_configuration_asks_for_and_is_not_done_is_refused(environment, message):
@@ -105,6 +120,8 @@ def test_what_a_configuration_asks_for_and_is_not_done_is_refused(environment, m
         {"ACCELERATE_MIXED_PRECISION": "no"},
         {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
         {"RANK": "0", "SLURM_STEP_NUM_TASKS": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        sizes(tp=2, dp_shard=1, world=2),
+        sizes(tp=2, dp_shard=2, dp_replicate=2, world=8),
     ],
 )
 def test_one_process_alone_and_ranks_of_a_launcher_are_let_through(environment):
@@ -157,6 +174,13 @@ def test_the_slurm_template_goes_back_into_the_queue_when_it_is_told_to_end(slur
     job.terminate()
     assert job.wait(timeout=20) == 1
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [({}, 1), ({"WORLD_SIZE": "8"}, 8), (sizes(tp=2, dp_shard=4, world=8), 4)]
+)
+def test_processes_of_a_tensor_parallel_group_are_one_rank_of_the_data(environment, expected):
+    assert num_data_ranks(environment) == expected
 
 
 def test_only_fsdp_is_sharding():

@@ -1,9 +1,15 @@
 """A run on a mixture: its accounts, its phases, and the masking of documents."""
 
+import math
+import shutil
+
+import numpy as np
 import pytest
 
 from gpt2x.config import SourceSection
 from gpt2x.errors import UserError
+from gpt2x.shards.files import write_shard
+from gpt2x.shards.index import Index, ShardEntry, load_index, write_index
 
 
 @pytest.fixture
@@ -16,6 +22,46 @@ def mixture(recipe, changed, shards_dir):
         return changed(recipe, data=data, **changes)
 
     return make
+
+
+def write_conversations(directory, split, *, seed, like):
+    """A shard of conversations of at most 16 tokens, a third of them as long as that and not learned at all."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, 17, 300)
+    lengths[::3] = 16
+    documents = np.cumsum([0, *lengths])
+    tokens = generator.integers(1, 270, documents[-1]).astype(np.uint16)
+    targets = (generator.random(tokens.size) < 0.5).astype(np.uint8)
+    for start in documents[:-1:3]:
+        targets[start : start + 16] = 0
+    targets[documents[:-1]] = 0
+    file = directory / split / "tokens_part_00000.safetensors"
+    file.parent.mkdir(parents=True)
+    metadata = {"tokenizer_fingerprint": like.tokenizer_fingerprint}
+    sha256 = write_shard(file, tokens=tokens, documents=documents, metadata=metadata, targets=targets)
+    return ShardEntry(file=file.name, num_tokens=tokens.size, num_documents=300, num_bytes=tokens.size, sha256=sha256)
+
+
+@pytest.fixture(scope="module")
+def chat_dir(tmp_path_factory, shards_dir):
+    """Conversations beside the documents of the other tests, of the same tokenizer."""
+    directory, like = tmp_path_factory.mktemp("chat"), load_index(shards_dir)
+    splits = {
+        split: [write_conversations(directory, split, seed=seed, like=like)]
+        for seed, split in enumerate(("train", "validation"))
+    }
+    shutil.copytree(like.tokenizer_dir, directory / "tokenizer")
+    write_index(
+        Index(
+            directory=directory,
+            splits=splits,
+            tokenizer_fingerprint=like.tokenizer_fingerprint,
+            vocab_size=like.vocab_size,
+            eos_token_id=like.eos_token_id,
+            recipe={},
+        )
+    )
+    return directory
 
 
 def train_records(run):
@@ -125,3 +171,59 @@ def test_a_run_replays_from_its_checkpoint_without_the_batches_that_are_skipped(
     checksums = [record["data/checksum"] for record in train_records(resumed)]
     expected = [record["data/checksum"] for record in whole]
     assert checksums[:17] == expected[:8] + expected[11:]
+
+
+def conversations(changed, recipe, chat_dir, **changes):
+    return changed(recipe, data={"path": chat_dir, "packing": "whole_documents"}, **changes)
+
+
+def test_whole_conversations_train_through_sequences_of_which_nothing_is_learned(recipe, changed, pretrain, chat_dir):
+    """One sequence per micro-batch, so that some of these have nothing to learn either."""
+    run = pretrain(conversations(changed, recipe, chat_dir, train={"micro_batch_size": 1, "max_steps": 6}))
+    losses = [record["train/loss"] for record in train_records(run)]
+    assert len(losses) == 6
+    assert all(map(math.isfinite, losses))
+    parts = run.job.batches.batches.step(0).micro_batches
+    assert {int((part["labels"] != -100).sum()) for part in parts} >= {0}
+    assert run.validation.num_tokens == run.job.validation_batches.num_targets
+
+
+def test_whole_conversations_go_on_where_they_stood(recipe, changed, pretrain, chat_dir, assert_equal_tensors):
+    train = {"max_steps": 10, "save_steps": None}
+    straight = pretrain(conversations(changed, recipe, chat_dir, run={"name": "straight"}, train=train))
+    halved = conversations(changed, recipe, chat_dir, train=train)
+    pretrain(halved, stop_after=4)
+    resumed = pretrain(halved)
+    assert_equal_tensors(straight.saved(), resumed.saved())
+    assert [r["data/checksum"] for r in train_records(straight)] == [
+        r["data/checksum"] for r in train_records(resumed)
+    ]
+
+
+@pytest.mark.parametrize("packing", ["continuous", "documents"])
+def test_a_mixture_is_validated_as_a_whole_and_by_source(recipe, changed, pretrain, shards_dir, chat_dir, packing):
+    sources = [
+        SourceSection(name="web", path=shards_dir, weight=1.0),
+        SourceSection(name="chat", path=chat_dir, weight=1.0),
+    ]
+    run = pretrain(changed(recipe, data={"path": None, "sources": sources, "block_size": 20, "packing": packing}))
+    parts = run.validation.sources
+    assert list(parts) == ["web", "chat"]
+    assert sum(part.num_tokens for part in parts.values()) == run.validation.num_tokens
+    nats = sum(part.loss * part.num_tokens for part in parts.values())
+    assert run.validation.loss == pytest.approx(nats / run.validation.num_tokens, rel=1e-6)
+    last = [record for record in run.records() if "val/loss" in record][-1]
+    assert [last["val/web/loss"], last["val/chat/loss"]] == [parts["web"].loss, parts["chat"].loss]
+
+
+def test_samples_of_conversations_answer_their_beginnings(recipe, changed, start, chat_dir):
+    job, _ = start(conversations(changed, recipe, chat_dir, evaluation={"num_validation_prompts": 3}))
+    (shard,) = load_index(chat_dir).open_split("validation")
+    beginnings = []
+    for begin, end in zip(shard.documents[:-1], shard.documents[1:]):
+        learned = np.flatnonzero(shard.targets[begin:end])
+        length = learned[0] if learned.size else end - begin - 1
+        beginnings.append(job.tokenizer.decode(shard.tokens[begin : begin + length]))
+    job.batches.close()
+    assert len(job.prompts) == 3
+    assert set(job.prompts) <= set(beginnings)

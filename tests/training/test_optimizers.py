@@ -167,6 +167,49 @@ def test_orthogonalization_keeps_the_directions():
     assert F.cosine_similarity(found.flatten(), nearest.flatten(), dim=0) > 0.95
 
 
+@pytest.mark.parametrize(
+    ("mixed_precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.bfloat16)]
+)
+def test_the_products_of_muon_follow_the_precision_of_the_run(mixed_precision, dtype):
+    section = OptimizerSection(name="muon")
+    muon, _ = make_optimizers(make_model(), section, mixed_precision=mixed_precision)
+    assert [group["ns_dtype"] for group in muon.param_groups] == [dtype]
+
+
+def test_orthogonalizing_in_bfloat16_is_a_formula_that_must_not_change_by_a_bit():
+    """Measured recipes were trained with it."""
+    torch.manual_seed(5)
+    tall = torch.randn(3, 40, 24)
+    x = tall.bfloat16().mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    assert torch.equal(orthogonalize(tall), x.mT.float())
+
+
+def losses_of_muon(num_parts):
+    """Losses of 12 steps in float32 whose gradient is the mean of those of so many parts of the batch, as of ranks."""
+    model = make_model()
+    optimizers = make_optimizers(model, OptimizerSection(name="muon"), mixed_precision="no")
+    generator, losses = torch.Generator().manual_seed(6), []
+    for _ in range(12):
+        ids = torch.randint(48, (8, 12), generator=generator)
+        parts = [model(input_ids=part, labels=part, use_cache=False).loss for part in ids.chunk(num_parts)]
+        gradients = [torch.autograd.grad(part, list(model.parameters())) for part in parts]
+        for parameter, *own in zip(model.parameters(), *gradients, strict=True):
+            parameter.grad = sum(own) / num_parts
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(sum(part.item() for part in parts) / num_parts)
+    return losses
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_in_float32_muon_does_not_show_how_a_gradient_was_summed(num_parts):
+    assert losses_of_muon(num_parts) == pytest.approx(losses_of_muon(1), abs=1e-5)
+
+
 def test_muon_leaves_a_matrix_without_a_gradient_alone():
     parameter = torch.nn.Parameter(torch.ones(4, 4))
     Muon([parameter], lr=1.0, momentum=0.9, weight_decay=0.5).step()

@@ -2,14 +2,12 @@
 
 import dataclasses
 import shutil
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_two_processes import ROOT, read
+from sharded_runs import cut_back, launch
+from test_two_processes import read
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -24,45 +22,21 @@ from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 SHAPE = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 MUON = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
 
-# What each of the two processes runs: the recipes that it is given, and Muon on given gradients.
-RANK = """
+MUON_ON_SHARDS = """
 import sys
-from contextlib import closing
 from pathlib import Path
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from gpt2x.command_line import parse_recipe
-from gpt2x.config import Recipe
-from gpt2x.training.devices import make_accelerator
-from gpt2x.training.finish import finish
-from gpt2x.training.loop import train
 from gpt2x.training.optimizers import Muon
-from gpt2x.training.recording import Recorder
-from gpt2x.training.run_directory import open_run_directory, write_config
-from gpt2x.training.sharding import gather, is_sharded
-from gpt2x.training.signals import StopRequest
-from gpt2x.training.start import make_job
+from gpt2x.training.sharding import gather
+from sharded_runs import run_recipes
 
 directory = Path(sys.argv[1])
-for name in ("adamw", "muon", "from_one"):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    recipe, _ = parse_recipe(Recipe, ["--config", str(directory / f"{name}.yaml")], script="", default_config=None)
-    run = open_run_directory(recipe, name=name)
-    accelerator = make_accelerator(recipe, local_world_size=2, is_sharded=True)
-    job, progress = make_job(recipe, run, accelerator)
-    assert is_sharded(job.plain_model) and accelerator.num_processes == 2
-    if accelerator.is_main_process:
-        write_config(run, recipe)
-    recorder = Recorder(job)
-    with closing(job.batches), closing(recorder):
-        validation = train(job, progress, recorder, StopRequest())
-    finish(job, progress, validation)
-    assert job.failures.summary() == []
-
+run_recipes(directory, ["adamw", "muon", "from_one"])
+accelerator = Accelerator(cpu=True)
 mesh = init_device_mesh("cpu", (2,))
 given = load_file(directory / "muon.safetensors")
 weights = [torch.nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in given["weights"]]
@@ -71,28 +45,14 @@ for gradients in given["gradients"]:
     for weight, gradient in zip(weights, gradients):
         weight.grad = distribute_tensor(gradient, mesh, [Shard(0)])
     optimizer.step()
-wholes = gather({str(number): weight for number, weight in enumerate(weights)}, is_writer=accelerator.is_main_process)
+tensors = {str(number): weight for number, weight in enumerate(weights)} | {"plain": torch.ones(2)}
+wholes = gather(tensors, is_writer=accelerator.is_main_process)
 assert bool(wholes) == accelerator.is_main_process
 if wholes:
+    assert wholes.pop("plain").data_ptr() != tensors["plain"].data_ptr()
     save_file(wholes, directory / "muon_found.safetensors")
 accelerator.end_training()
 """
-
-
-def launch(*command):
-    """accelerate launch of fsdp2.yaml on two processes of this machine's CPU."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--main_process_port={port}"]
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "fsdp2.yaml"), "--num_processes=2"]
-    whole = [*launcher, *config, *(str(argument) for argument in command)]
-    return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=120)
-
-
-def cut_back(run_dir):
-    """Leaves a finished run of 20 steps as it was when it had made the checkpoint of step 10."""
-    shutil.rmtree(run_dir / "checkpoints" / "step-000020")
-    (run_dir / "stats.json").unlink()
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +78,8 @@ def two_ranks(tmp_path_factory, finished):
     torch.manual_seed(0)
     tensors = {"weights": torch.randn(3, 33, 16), "gradients": torch.randn(4, 3, 33, 16)}
     save_file(tensors, directory / "muon.safetensors")
-    (directory / "rank.py").write_text(RANK)
-    finished = launch(directory / "rank.py", directory)
+    (directory / "rank.py").write_text(MUON_ON_SHARDS)
+    finished = launch("fsdp2.yaml", "--num_processes=2", directory / "rank.py", directory)
     assert finished.returncode == 0, finished.stderr
     return directory, recipes
 

@@ -50,7 +50,7 @@ with exit_on_user_error():
         for source in sources.values():
             source.release(step * DRAWS)
             source.require((step + 1) * DRAWS)
-            digest.update(source.sequences(np.arange(step * DRAWS, (step + 1) * DRAWS)).tobytes())
+            digest.update(source.sequences(np.arange(step * DRAWS, (step + 1) * DRAWS)).ids.tobytes())
         hashes.append(digest.hexdigest())
         if (step + 1) % CHECKPOINT_STEPS == 0:
             states = {name: source.state((step + 1) * DRAWS) for name, source in sources.items()}

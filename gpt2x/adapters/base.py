@@ -1,0 +1,76 @@
+"""The stock model that adapters are added to."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from gpt2x.config import FinetuneRecipe
+from gpt2x.errors import UserError
+from gpt2x.models import find_model
+from gpt2x.shards.tokenizer import vocabulary_size
+from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
+
+# The stock forms, for each of which the tests show that packed documents do not see each other.
+MODEL_TYPES = ("gpt2", "llama", "qwen3", "nanochat")
+
+
+def load_base(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The stock model that adapters are added to, in float32; its texts end where the tokenizer says.
+
+    Raises:
+        UserError: where it is no whole stock model, or does not fit the tokenizer or the sequence length.
+    """
+    origin = find_model(recipe.init_from)
+    try:
+        _check_form(origin)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            origin, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except UserError:
+        raise
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # the latter two for files that are damaged
+        raise UserError(" ".join(str(error).split())) from error
+    if loading["missing_keys"]:
+        missing = min(loading["missing_keys"])
+        raise UserError(f"init_from ({origin}) has no weights for {missing}; give the directory of a whole model.")
+    check_tokenizer(origin, tokenizer)
+    _check_fit(recipe, model, tokenizer)
+    adopt_tokenizer(model, tokenizer)
+    model.loss_type = "ForCausalLM"  # by the name of GPT-2's class transformers finds none, and says so
+    return model
+
+
+def _check_form(origin: str) -> None:
+    if (Path(origin) / "adapter_config.json").is_file():
+        raise UserError(
+            f"init_from ({origin}) holds adapters, not a model; make it one by lora.merge true in the run they are of."
+        )
+    config = AutoConfig.from_pretrained(origin, trust_remote_code=False)
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"init_from ({origin}) is of the type {config.model_type}, and adapters are for the stock forms "
+            f"{', '.join(MODEL_TYPES)}; give one of these, or leave lora out to train all weights."
+        )
+    if "quantization_config" in config.to_dict():
+        raise UserError(
+            f"init_from ({origin}) is quantized, and adapters are trained beside weights that are not; give the model "
+            f"that it was made from."
+        )
+
+
+def _check_fit(recipe: FinetuneRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    needed, rows = vocabulary_size(tokenizer), model.config.vocab_size
+    if needed > rows:
+        raise UserError(
+            f"the tokenizer has {needed} tokens and init_from ({model.name_or_path}) {rows} rows of embeddings, which "
+            f"adapters leave as they are; use chat.template tokenization/plain.jinja without chat.special_tokens, or "
+            f"leave lora out to train all weights."
+        )
+    length, limit = recipe.data.sequence_length, model.config.max_position_embeddings
+    if length > limit:
+        raise UserError(
+            f"data.sequence_length ({length}) must not exceed the model's max_position_embeddings ({limit}); "
+            f"shorten it."
+        )

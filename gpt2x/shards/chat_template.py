@@ -1,0 +1,198 @@
+"""Conversations by a chat template: their ids, and which of them the assistant says."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jinja2 import TemplateError, TemplateSyntaxError
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from gpt2x.config import ChatSection
+from gpt2x.errors import UserError
+from gpt2x.shards.second_names import SecondNames, Span
+
+# Unicode reserves these for use inside a program (The Unicode Standard, section 23.7); text has none.
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# Written like this, a token is meant to be one.
+TOKEN_IN_A_TEMPLATE = re.compile(r"<\|[^|<>\s]+\|>")
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as a model reads it."""
+
+    ids: np.ndarray
+    """Token ids, (T,) int64."""
+    targets: np.ndarray
+    """Which of them are learned, (T,) bool."""
+    num_bytes: int
+    """UTF-8 bytes of the text that is learned, special tokens not counted."""
+
+
+class ChatEncoder:
+    """Encodes conversations by the tokenizer's chat template.
+
+    The ids are those of transformers' ``apply_chat_template``, with two exceptions: text that spells a special token
+    stays text, and no token holds the end of a prompt together with the beginning of its answer, because the model
+    will be asked with the prompt alone.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, learn: Literal["assistant", "all"] = "assistant"
+    ) -> None:
+        """Raises UserError where the tokenizer has no chat template, or none that says what there is to learn."""
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "the tokenizer has no chat template; name one, such as chat.template tokenization/chatml.jinja."
+            )
+        self._template = tokenizer.get_chat_template()
+        self._has_spans = GENERATION_TAG.search(self._template) is not None
+        if learn == "assistant" and not self._has_spans:
+            raise UserError(
+                "the chat template has no {% generation %} around what the assistant says, so that cannot be learned "
+                "alone; set chat.template tokenization/chatml.jinja, or chat.learn all."
+            )
+        self._tokenizer, self._learn = tokenizer, learn
+        self._second_names: dict[str, SecondNames] = {}
+
+    def encode(self, messages: Sequence[Mapping[str, str]], *, name: str) -> EncodedChat:
+        """Encodes a whole conversation.
+
+        Args:
+            messages: each with its role and its content.
+            name: what a complaint calls the conversation, its file and row say.
+
+        Raises:
+            UserError: where a message is no text, or the template refuses it.
+        """
+        names, text, spans = self._render(messages, name, add_generation_prompt=False)
+        learned = spans if self._learn == "assistant" else [(0, len(text))]
+        ids, targets = names.encode(text, spans, learned)
+        return EncodedChat(ids, targets, sum(names.num_bytes(text[start:end]) for start, end in learned))
+
+    def prompt(self, messages: Sequence[Mapping[str, str]], *, name: str = "the conversation") -> list[int]:
+        """Ids of a conversation and of the beginning of the assistant's next turn.
+
+        Raises:
+            UserError: where a message is no text, or the template refuses it.
+        """
+        names, text, spans = self._render(messages, name, add_generation_prompt=True)
+        return names.encode(text, spans, [])[0].tolist()
+
+    def _render(
+        self, messages: Sequence[Mapping[str, str]], name: str, *, add_generation_prompt: bool
+    ) -> tuple[SecondNames, str, list[Span]]:
+        """The conversation with special tokens by their second names, and the spans of it the assistant says."""
+        _check_messages(messages, name)
+        names = self._names_for(messages, name)
+        swapped = [{key: names.swap(value) for key, value in message.items()} for message in messages]
+        try:
+            rendered, spans = render_jinja_template(
+                [swapped],
+                chat_template=self._template,
+                return_assistant_tokens_mask=self._has_spans,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{name}: the chat template refuses it ({reason}); correct or remove it.") from None
+        return names, *names.swap_between(rendered[0], spans[0] if spans else [])
+
+    def _names_for(self, messages: Sequence[Mapping[str, str]], name: str) -> SecondNames:
+        texts = [text for message in messages for text in message.values()]
+        for noncharacter in NONCHARACTERS:
+            if not any(noncharacter in text for text in texts):
+                if noncharacter not in self._second_names:
+                    self._second_names[noncharacter] = SecondNames(self._tokenizer, noncharacter)
+                return self._second_names[noncharacter]
+        raise UserError(f"{name} holds every code point from U+FDD0 to U+FDEF, which are no characters; remove them.")
+
+
+def _check_messages(messages: Sequence[Mapping[str, str]], name: str) -> None:
+    if not messages:
+        raise UserError(f"{name} holds no message; remove it.")
+    for number, message in enumerate(messages, 1):
+        for key in {"role": None, "content": None} | dict(message):
+            value = message.get(key)
+            if not isinstance(value, str):
+                found = "missing" if key not in message else "null" if value is None else type(value).__name__
+                raise UserError(f"{name}: the {key} of message {number} is {found}, not text; correct or remove it.")
+            if not _is_unicode(value):
+                raise UserError(
+                    f"{name}: the {key} of message {number} holds half of a surrogate pair, which is no text; "
+                    "correct or remove it."
+                )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast, section: ChatSection) -> PreTrainedTokenizerFast:
+    """A copy of a tokenizer that writes and ends conversations as a recipe says.
+
+    Its end of text is the end of the assistant's turn. It pads with what it padded with before, or else with its old
+    end of text.
+
+    Raises:
+        UserError: where the template is missing or no Jinja, writes a token that the tokenizer lacks, or does not end
+            the assistant's turn with the end of text.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    new = [token for token in section.special_tokens if token not in special]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if section.end_of_turn is not None:
+        _check_known(tokenizer, section.end_of_turn, "chat.end_of_turn is")
+        tokenizer.eos_token = section.end_of_turn
+    if section.template is not None:
+        tokenizer.chat_template = _read_template(section)
+        for token in TOKEN_IN_A_TEMPLATE.findall(re.sub(r"\{#.*?#\}", "", tokenizer.chat_template, flags=re.DOTALL)):
+            _check_known(tokenizer, token, f"{section.template} writes")
+    _check_end_of_turn(tokenizer)
+    return tokenizer
+
+
+def _read_template(section: ChatSection) -> str:
+    assert section.template is not None
+    try:
+        template = section.template.read_text(encoding="utf-8")
+        render_jinja_template([], chat_template=template)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat.template ({section.template}) cannot be read ({error}); correct the path.") from None
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"chat.template ({section.template}), line {error.lineno}, is no Jinja ({error.message}); correct it."
+        ) from None
+    return template
+
+
+def _check_known(tokenizer: PreTrainedTokenizerFast, token: str, who: str) -> None:
+    if token not in tokenizer.get_added_vocab():
+        raise UserError(f"{who} {token}, which is no token of the tokenizer; name it in chat.special_tokens.")
+
+
+def _check_end_of_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Whatever reads the model stops at the end of text, so the assistant's turn must hold it."""
+    if tokenizer.chat_template is None or GENERATION_TAG.search(tokenizer.get_chat_template()) is None:
+        return
+    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = ChatEncoder(tokenizer).encode(exchange, name="a question and its answer")
+    if tokenizer.eos_token_id not in chat.ids[chat.targets]:
+        raise UserError(
+            f"the chat template does not end what the assistant says with {tokenizer.eos_token}, the tokenizer's end "
+            "of text; set chat.end_of_turn to the token that ends it."
+        )

@@ -1,0 +1,84 @@
+"""Tables of rows: parquet, Arrow streams (as datasets writes) and Arrow files."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from gpt2x.shards.rows import Advance, Row
+
+TABLES = (".parquet", ".arrow")
+ROWS_PER_BATCH = 128
+
+
+def table_columns(file: Path) -> list[str]:
+    """The names of a table's columns; reads no row."""
+    with pyarrow.memory_map(str(file)) as source:
+        if file.suffix == ".parquet":
+            return pyarrow.parquet.ParquetFile(source).schema_arrow.names
+        return _arrow(source).schema.names
+
+
+def table_rows(file: Path, columns: Sequence[str], advance: Advance) -> Iterator[Row]:
+    """The rows of a table, a batch at a time.
+
+    Args:
+        file: .parquet or .arrow.
+        columns: what is read of it; there must be such.
+        advance: told how many bytes of the file have been read since it was told before.
+    """
+    size, number, told = file.stat().st_size, 0, 0
+    with pyarrow.memory_map(str(file)) as source:
+        num_rows, batches = _batches(file, source, list(columns))
+        for batch in batches:
+            for values in zip(*(_encoded(batch.column(column)) for column in columns), strict=True):
+                number += 1
+                yield _table_row(f"{file}:{number}", columns, values)
+            position = size * number // num_rows if num_rows else source.tell()
+            advance(position - told)
+            told = position
+
+
+def _batches(file: Path, source: Any, columns: list[str]) -> tuple[int | None, Iterator[Any]]:
+    """The number of rows where it is known, and the rows in parts."""
+    if file.suffix == ".parquet":
+        table = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
+        parts = table.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns, use_threads=False)
+        return table.metadata.num_rows, parts
+    opened = _arrow(source)
+    if isinstance(opened, pyarrow.ipc.RecordBatchFileReader):
+        return None, (opened.get_batch(number) for number in range(opened.num_record_batches))
+    return None, iter(opened)
+
+
+def _arrow(source: Any) -> Any:
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    return pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+
+
+def _encoded(values: Any) -> Any:
+    """Strings as bytes, since Arrow does not check that they are UTF-8."""
+    if pyarrow.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    is_text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
+    return values.cast(pyarrow.large_binary()) if is_text else values
+
+
+def _table_row(name: str, columns: Sequence[str], values: Sequence[Any]) -> Row:
+    def found(dropped: Counter[str]) -> dict[str, Any] | None:
+        try:
+            return {column: _plain(value.as_py()) for column, value in zip(columns, values, strict=True)}
+        except UnicodeDecodeError:
+            dropped["not UTF-8"] += 1
+            return None
+
+    return Row(name, found)
+
+
+def _plain(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,60 @@
+"""Adapters beside a stock model that stays as it is: a run's checkpoints hold the adapters alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gpt2x.adapters import adapter_weights, add_adapters, load_adapters, load_base, save_adapters, save_merged
+from gpt2x.config import FinetuneRecipe
+from gpt2x.training.trainee import Trainee
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Adapters(Trainee):
+    """LoRA adapters, kept as peft reads them."""
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        assert recipe.lora is not None
+        self.recipe, self.section = recipe, recipe.lora
+
+    def make(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The stock model of init_from, frozen, with adapters that change nothing yet."""
+        adapted = add_adapters(load_base(self.recipe, tokenizer), self.section, seed=self.recipe.run.seed)
+        return cast(PreTrainedModel, adapted)
+
+    def weights(self, model: nn.Module, *, is_writer: bool) -> dict[str, Tensor]:
+        """Those of the adapters, by their names in adapter_model.safetensors."""
+        return {name: tensor.detach() for name, tensor in adapter_weights(cast("PeftModel", model)).items()}
+
+    def save(
+        self,
+        model: nn.Module,
+        directory: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> str:
+        """A directory for PeftModel.from_pretrained, and for AutoModelForCausalLM where peft is installed."""
+        return save_adapters(cast("PeftModel", model), directory, tokenizer, weights=weights)
+
+    def load(self, model: PreTrainedModel, directory: Path) -> None:
+        """Adapters of the same shape on the same base."""
+        load_adapters(cast("PeftModel", model), directory)
+
+    def save_final(
+        self,
+        model: nn.Module,
+        directory: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> str:
+        """The adapters; with lora.merge the stock model that they make together."""
+        if self.section.merge:
+            return save_merged(cast("PeftModel", model), directory, tokenizer)
+        return self.save(model, directory, tokenizer, weights=weights)

@@ -1,0 +1,74 @@
+"""Runs of several recipes in one set of processes that share every model: one start of torch instead of many.
+
+As a script it is what each of the processes runs: a directory, and the names of the recipes in it.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(config, *command):
+    """accelerate launch of a configuration on this machine's CPU; of the command first options, then the script."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--main_process_port={port}"]
+    whole = [*launcher, "--config_file", str(ROOT / "accelerate_configs" / config), *map(str, command)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment)
+
+
+def cut_back(run_dir, *, num_steps=20):
+    """Leaves a finished run as it was when it had made the checkpoint before its last."""
+    shutil.rmtree(run_dir / "checkpoints" / f"step-{num_steps:06d}")
+    (run_dir / "stats.json").unlink()
+
+
+def run_recipes(directory, names):
+    """Runs DIRECTORY/NAME.yaml of each name, one after the other."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from gpt2x.command_line import parse_recipe
+    from gpt2x.config import Recipe
+
+    for name in names:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        recipe, _ = parse_recipe(Recipe, ["--config", str(directory / f"{name}.yaml")], script="", default_config=None)
+        run_recipe(recipe, name)
+
+
+def run_recipe(recipe, name):
+    """As scripts/pretrain.py does it, but the processes stay."""
+    from gpt2x.training import finish as at_the_end
+    from gpt2x.training.devices import make_accelerator
+    from gpt2x.training.loop import train
+    from gpt2x.training.recording import Recorder
+    from gpt2x.training.run_directory import open_run_directory, write_config
+    from gpt2x.training.sharding import is_sharded
+    from gpt2x.training.signals import StopRequest
+    from gpt2x.training.start import make_job
+
+    run = open_run_directory(recipe, name=name)
+    accelerator = make_accelerator(recipe, local_world_size=2, is_sharded=True)
+    job, progress = make_job(recipe, run, accelerator)
+    assert is_sharded(job.plain_model)
+    assert accelerator.num_processes == 2
+    if accelerator.is_main_process:
+        write_config(run, recipe)
+    recorder = Recorder(job)
+    with closing(job.batches), closing(recorder):
+        validation = train(job, progress, recorder, StopRequest())
+    at_the_end.write_plots = lambda directory: None  # takes longer than the run
+    at_the_end.finish(job, progress, validation)
+    assert job.failures.summary() == []
+
+
+if __name__ == "__main__":
+    run_recipes(Path(sys.argv[1]), sys.argv[2:])

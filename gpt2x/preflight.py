@@ -1,8 +1,12 @@
 """What can be known before step 1, told before step 1."""
 
+from collections.abc import Iterator
+
 from gpt2x.batches.ranks import data_rank
+from gpt2x.batches.source import tokens_of
 from gpt2x.config import accumulation_steps
 from gpt2x.models import flops_per_token, num_parameters
+from gpt2x.shards.chat_preview import preview
 from gpt2x.training.devices import describe_device
 from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.job import Job
@@ -37,6 +41,15 @@ def describe(job: Job, progress: Progress) -> str:
     facts = [*lines.items(), *(("changed", text) for text in describe_changes(job.run.changes))]
     facts += [("warning", warning)] if warning else []
     return "\n".join(f"{name + ':':11s}{text}" for name, text in facts)
+
+
+def previews(job: Job) -> Iterator[str]:
+    """An example of every source of conversations, with what is learned of it."""
+    for section in job.recipe.data.mixture:
+        if section.stream is None:
+            tokens = tokens_of(section)
+            if any(shard.targets is not None for shard in tokens.open_split("train")):
+                yield preview(tokens, job.tokenizer)
 
 
 def _saving(job: Job, room: Room) -> str:
@@ -89,10 +102,11 @@ def _budget(job: Job) -> str:
         return f"{budget.max_time_s:g} s of training"
     tokens = budget.max_steps * job.recipe.train.tokens_per_step
     flops = tokens * flops_per_token(job.plain_model, job.recipe.data.sequence_length)
-    return f"{budget.max_steps:,} steps = {tokens:,} tokens{_epochs(job, tokens)} = {flops:.3g} FLOPs"
+    return f"{budget.max_steps:,} steps = {tokens:,} tokens{_epochs(job, budget.max_steps)} = {flops:.3g} FLOPs"
 
 
-def _epochs(job: Job, tokens: int) -> str:
+def _epochs(job: Job, num_steps: int) -> str:
     """Of one source of known size; those of a mixture end at different times."""
-    sizes = [source.num_tokens for source in job.batches.batches.sources.values()]
-    return f" = {tokens / sizes[0]:.2f} epochs" if len(sizes) == 1 and sizes[0] else ""
+    sizes = [source.num_windows for source in job.batches.batches.sources.values()]
+    num_sequences = num_steps * job.batches.batches.order.phases[-1].sequences_per_step
+    return f" = {num_sequences / sizes[0]:.2f} epochs" if len(sizes) == 1 and sizes[0] else ""

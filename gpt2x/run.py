@@ -67,7 +67,7 @@ def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Acc
 
 def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Accelerator", stop: StopRequest) -> int:
     """Trains in a run's directory, which this process has to itself."""
-    from gpt2x.preflight import describe
+    from gpt2x.preflight import describe, previews
     from gpt2x.training.finish import finish, push
     from gpt2x.training.loop import train
     from gpt2x.training.recording import Recorder
@@ -75,6 +75,9 @@ def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Acce
     from gpt2x.training.start import make_job
 
     job, progress = make_job(recipe, directory, accelerator)
+    if accelerator.is_main_process and progress.step == 0:
+        for text in previews(job):
+            print(text)
     accelerator.print(describe(job, progress))
     if accelerator.is_main_process:
         write_config(directory, recipe)

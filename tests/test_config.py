@@ -413,7 +413,7 @@ def recipe_class_of(file: Path) -> type:
     content = yaml.safe_load(file.read_text())
     if file.parent.name == "data":
         return PreparationRecipe if "output_dir" in content else TokenizerRecipe
-    return Recipe
+    return FinetuneRecipe if file.parent.name == "finetune" else Recipe
 
 
 @pytest.mark.parametrize(

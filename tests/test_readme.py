@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config import GenerationRecipe, PreparationRecipe, Recipe, TokenizerRecipe
+from gpt2x.config import FinetuneRecipe, GenerationRecipe, PreparationRecipe, Recipe, TokenizerRecipe
 from gpt2x.config.evaluation import HellaSwagRecipe, LmEvalRecipe
 from gpt2x.publishing.recipes import ExportRecipe, PushRecipe
 from gpt2x.shards.import_recipe import ImportRecipe
@@ -15,6 +15,7 @@ from gpt2x.shards.import_recipe import ImportRecipe
 ROOT = Path(__file__).parent.parent
 RECIPES = {
     "pretrain.py": (Recipe, ROOT / "configuration/pretrain/quickstart.yaml", None),
+    "finetune.py": (FinetuneRecipe, ROOT / "configuration/finetune/chat.yaml", None),
     "prepare_data.py": (PreparationRecipe, ROOT / "configuration/data/python-stdlib.yaml", None),
     "train_tokenizer.py": (TokenizerRecipe, None, None),
     "generate.py": (GenerationRecipe, None, "model"),

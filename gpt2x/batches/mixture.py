@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2x.batches.source import ShardSource, Source, tokens_of
+from gpt2x.batches.source import Source, tokens_of
 from gpt2x.batches.stream import StreamSource
 from gpt2x.batches.validation import HeldOut
-from gpt2x.batches.whole_documents import WholeDocumentSource
+from gpt2x.batches.whole_documents import open_file_source
 from gpt2x.config import DataSection, SourceSection
 from gpt2x.errors import UserError
 
@@ -108,15 +108,8 @@ def _joined(data: DataSection, opened: Sequence[_Opened]) -> Mixture:
 
 def _open_files(section: SourceSection, data: DataSection, *, seed: int) -> _Opened:
     tokens = tokens_of(section)
-    source: Source
-    if data.packing == "whole_documents":
-        source = WholeDocumentSource(tokens, data.sequence_length, seed=seed, name=section.key)
-    else:
-        source = ShardSource(
-            tokens, data.sequence_length, seed=seed, name=section.key, align_documents=data.align_documents
-        )
     return _Opened(
-        source=source,
+        source=open_file_source(tokens, data, seed=seed, name=section.key),
         location=tokens.location,
         held_out=lambda: HeldOut.of(tokens) if tokens.has_split("validation") else None,
         tokenizer_dir=tokens.tokenizer_dir,

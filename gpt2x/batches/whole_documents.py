@@ -9,7 +9,8 @@ import numpy as np
 from gpt2x.batches.order import epoch_windows
 from gpt2x.batches.packing import pack
 from gpt2x.batches.sequences import IGNORED, Sequences, count_learned, learned_flags
-from gpt2x.batches.source import Source, nothing_learned
+from gpt2x.batches.source import ShardSource, Source, nothing_learned
+from gpt2x.config import DataSection
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
 from gpt2x.shards.index import combined_sha256
@@ -183,3 +184,14 @@ def _check_lengths(shard: Shard, sequence_length: int) -> None:
             f"{shard.file}: document {number} has {lengths[number]} tokens, and data.sequence_length "
             f"({sequence_length}) must hold it whole; set it to {lengths.max()} or more, {remedy}."
         )
+
+
+def open_file_source(tokens: TokenSet, data: DataSection, *, seed: int, name: str) -> Source:
+    """The sequences of token files, packed as the recipe says.
+
+    Raises:
+        UserError: for whatever is wrong with a file, and for too few tokens or too long documents.
+    """
+    if data.packing == "whole_documents":
+        return WholeDocumentSource(tokens, data.sequence_length, seed=seed, name=name)
+    return ShardSource(tokens, data.sequence_length, seed=seed, name=name, align_documents=data.align_documents)

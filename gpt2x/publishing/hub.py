@@ -80,6 +80,7 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     model_dir = Path(find_model(str(directory)))
     if not model_dir.is_dir():
         raise UserError(f"{directory} does not exist; give the directory of a run or of a model.")
+    _check_base(model_dir / "adapter_config.json")
     files = {}
     for file in sorted(path for path in model_dir.rglob("*") if path.is_file()):
         parts = file.relative_to(model_dir).parts
@@ -89,6 +90,17 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     for plot in RunFiles.of(directory).plots:
         files[f"plots/{plot.name}"] = plot
     return files
+
+
+def _check_base(adapter_config: Path) -> None:
+    """Adapters name the model they belong to, which others must be able to load."""
+    if adapter_config.is_file():
+        base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if Path(base).exists() or Path(base).is_absolute():
+            raise UserError(
+                f"the adapters of {adapter_config.parent} belong to {base}, which only this machine has; push that "
+                f"model and train on its Hub id, or merge them by lora.merge true."
+            )
 
 
 def _check_repo_id(repo_id: str) -> None:

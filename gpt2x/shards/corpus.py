@@ -249,7 +249,8 @@ def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share, *, as_c
         return Reading(_dataset_rows(enumerate(rows, first), corpus, advance, layout), rows.num_rows, "rows", layout)
     num_rows = rows.info.splits[corpus.dataset_split].num_examples if _knows_its_length(rows, corpus) else None
     if rows.num_shards >= num_tasks:
-        every = _dataset_rows(enumerate(rows.shard(num_tasks, task, contiguous=False)), corpus, advance, layout)
+        part = rows.shard(num_tasks, task, contiguous=False)
+        every = _dataset_rows(enumerate(part), corpus, advance, layout, part=share)
         return Reading(every, num_rows and num_rows // num_tasks, "rows", layout)
     every = _dataset_rows(enumerate(rows), corpus, advance, layout)
     return Reading(islice(every, task, None, num_tasks), num_rows, "rows", layout)
@@ -265,10 +266,17 @@ def _knows_its_length(rows: IterableDataset, corpus: CorpusSection) -> bool:
 
 
 def _dataset_rows(
-    rows: Iterable[tuple[int, dict[str, Any]]], corpus: CorpusSection, advance: Advance, layout: Layout | None
+    rows: Iterable[tuple[int, dict[str, Any]]],
+    corpus: CorpusSection,
+    advance: Advance,
+    layout: Layout | None,
+    *,
+    part: Share = WHOLE,
 ) -> Iterator[Row]:
+    """Names rows by their number, in a part of the dataset where nobody knows how many stand before it."""
+    where = f"{corpus.dataset} part {part.task} of {part.num_tasks}" if part.num_tasks > 1 else str(corpus.dataset)
     for number, row in rows:
-        yield _dataset_row(f"{corpus.dataset} row {number}", row if layout else _column_of(row, corpus.text_column))
+        yield _dataset_row(f"{where} row {number}", row if layout else _column_of(row, corpus.text_column))
         advance(1)
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from gpt2x.batches.source import ShardSource, tokens_of
+from gpt2x.batches.source import tokens_of
+from gpt2x.batches.whole_documents import open_file_source
 from gpt2x.config import TrainingRecipe, accumulation_steps
 from gpt2x.errors import UserError
 from gpt2x.shards.index import INDEX_FILE
@@ -20,10 +21,19 @@ def check_before_torch(recipe: TrainingRecipe, *, num_processes: int) -> None:
             outside their vocabulary.
     """
     check_batch(recipe, num_processes=num_processes)
+    _check_hellaswag(recipe.evaluation.hellaswag)
     prepare_missing_shards(recipe)
     for section in recipe.data.mixture:
         if section.stream is None:
-            ShardSource(tokens_of(section), recipe.data.sequence_length)
+            open_file_source(tokens_of(section), recipe.data, seed=recipe.run.seed, name=section.key)
+
+
+def _check_hellaswag(source: str | None) -> None:
+    if source not in (None, "hub") and not Path(str(source)).is_file():
+        raise UserError(
+            f"evaluation.hellaswag ({source}) does not exist; give HellaSwag's validation split as a .jsonl file, or "
+            f"hub."
+        )
 
 
 def prepare_missing_shards(recipe: TrainingRecipe) -> None:

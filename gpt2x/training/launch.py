@@ -1,7 +1,6 @@
 """What a launcher has made of its configuration, told before torch is imported."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 
 from gpt2x.errors import UserError
 
@@ -54,11 +53,6 @@ def _check_zero(environment: Mapping[str, str]) -> None:
     for (name, value), expected in zip(given.items(), ("2", "none", "none"), strict=True):
         if value != expected:
             raise UserError(f"{name} ({value}) must be {expected}, as in deepspeed_zero2.yaml; fsdp2.yaml does more.")
-    if find_spec("deepspeed") is None:
-        raise UserError(
-            "distributed_type (DEEPSPEED) needs the package deepspeed, which is not installed; pip install deepspeed, "
-            "or use fsdp2.yaml, which shards the same gradients and state, and the weights too."
-        )
 
 
 def _size(environment: Mapping[str, str], kind: str) -> int:

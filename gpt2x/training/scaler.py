@@ -27,5 +27,6 @@ def settle_scale(scaler: GradScaler, *, is_kept: bool) -> None:
 
 def without_scaler(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside accelerate's wrapper where that has a scaler, else the one that was given."""
-    is_wrapped = isinstance(optimizer, AcceleratedOptimizer) and optimizer.scaler is not None
-    return optimizer.optimizer if is_wrapped else optimizer
+    if isinstance(optimizer, AcceleratedOptimizer) and optimizer.scaler is not None:
+        return optimizer.optimizer
+    return optimizer

@@ -240,6 +240,14 @@ def test_text_files_that_a_pattern_finds_are_refused(tmp_path):
         read(files(tmp_path))
 
 
+def test_a_row_of_a_stream_is_named_by_its_part_and_its_number_there(tmp_path):
+    paths = [str(write(tmp_path / f"{n}.jsonl", [{"messages": CHAT}, {"messages": [ASKED] * n}])) for n in range(4)]
+    corpus = CorpusSection(kind="dataset", dataset="json", data_files=paths)
+    names = [chat.name for chat in read(corpus, share=Share(task=1, num_tasks=2))]
+    assert names == [f"json part 1 of 2 row {number}" for number in range(4)]
+    assert [chat.name for chat in read(corpus)][-1] == "json row 7"
+
+
 def test_a_line_that_is_no_object_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl:1 is no JSON object but a list; a .jsonl file holds one per line"):
         read(files(write(tmp_path / "a.jsonl", [["Hi."]])))

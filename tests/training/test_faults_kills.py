@@ -20,7 +20,7 @@ from gpt2x.training.lock import locked
 # Killed there, a run of 12 steps that saves every four has at least the checkpoint of step 4.
 POINTS = [
     "gpt2x.training.saving:HostCopies.take:before:2",
-    "gpt2x.training.start:save_model:after:2",
+    "gpt2x.training.trainee:save_model:after:2",
     "gpt2x.training.checkpoints:_write_json:after:4",
     "gpt2x.training.checkpoints:sync:before:20",
     "gpt2x.training.retention:remove_checkpoints:before:2",
@@ -117,10 +117,10 @@ def test_sigterm_in_any_phase_saves_that_step_and_the_same_command_ends_alike(
 @pytest.mark.parametrize(
     "point",
     [
-        "gpt2x.training.checks:ShardSource:before:1",
-        "gpt2x.training.start:make_model:after:1",
+        "gpt2x.training.checks:open_file_source:before:1",
+        "gpt2x.training.trainee:make_model:after:1",
         "gpt2x.training.steps:count_targets:after:1",
-        "gpt2x.training.finish:save_model:before:1",
+        "gpt2x.training.finish:save_final_model:before:1",
     ],
 )
 def test_where_there_is_nothing_to_save_ctrl_c_leaves_in_one_line(runs, write_recipe, tmp_path, point):

@@ -12,14 +12,17 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from gpt2x.errors import UserError
-from gpt2x.training.launch import asks_for_sharding, check_launch, num_data_ranks
+from gpt2x.training.deepspeed import check_zero
+from gpt2x.training.launch import asks_for_sharding, asks_for_zero, check_launch, num_data_ranks
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 HARDWARE = {"compute_environment", "distributed_type", "use_cpu", "num_machines", "num_processes", "machine_rank"} | {
     f"main_process_{part}" for part in ("ip", "port")
 }
-HARDWARE |= {"rdzv_backend", "same_network", "fsdp_config", "parallelism_config"}
+HARDWARE |= {"rdzv_backend", "same_network", "fsdp_config", "parallelism_config", "deepspeed_config"}
+# Of DeepSpeed what is hardware; micro-batch, accumulation and clipping are the recipe's.
+ZERO = {"zero_stage", "offload_optimizer_device", "offload_param_device", "zero3_init_flag"}
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
@@ -38,6 +41,7 @@ def test_configurations_speak_of_hardware_alone(config_file):
     given = yaml.safe_load(config_file.read_text())
     assert set(given) <= HARDWARE
     assert given.get("fsdp_config", {}).get("fsdp_activation_checkpointing", False) is False
+    assert set(given.get("deepspeed_config", {})) <= ZERO
 
 
 def test_sizes_of_a_parallelism_multiply_to_the_processes(config_file):
@@ -56,6 +60,9 @@ def test_the_launcher_takes_every_configuration_and_lets_its_numbers_be_overridd
     assert found.num_processes == 4
     assert found.use_fsdp == (given["distributed_type"] == "FSDP")
     assert found.num_machines == given["num_machines"]
+    assert found.use_deepspeed == (given["distributed_type"] == "DEEPSPEED")
+    if found.use_deepspeed:
+        assert (found.zero_stage, found.offload_optimizer_device, found.gradient_clipping) == (2, "none", None)
     if found.use_fsdp:
         assert (found.fsdp_version, found.fsdp_auto_wrap_policy) == (2, "TRANSFORMER_BASED_WRAP")
 
@@ -84,6 +91,12 @@ def test_processes_that_know_nothing_of_each_other_are_refused(name):
         check_launch({name: "4"})
 
 
+def zero(**given):
+    """What the launcher tells a process of DeepSpeed."""
+    named = {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in given.items()}
+    return {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"} | named
+
+
 def sizes(*, world, **given):
     """What the launcher tells a process of the sizes of parallelism."""
     named = {f"PARALLELISM_CONFIG_{kind.upper()}_SIZE": str(size) for kind, size in given.items()}
@@ -95,7 +108,9 @@ def sizes(*, world, **given):
     ("environment", "message"),
     [
         ({"RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"fsdp_version \(1\) must be 2"),
-        ({"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"}, r"distributed_type \(DEEPSPEED\) is none of gpt2x's"),
+        (zero(ZERO_STAGE="3"), r"zero_stage \(3\) must be 2, as in deepspeed_zero2\.yaml; fsdp2\.yaml does more"),
+        (zero(OFFLOAD_OPTIMIZER_DEVICE="cpu"), r"offload_optimizer_device \(cpu\) must be none"),
+        (zero(CONFIG_FILE="own.json"), r"deepspeed_config_file \(own\.json\) must be none"),
         (sizes(cp=2, world=2), r"parallelism_config_cp_size \(2\) must be 1: every process reads whole rows"),
         (sizes(sp=2, world=2), r"parallelism_config_sp_size \(2\) must be 1"),
         (sizes(tp=2, dp_shard=4, world=6), r"\(1 x 4 x 2\) must be num_processes \(6\); .*dp_shard_size 3"),
@@ -120,6 +135,7 @@ def test_what_a_configuration_asks_for_and_is_not_done_is_refused(environment, m
         {"ACCELERATE_MIXED_PRECISION": "no"},
         {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
         {"RANK": "0", "SLURM_STEP_NUM_TASKS": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        zero(ZERO_STAGE="2", OFFLOAD_OPTIMIZER_DEVICE="none", CONFIG_FILE="none"),
         sizes(tp=2, dp_shard=1, world=2),
         sizes(tp=2, dp_shard=2, dp_replicate=2, world=8),
     ],
@@ -181,6 +197,24 @@ def test_the_slurm_template_goes_back_into_the_queue_when_it_is_told_to_end(slur
 )
 def test_processes_of_a_tensor_parallel_group_are_one_rank_of_the_data(environment, expected):
     assert num_data_ranks(environment) == expected
+
+
+def test_only_deepspeed_is_zero():
+    assert asks_for_zero(zero())
+    assert not asks_for_zero({"ACCELERATE_USE_DEEPSPEED": "false"})
+    assert not asks_for_zero({})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": {"name": "muon"}}, r"optimizer\.name \(muon\) must be adamw under DeepSpeed, .* flat pieces"),
+        ({"train": {"mixed_precision": "fp16"}}, r"mixed_precision \(fp16\) must be bf16 or no under DeepSpeed"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(recipe, changed, changes, message):
+    with pytest.raises(UserError, match=message):
+        check_zero(changed(recipe, **changes))
 
 
 def test_only_fsdp_is_sharding():

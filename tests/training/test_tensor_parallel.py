@@ -16,7 +16,8 @@ from gpt2x.batches.ranks import data_rank
 from gpt2x.config import to_yaml
 from gpt2x.errors import UserError
 from gpt2x.training.spikes import StepLosses, suspects
-from gpt2x.training.tensor_parallel import TensorParallelism, check_sizes, check_version
+from gpt2x.training.tensor_parallel import TensorParallelism, check_sizes, check_version, cut_weights
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 # Everything that is not cut evenly, or is tied, or has an own gradient on each device.
 MODELS = {
@@ -181,3 +182,18 @@ def test_a_loss_that_is_not_finite_is_reported_with_the_rows_that_its_group_read
     losses = StepLosses(torch.ones(2), torch.tensor([10, 10]), torch.tensor(10.0))
     (found,) = suspects(job, losses)
     assert (found.rank, found.first, found.last) == (1, 9, 11)
+
+
+def test_a_model_that_does_not_say_how_it_is_cut_is_refused():
+    model = GPT2XForCausalLM(
+        GPT2XConfig(
+            vocab_size=8, bos_token_id=0, eos_token_id=0, hidden_size=8, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    model.tp_plan = None
+    accelerator = SimpleNamespace(
+        parallelism_config=TensorParallelism(tp_size=2, dp_shard_size=1),
+        torch_device_mesh={"tp": SimpleNamespace(size=lambda: 2)},
+    )
+    with pytest.raises(UserError, match=r"tp_size \(2\) needs a model that says how it is cut, and GPT2XForCausalLM"):
+        cut_weights(model, accelerator)

@@ -31,7 +31,7 @@ WORDS = ["def", "return", "(", ")", ":", "\n", "self", "value", "=", "1", "naïv
 POINTS = [
     ("gpt2x.training.saving", "HostCopies.take", (1, 2)),
     ("gpt2x.training.saving", "write_checkpoint", (1, 2, 3)),
-    ("gpt2x.training.start", "save_model", (1, 2)),
+    ("gpt2x.training.trainee", "save_model", (1, 2)),
     ("gpt2x.models", "save_tokenizer", (1, 2)),
     ("gpt2x.training.checkpoints", "save_file", (1, 2)),
     ("gpt2x.training.checkpoints", "_write_json", (1, 2, 3, 4)),
@@ -46,7 +46,7 @@ POINTS = [
     ("gpt2x.training.loop", "append_record", (1, 2)),
     ("gpt2x.evaluation.validation", "_batch_sums", (1, 3)),
     ("gpt2x.training.run_directory", "replace_file", (1,)),
-    ("gpt2x.training.finish", "save_model", (1,)),
+    ("gpt2x.training.finish", "save_final_model", (1,)),
     ("gpt2x.training.finish", "replace_file", (1,)),
 ]
 

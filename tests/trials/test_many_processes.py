@@ -143,20 +143,37 @@ def test_two_launchers_that_find_each_other_train_as_one_process_does(base, one,
     assert_same_run(tmp_path / "tiny", one)
 
 
-# What runs a script in a process that DeepSpeed is to find no compiler for, and with a patch.
+# Runs a script where DeepSpeed finds no compiler; if asked, rank 1 has a loss that is not a number in its third step.
 STARTER = """
+import os
 import runpy
 import sys
 
-sys.path.append("tests/training")
-import run_patches
+import torch
+from gpt2x.training import steps
 
 if {uses_zero}:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-for patch in {patches}:
-    getattr(run_patches, patch)()
+original, calls = steps.accumulate_losses, []
+
+
+def poisoned(accelerator, model, micro_batches):
+    calls.append(None)
+    weight = next(model.parameters())
+    kept = weight.detach().clone()
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        with torch.no_grad():
+            weight.fill_(torch.nan)
+    losses = original(accelerator, model, micro_batches)
+    with torch.no_grad():
+        weight.copy_(kept)
+    return losses
+
+
+if {poisons}:
+    steps.accumulate_losses = poisoned
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -165,9 +182,9 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def starter(directory, *, uses_zero=True, patches=()):
-    file = directory / f"starter_{uses_zero}.py"
-    file.write_text(STARTER.format(uses_zero=uses_zero, patches=list(patches)))
+def starter(directory, *, uses_zero=True, poisons=False):
+    file = directory / "starter.py"
+    file.write_text(STARTER.format(uses_zero=uses_zero, poisons=poisons))
     return file
 
 
@@ -190,7 +207,7 @@ def test_deepspeed_leaves_out_a_step_that_is_not_finite_as_data_parallel_copies_
     found = {}
     for name, config in (("zero", ZERO), ("copies", COPIES)):
         (tmp_path / name).mkdir()
-        file = starter(tmp_path / name, uses_zero=name == "zero", patches=["poison_rank_one"])
+        file = starter(tmp_path / name, uses_zero=name == "zero", poisons=True)
         found[name] = run(base, tmp_path / name, config=config, options=options, starter=file)
     steps = {
         name: [
@@ -204,4 +221,4 @@ def test_deepspeed_leaves_out_a_step_that_is_not_finite_as_data_parallel_copies_
     assert len(steps["zero"]) == 17 + 1
     for place in range(3):
         values = [[step[place] for step in steps[name][1:]] for name in ("zero", "copies")]
-        assert values[0] == pytest.approx(values[1], rel=1e-4)
+        assert values[0] == pytest.approx(values[1], rel=1e-5 if precision == "no" else 1e-3)

@@ -47,6 +47,11 @@ class RecipeParser(ArgumentParser):
 
 def _plain_union_complaint(line: str) -> str:
     """jsonargparse lists every member of an optional type with its own complaint; one clause says the same."""
+    rule = re.search(
+        r"Errors: - (?!Expected |Does not validate |Not of type )(.*?) - Expected a <class 'NoneType'>", line
+    )
+    if rule is not None:  # an optional section's own complaint, which has value and remedy
+        return rule[1]
     pattern = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors:.*Given value: (.*)"
     found = re.search(pattern, line)
     if found is None:

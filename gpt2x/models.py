@@ -27,6 +27,8 @@ def make_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> Pr
         UserError: where the architecture contradicts itself, the tokenizer or the sequence length.
     """
     origin = None if recipe.init_from is None else find_model(recipe.init_from)
+    if origin is not None:
+        refuse_adapters(origin)
     torch.manual_seed(recipe.run.seed)
     try:
         if origin is None:
@@ -95,10 +97,34 @@ def save_model(
     return written
 
 
+def refuse_adapters(origin: str) -> None:
+    """Raises UserError where a directory to start from holds adapters."""
+    if (Path(origin) / "adapter_config.json").is_file():
+        raise UserError(
+            f"init_from ({origin}) holds adapters, not a model; make it one by lora.merge true in the run they are of."
+        )
+
+
 def load_weights(model: PreTrainedModel, directory: Path) -> None:
-    """Reads the weights that save_model wrote into a model of the same shape."""
+    """Reads the weights that save_model wrote into a model of the same shape.
+
+    Raises:
+        UserError: where the shape is another.
+    """
     saved = GPT2XForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    model.load_state_dict(saved.state_dict())
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise UserError(
+            f"the weights of {directory} do not fit the model of init_from and the data's tokenizer; set these back, "
+            f"or start a new run with --run.name NAME."
+        ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is that of a model on the Hub, and no path of this machine."""
+    path = Path(name)
+    return len(path.parts) == 2 and not path.is_absolute() and not path.exists()
 
 
 def find_model(name_or_path: str) -> str:
@@ -109,7 +135,7 @@ def find_model(name_or_path: str) -> str:
     """
     directory = Path(name_or_path)
     if not directory.is_dir():
-        if len(directory.parts) != 2 or directory.is_absolute():
+        if not is_hub_id(name_or_path):
             raise UserError(
                 f"{name_or_path} does not exist; give a model's directory, a run's, or a Hub id NAME/MODEL."
             )

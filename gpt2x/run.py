@@ -10,8 +10,10 @@ from gpt2x.training.signals import StopRequest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from gpt2x.evaluation import Validation
     from gpt2x.training.job import Job
     from gpt2x.training.run_directory import RunDirectory
+    from gpt2x.training.state import Progress
 
 
 def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Mapping[str, str]) -> int:
@@ -31,10 +33,12 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     """
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
     from gpt2x.training.checks import check_before_torch
-    from gpt2x.training.launch import check_launch, num_data_ranks
+    from gpt2x.training.launch import check_launch, check_launch_of_adapters, num_data_ranks
 
     is_main = environment.get("RANK", "0") == "0"
     check_launch(environment)
+    if isinstance(recipe, FinetuneRecipe) and recipe.lora is not None:
+        check_launch_of_adapters(environment)
     if is_main:
         check_before_torch(recipe, num_processes=num_data_ranks(environment))
 
@@ -88,18 +92,25 @@ def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Acce
     if validation is not None:
         finish(job, progress, validation)
         push(job)
+    failures, last_lines = job.failures, _last_lines(job, progress, validation)
+    # A model that outlives the talk between the processes ends it with Python's lock held, and may wait for ever.
+    del job
+    accelerator.free_memory()
     recorder.end()
-    for failure in job.failures.summary():
-        accelerator.print(failure)
+    for line in (*failures.summary(), *last_lines):
+        accelerator.print(line)
+    return stop.exit_code if validation is None else 0
+
+
+def _last_lines(job: "Job", progress: "Progress", validation: "Validation | None") -> list[str]:
+    """What has become of a run, and what to do with it."""
     if validation is None:
-        accelerator.print(f"stopped at step {progress.step}; the same command goes on from there.")
-        return stop.exit_code
-    accelerator.print(
-        f"model:          {directory.final_dir}\n"
-        f"bits per byte:  {validation.bits_per_byte:.4f} on the held-out documents\n"
-        f"{_what_next(job)}"
-    )
-    return 0
+        return [f"stopped at step {progress.step}; the same command goes on from there."]
+    return [
+        f"model:          {job.run.final_dir}",
+        f"bits per byte:  {validation.bits_per_byte:.4f} on the held-out documents",
+        _what_next(job),
+    ]
 
 
 def _what_next(job: "Job") -> str:

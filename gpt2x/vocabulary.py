@@ -36,7 +36,7 @@ def check_tokenizer(directory: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a model a row for every token, each new one the mean of the others, and the tokenizer's special tokens.
+    """Gives a model a row for every token, each new row the mean of the others, and the tokenizer's special tokens.
 
     Its texts then end at the tokenizer's end of text, and still where they ended before.
     """

@@ -406,6 +406,25 @@ def test_the_resolved_recipe_reads_back_to_an_equal_one(tmp_path, recipe_file):
     assert parse("--config", resolved) == recipe
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora.rank", "0"], "lora.rank (0) must be positive."),
+        (["--data.preparation.chat.max_length", "0"], "chat.max_length (0) must be positive."),
+        (
+            ["--data.preparation.corpus.kind", "files"],
+            "corpus.paths ([]) belongs to kind: files, and is needed there;",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_rule_of_an_optional_section_is_told_in_its_own_words(capsys, arguments, message):
+    chat = ROOT / "configuration" / "finetune" / "chat.yaml"
+    with pytest.raises(SystemExit):
+        parse_recipe(FinetuneRecipe, arguments, script="finetune.py", default_config=chat)
+    assert capsys.readouterr().err.startswith(f"finetune.py: error: {message}")
+
+
 RECIPES = sorted((ROOT / "configuration").rglob("*.yaml"))
 
 

@@ -162,6 +162,20 @@ def test_the_parameters_of_a_stock_model_are_counted_alike():
     assert num_parameters(model)[1] == sum(p.numel() for p in model.parameters()) - 16 * 32
 
 
+def test_weights_of_another_shape_are_refused_in_one_line(tokenizer, tmp_path):
+    save_model(make_model(recipe(), tokenizer), tmp_path, tokenizer)
+    with pytest.raises(
+        UserError, match=r"^the weights of .* do not fit the model of init_from and the data's tokenizer"
+    ):
+        load_weights(make_model(recipe(hidden_size=16), tokenizer), tmp_path)
+
+
+def test_adapters_are_no_model_to_start_from(tokenizer, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^init_from .* holds adapters, not a model; make it one by lora.merge true"):
+        make_model(recipe(init_from=str(tmp_path)), tokenizer)
+
+
 def test_the_flops_of_a_token_are_palms_without_the_masked_half(monkeypatch):
     config = SimpleNamespace(num_hidden_layers=3, num_attention_heads=5, head_dim=7)
     monkeypatch.setattr("gpt2x.models.num_parameters", lambda model: (1000, 900))

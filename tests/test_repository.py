@@ -64,6 +64,7 @@ def test_accelerate_reads_every_accelerate_config(config_file):
     assert loaded.num_processes == yaml.safe_load(config_file.read_text())["num_processes"]
 
 
+@pytest.mark.trial
 def test_two_cpu_processes_really_are_one_group_of_two(tmp_path):
     """Other spellings of the same wish silently start two runs that know nothing of each other."""
     script = tmp_path / "ranks.py"

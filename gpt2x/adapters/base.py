@@ -1,14 +1,12 @@
 """The stock model that adapters are added to."""
 
-from pathlib import Path
-
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import FinetuneRecipe
 from gpt2x.errors import UserError
-from gpt2x.models import find_model
+from gpt2x.models import find_model, refuse_adapters
 from gpt2x.shards.tokenizer import vocabulary_size
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 
@@ -43,10 +41,7 @@ def load_base(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> Pre
 
 
 def _check_form(origin: str) -> None:
-    if (Path(origin) / "adapter_config.json").is_file():
-        raise UserError(
-            f"init_from ({origin}) holds adapters, not a model; make it one by lora.merge true in the run they are of."
-        )
+    refuse_adapters(origin)
     config = AutoConfig.from_pretrained(origin, trust_remote_code=False)
     if config.model_type not in MODEL_TYPES:
         raise UserError(

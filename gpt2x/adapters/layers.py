@@ -33,7 +33,7 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, *, seed: int) -> 
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
-        raise UserError("lora needs peft, not installed; run pip install 'gpt2x[peft]'.") from error
+        raise UserError("lora needs peft, not installed; run pip install -e '.[peft]'.") from error
     targets = _target_modules(model, section.target_modules)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,

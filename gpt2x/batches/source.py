@@ -11,6 +11,7 @@ from gpt2x.batches.sequences import IGNORED, Sequences, count_learned, document_
 from gpt2x.config import SourceSection
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
+from gpt2x.shards.index import combined_sha256
 from gpt2x.shards.tokens import TokenSet, open_tokens
 
 
@@ -113,6 +114,9 @@ class ShardSource(Source):
         self.first_windows = np.cumsum([0, *counts])
         self.num_windows: int = int(self.first_windows[-1])
         self.fingerprint = tokens.split_fingerprint(split)
+        if align_documents:
+            # The same shards cut in another way are other windows: what was drawn of these says nothing of those.
+            self.fingerprint = combined_sha256(["aligned documents", self.fingerprint])
         self.has_targets = any(shard.targets is not None for shard in self.shards)
         if self.has_targets and not any(any(count_learned(shard, counts_first=True)) for shard in self.shards):
             raise nothing_learned(name, f"{split} documents of {tokens.location}")

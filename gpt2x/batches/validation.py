@@ -1,4 +1,8 @@
-"""Validation batches: every token of a split that is learned is predicted exactly once."""
+"""Validation batches: every token of a split that is learned is predicted exactly once.
+
+Where documents stand alone, which those of whole_documents and conversations that are masked do, a document's first
+token is not predicted even if it is learned: nothing of its own stands before it.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,6 +156,9 @@ class ValidationBatches:
         Documents of more than so many tokens are preferred; the end of text is never part of a prompt. A conversation
         goes up to the first token that is learned, however long it is, so that the sample answers.
 
+        These are ids. Who decodes them and encodes the text again, as samples do, makes a real special token of one
+        that a document spells, which in training stays text.
+
         Args:
             num_documents: how many; fewer where the split has fewer.
             length: tokens of each, at most.
@@ -163,13 +170,15 @@ class ValidationBatches:
         first_documents = np.cumsum([0, *(shard.documents.size - 1 for shard in shards)])
         numbers = np.searchsorted(first_documents, chosen[:num_documents], side="right") - 1
         found = zip(numbers.tolist(), (chosen[:num_documents] - first_documents[numbers]).tolist())
-        return [_beginning(shards[number], document, length) for number, document in found]
+        end = self._held_out[0].eos_token_id
+        return [_beginning(shards[number], document, length, eos_token_id=end) for number, document in found]
 
 
-def _beginning(shard: Shard, document: int, length: int) -> list[int]:
-    """A document's ids without its end of text, so many of them; or up to what is learned."""
+def _beginning(shard: Shard, document: int, length: int, *, eos_token_id: int) -> list[int]:
+    """A document's ids without its end of text, if it has one, so many of them; or up to what is learned."""
     start, end = shard.documents[document : document + 2]
     learned = np.flatnonzero(shard.targets[start:end]) if shard.targets is not None else np.zeros(1)
     if learned.size and learned[0] > 0:
         return shard.tokens[start : start + learned[0]].tolist()
-    return shard.tokens[start : end - 1][:length].tolist()
+    ids = shard.tokens[start:end].tolist()
+    return (ids[:-1] if ids[-1] == eos_token_id else ids)[:length]

@@ -55,7 +55,7 @@ class WholeDocuments:
         return sum(sum(count_learned(shard, counts_first=False)) for shard in self.shards)
 
     @property
-    def has_targets(self) -> bool:
+    def learns_anything(self) -> bool:
         """Whether anything is predicted at all."""
         return any(any(count_learned(shard, counts_first=False)) for shard in self.shards)
 
@@ -156,7 +156,7 @@ class WholeDocumentSource(Source):
         self.num_windows: int = self.packed.num_windows
         # The same shards packed in another way are other windows: what was drawn of these says nothing of those.
         self.fingerprint = combined_sha256(["whole documents", tokens.split_fingerprint(split)])
-        if not self.packed.has_targets:
+        if not self.packed.learns_anything:
             raise nothing_learned(name, f"{split} documents of {tokens.location}")
 
     def sequences(self, draws: np.ndarray) -> Sequences:

@@ -22,7 +22,8 @@ class ChatSection:
     learn: Literal["assistant", "all"] = "assistant"
     """Whether what the assistant says is learned, with the end of its turn, or the whole conversation."""
     max_length: int | None = None
-    """Conversations are cut to so many tokens at their end; at most data.sequence_length of the run."""
+    """Conversations are cut to so many tokens at their end; with packing whole_documents at most data.sequence_length
+    of the run."""
     drop_unlearned: bool = False
     """Whether conversations without anything to learn, which may be for the cut, are left out and counted, or end
     the preparation."""

@@ -25,7 +25,7 @@ class TrainingRecipe:
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     hub: HubSection = field(default_factory=HubSection)
     init_from: str | None = None
-    """Directory or Hub id of a stock model, or a run, to go on from."""
+    """Directory or Hub id of a stock or gpt2x model, or a run, to go on from."""
     resume: bool = False
     """Go on with an existing run although its recipe has changed."""
 
@@ -48,8 +48,8 @@ class Recipe(TrainingRecipe):
 
     model: ModelSection = field(default_factory=ModelSection)
     init_from: str | None = None
-    """Directory or Hub id of a stock model, or a run, to go on from instead of random weights; its shape replaces that
-    of model."""
+    """Directory or Hub id of a stock or gpt2x model, or a run, to go on from instead of random weights; its shape
+    replaces that of model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,8 @@ class FinetuneRecipe(TrainingRecipe):
     """A fine-tuning run: what scripts/finetune.py runs."""
 
     init_from: str = field()  # without the default of every run
-    """The model to start from: directory or Hub id of a stock model, or the directory of a run."""
+    """The model to start from: directory or Hub id of a stock or (without lora) gpt2x model, or the directory of a
+    run."""
     lora: LoraSection | None = None
     """Low-rank adapters (arXiv:2106.09685) by peft on the stock class, in place of all weights."""
 

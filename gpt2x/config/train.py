@@ -45,7 +45,8 @@ class TrainSection:
     max_time_s: float | None = None
     """Budget in seconds of training: compilation counts, validation, samples and saving do not."""
     num_train_epochs: float | None = None
-    """Budget in passes over all sequences of the sources, the last step made whole; not for streams."""
+    """Budget in passes over all sequences of the sources, the last step made whole; not for streams. Of a mixture with
+    weights, as many sequences as that. Like max_tokens it is counted in steps of the present size."""
     tokens_per_step: int = 524_288
     """Batch size in tokens per optimizer step; accumulation follows from it."""
     micro_batch_size: int = 16

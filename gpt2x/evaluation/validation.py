@@ -19,7 +19,8 @@ class Validation:
     Attributes:
         loss: nats per token.
         bits_per_byte: summed nats over the documents, end-of-text included, / ln 2 / their UTF-8 bytes; comparable
-            across tokenizers. Of conversations, over what is learned.
+            across tokenizers, except with data.packing whole_documents: the first token of a plain text is then not
+            predicted, while its bytes count. Of conversations, over what is learned.
         perplexity: exp(loss).
         token_accuracy: share of tokens that the model ranks first.
         num_tokens: how many tokens were predicted.

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gpt2x.errors import UserError
-from gpt2x.models import find_model
+from gpt2x.models import find_model, is_hub_id
 from gpt2x.publishing.model_card import model_card
 from gpt2x.publishing.run_files import RunFiles
 
@@ -96,9 +96,9 @@ def _check_base(adapter_config: Path) -> None:
     """Adapters name the model they belong to, which others must be able to load."""
     if adapter_config.is_file():
         base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if Path(base).exists() or Path(base).is_absolute():
+        if not is_hub_id(base):
             raise UserError(
-                f"the adapters of {adapter_config.parent} belong to {base}, which only this machine has; push that "
+                f"the adapters of {adapter_config.parent} belong to {base}, which is no Hub id; push that "
                 f"model and train on its Hub id, or merge them by lora.merge true."
             )
 

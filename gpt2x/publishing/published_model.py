@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from gpt2x.models import find_model
+from gpt2x.models import find_model, is_hub_id
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _READERS = {
@@ -101,11 +101,6 @@ class PublishedModel:
             f"special token in a message as that token, so that a user who types it can end a turn or begin another; "
             f"`scripts/generate.py --chat true` of gpt2x keeps it text."
         )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name is that of a model on the Hub, and no path of this machine."""
-    return len(PurePath(name).parts) == 2 and not PurePath(name).is_absolute() and not Path(name).exists()
 
 
 def _base_config(adapters: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,12 @@ class Adapters(Trainee):
         """Adapters of the same shape on the same base."""
         load_adapters(cast("PeftModel", model), directory)
 
+    def num_saved(self, model: nn.Module) -> tuple[int, int]:
+        """The adapters', and with lora.merge in the end the whole model's."""
+        everything, _ = super().num_saved(model)
+        adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return adapters, everything if self.section.merge else adapters
+
     def save_final(
         self,
         model: nn.Module,

@@ -49,7 +49,7 @@ def prepare_data(recipe: TrainingRecipe, accelerator: Accelerator) -> None:
 
 
 def steps_per_epoch(recipe: TrainingRecipe) -> float | None:
-    """Optimizer steps in which every sequence of the sources is read once; None where the budget needs none."""
+    """Optimizer steps in which as many sequences are read as the sources have; None where the budget needs none."""
     if recipe.train.num_train_epochs is None:
         return None
     sources = open_mixture(recipe.data, seed=recipe.run.seed).sources

@@ -41,10 +41,10 @@ def measure_room(job: Job) -> Room:
     num_kept, num_for_ever = _counts(job)
     checkpoints = job.run.path / "checkpoints"
     used = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
-    model_bytes = _BYTES_PER_NUMBER * sum(parameter.numel() for parameter in job.plain_model.parameters())
+    saved, final = job.trainee.num_saved(job.plain_model)
     return Room(
-        checkpoint_bytes=model_bytes + _optimizer_bytes(job),
-        model_bytes=model_bytes,
+        checkpoint_bytes=_BYTES_PER_NUMBER * saved + _optimizer_bytes(job),
+        model_bytes=_BYTES_PER_NUMBER * final,
         num_kept=num_kept,
         num_for_ever=num_for_ever,
         free_bytes=shutil.disk_usage(_existing(job.run.path)).free + used,

@@ -38,6 +38,19 @@ def check_launch(environment: Mapping[str, str]) -> None:
         _check_sizes(environment)
 
 
+def check_launch_of_adapters(environment: Mapping[str, str]) -> None:
+    """Refuses to cut what adapters are trained beside.
+
+    Raises:
+        UserError: where the launch configuration asks for shards.
+    """
+    if asks_for_sharding(environment) or asks_for_zero(environment):
+        raise UserError(
+            "lora needs the whole model on every device, and the launch configuration cuts it; use ddp.yaml, or leave "
+            "lora out."
+        )
+
+
 def num_data_ranks(environment: Mapping[str, str]) -> int:
     """How many processes of the run read different rows; those of a tensor-parallel group read the same ones."""
     return int(environment.get("WORLD_SIZE", "1")) // _size(environment, "tp")

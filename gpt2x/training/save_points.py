@@ -44,9 +44,12 @@ def reserve_copies(job: Job, progress: Progress) -> None:
 def whole_state(job: Job, progress: Progress) -> State:
     """Everything a checkpoint holds, as it is now."""
     scaler, is_writer = job.accelerator.scaler, job.accelerator.is_main_process
-    for zero in (optimizer for optimizer in job.optimizers if isinstance(optimizer, ZeroAdamW)):
+    zeros = [optimizer for optimizer in job.optimizers if isinstance(optimizer, ZeroAdamW)]
+    for zero in zeros:
         zero.gather_state(is_writer=is_writer)
     optimizer = optimizer_tensors(job.optimizers, job.parameter_names)
+    for zero in zeros:
+        zero.state.clear()  # whole copies, which only what is saved now needs
     return State(
         model=job.trainee.weights(job.plain_model, is_writer=is_writer).items(),
         optimizer=gather(optimizer, is_writer=is_writer).items(),

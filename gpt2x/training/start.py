@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.batches.validation import ValidationBatches
@@ -47,20 +48,12 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
     hellaswag = open_hellaswag(recipe, model, data.tokenizer, accelerator)
     if checkpoint is not None:
         trainee.load(model, checkpoint / "model")
-    if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if accelerator.device.type == "cpu":
-        model.set_attn_implementation(register_chunked_causal())
-    cut_weights(model, accelerator)
-    optimizers = make_optimizers(model, recipe.optimizer)
-    if recipe.train.torch_compile:
-        compile_layers(model)
-    prepared, optimizers = prepare(accelerator, model, optimizers, recipe)
+    prepared, optimizers = _prepared(model, recipe, accelerator)
     names = parameter_names(accelerator.unwrap_model(prepared))  # FSDP2 has put other parameters in their places
     progress = Progress()
     if checkpoint is not None:
         _check_optimizer(checkpoint, trainer["optimizer"], recipe.optimizer.name)
-        if trainer["step"]:  # before the first step an optimizer has no state
+        if tensors:  # before the first update an optimizer has no state
             load_optimizer_tensors(optimizers, names, tensors)
         if accelerator.scaler is not None and trainer.get("scaler"):
             accelerator.scaler.load_state_dict(trainer["scaler"])
@@ -90,6 +83,21 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
         ),
     )
     return job, progress
+
+
+def _prepared(
+    model: PreTrainedModel, recipe: TrainingRecipe, accelerator: Accelerator
+) -> tuple[nn.Module, list[Optimizer]]:
+    """The model as the recipe and the devices want it, and its optimizers."""
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if accelerator.device.type == "cpu":
+        model.set_attn_implementation(register_chunked_causal())
+    cut_weights(model, accelerator)
+    optimizers = make_optimizers(model, recipe.optimizer, mixed_precision=recipe.train.mixed_precision)
+    if recipe.train.torch_compile:
+        compile_layers(model)
+    return prepare(accelerator, model, optimizers, recipe)
 
 
 def _checkpoint_to_resume(run_dir: Path, budget_size: float) -> tuple[Path | None, list[str]]:

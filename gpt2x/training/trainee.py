@@ -42,6 +42,11 @@ class Trainee(ABC):
     def load(self, model: PreTrainedModel, directory: Path) -> None:
         """Reads what save wrote into a model that make has made."""
 
+    def num_saved(self, model: nn.Module) -> tuple[int, int]:
+        """How many numbers of the model a checkpoint holds, and how many final/."""
+        count = sum(parameter.numel() for parameter in model.parameters())
+        return count, count
+
     def save_final(
         self,
         model: nn.Module,

@@ -186,5 +186,5 @@ def test_without_peft_the_remedy_is_one_line(tmp_path: Path, monkeypatch: pytest
         return real_import(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_peft)
-    with pytest.raises(UserError, match=r"lora needs peft, not installed; run pip install 'gpt2x\[peft\]'\."):
+    with pytest.raises(UserError, match=r"lora needs peft, not installed; run pip install -e '\.\[peft\]'\."):
         add_adapters(base, EVERYWHERE, seed=1)

@@ -118,6 +118,7 @@ def run_alone(code: str, directory: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.trial
 def test_a_process_without_gpt2x_reads_every_stock_form_alike(tmp_path: Path) -> None:
     names = ["gpt2 124M", "SmolLM2 135M", "Qwen3 0.6B", "NanoChat"]
     tokens, expected = random_tokens(1, 12, VOCABULARY), {}
@@ -152,6 +153,7 @@ def test_a_process_without_gpt2x_reads_every_stock_form_alike(tmp_path: Path) ->
     assert classes == ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM", "NanoChatForCausalLM"]
 
 
+@pytest.mark.trial
 def test_remote_code_loads_through_three_auto_classes_where_no_package_of_ours_is(tmp_path: Path) -> None:
     model = GPT2XForCausalLM(small_config(hidden_act="silu", gated_mlp=True, pad_token_id=0, num_labels=3)).eval()
     model.save_pretrained(tmp_path / "model")

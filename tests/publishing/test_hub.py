@@ -77,6 +77,7 @@ def test_a_second_push_updates_the_same_repository_and_leaves_it_as_visible_as_i
     assert repository["files"]["plots/loss.png"] == b"another picture"
 
 
+@pytest.mark.trial
 def test_from_pretrained_loads_what_was_pushed(hub, run_dir):
     push_run(run_dir, PUSH)
     code = (

@@ -134,6 +134,7 @@ def test_one_turn_is_answered_without_being_repeated(generate, chat_dir, capsys)
     assert continued == "User:\nhello\n\nAssistant:\n" + answer
 
 
+@pytest.mark.trial
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(chat_dir):
     command = [sys.executable, SCRIPT, chat_dir, "--chat=true", "--max_new_tokens=15000", "--temperature=1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -1,6 +1,5 @@
 """scripts/pretrain.py as people run it: its exit codes, its last lines, Ctrl-C."""
 
-import importlib.util
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import Recipe
+from gpt2x.run import run as run_recipe
 from gpt2x.training.signals import StopRequest
 
 ROOT = Path(__file__).parents[2]
@@ -147,12 +147,9 @@ def fresh_accelerate():
 
 
 def call_main(recipe_file, *arguments):
-    """The script's main in this process."""
-    spec = importlib.util.spec_from_file_location("pretrain_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    """What the script does with a recipe, in this process."""
     recipe, _ = parse_recipe(Recipe, ["--config", str(recipe_file), *arguments], script="pretrain.py")
-    return script.main(recipe, "tiny", StopRequest())
+    return run_recipe(recipe, "tiny", stop=StopRequest(), environment={})
 
 
 def test_the_same_command_says_that_the_run_is_finished_and_how_to_start_another(launched, capsys):
@@ -224,6 +221,7 @@ def read_until(stream, text):
         seen += piece
 
 
+@pytest.mark.trial
 def test_ctrl_c_in_the_first_step_leaves_at_once_since_nothing_is_to_be_saved(write_recipe, tmp_path):
     """In the middle of a step that takes long."""
     recipe_file = write_recipe(tmp_path, tokens_per_step=16 * 400, micro_batch_size=1, num_threads=1)

@@ -188,6 +188,7 @@ def test_a_document_between_separators_that_is_not_utf8_is_left_out_alone(tmp_pa
     assert dropped == {"not UTF-8": 1, "empty": 1}
 
 
+@pytest.mark.trial
 def test_every_installed_packages_sources_are_read_and_nothing_compiled():
     corpus = CorpusSection(kind="python_packages")
     names = [row.name for row in open_corpus(corpus, lambda _: None).rows]

@@ -63,7 +63,7 @@ def test_no_text_is_in_both_splits_even_if_the_corpus_repeats_it(recipe, corpus,
     assert len(train | validation) == 61
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 7])
+@pytest.mark.parametrize("num_tasks", [1, 2, pytest.param(7, marks=pytest.mark.trial)])
 def test_every_document_is_in_its_split_once(recipe, corpus, num_tasks):
     index = prepare(dataclasses.replace(recipe, num_tasks=num_tasks))
     for split in ("train", "validation"):
@@ -272,6 +272,7 @@ def test_finished_data_counts_whatever_the_number_of_tasks_and_fields_that_came_
     assert prepare(dataclasses.replace(recipe, num_tasks=5)).fingerprint == index.fingerprint
 
 
+@pytest.mark.trial
 def test_every_task_counts_what_it_leaves_out_once(recipe, corpus_dir):
     (corpus_dir / "empty.jsonl").write_text('{"text": null}\n{"text": " "}\n{"text": "\\ud800"}\n')
     (corpus_dir / "latin.txt").write_bytes(b"caf\xe9")

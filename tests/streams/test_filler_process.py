@@ -47,6 +47,7 @@ def ends_soon(pid):
     return not is_running(pid)
 
 
+@pytest.mark.trial
 def test_a_killed_filler_is_started_again_and_one_that_dies_again_at_once_is_reported(section, open_source, naive):
     source = open_source()
     parts = [read(source, 0, 8)]

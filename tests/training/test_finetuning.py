@@ -30,6 +30,7 @@ from gpt2x.config import (
 from gpt2x.errors import UserError
 from gpt2x.models import make_config, save_model
 from gpt2x.shards.tokenizer import load_tokenizer
+from gpt2x.training.disk import measure_room
 from gpt2x.training.run_directory import open_run_directory
 from modeling_gpt2x import GPT2XForCausalLM
 
@@ -196,3 +197,12 @@ def test_new_tokens_are_refused_for_adapters(tmp_path, base, chats, start):
     recipe = make_recipe(tmp_path, base, chats, lora=LoraSection(rank=4))
     with pytest.raises(UserError, match=r"rows of embeddings, which adapters leave as they are; use chat.template"):
         start(recipe)
+
+
+def test_the_room_of_adapters_is_theirs_and_of_a_merged_model_the_whole(tmp_path, base, chats, start):
+    job, _ = start(lora_recipe(tmp_path, base, chats))
+    adapters = sum(parameter.numel() for parameter in job.plain_model.parameters() if parameter.requires_grad)
+    room = measure_room(job)
+    assert (room.checkpoint_bytes, room.model_bytes) == (4 * 3 * adapters, 4 * adapters)
+    merging, _ = start(dataclasses.replace(lora_recipe(tmp_path, base, chats, merge=True), resume=True))
+    assert measure_room(merging).model_bytes == 4 * sum(p.numel() for p in merging.plain_model.parameters())

@@ -13,7 +13,13 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 from gpt2x.errors import UserError
 from gpt2x.training.deepspeed import check_zero
-from gpt2x.training.launch import asks_for_sharding, asks_for_zero, check_launch, num_data_ranks
+from gpt2x.training.launch import (
+    asks_for_sharding,
+    asks_for_zero,
+    check_launch,
+    check_launch_of_adapters,
+    num_data_ranks,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -215,6 +221,14 @@ def test_only_deepspeed_is_zero():
 def test_what_deepspeed_cannot_do_is_refused(recipe, changed, changes, message):
     with pytest.raises(UserError, match=message):
         check_zero(changed(recipe, **changes))
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_adapters_are_not_trained_beside_a_cut_model(name):
+    check_launch_of_adapters({})
+    message = "lora needs the whole model on every device, and the launch configuration cuts it; use ddp.yaml"
+    with pytest.raises(UserError, match=f"^{message}"):
+        check_launch_of_adapters({name: "true"})
 
 
 def test_only_fsdp_is_sharding():

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from gpt2x.training import steps
+
 ADAMW = {"optimizer": {"name": "adamw"}}
 MUON = {"optimizer": {"name": "muon", "muon_learning_rate": 0.02}}
 DROPOUT = {"model": {"attention_dropout": 0.1, "hidden_dropout": 0.1, "embedding_dropout": 0.1}}
@@ -117,3 +119,14 @@ def test_a_signal_during_the_final_validation_stops_the_run_without_samples(reci
     assert (run.validation, run.progress.step) == (None, 20)
     assert not run.job.run.samples_file.exists()
     assert pretrain(changed(recipe, evaluation={"eval_steps": None})).validation is not None
+
+
+def test_a_run_goes_on_from_a_checkpoint_from_before_its_first_update(recipe, changed, pretrain, monkeypatch):
+    """Every step so far was left out, as the first ones of fp16 often are: the optimizer has no state yet."""
+    recipe = changed(recipe, train={"on_non_finite": "skip", "max_steps": 4})
+    original = steps.find_obstacle
+    monkeypatch.setattr(steps, "find_obstacle", lambda *_, **__: "loss is nan")
+    pretrain(recipe, stop_after=2)
+    monkeypatch.setattr(steps, "find_obstacle", original)
+    run = pretrain(recipe)
+    assert (run.progress.step, run.progress.skipped_steps) == (4, 2)

@@ -84,9 +84,8 @@ def two_ranks(tmp_path_factory, finished):
     return directory, recipes
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-6), ("muon", 2e-5), ("from_one", 1e-6)])
+@pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-6), ("muon", 1e-5), ("from_one", 1e-6)])
 def test_shards_on_two_processes_train_as_one_process_does(two_ranks, pretrain, changed, tmp_path, name, tolerance):
-    # Muon rounds to bfloat16 on its way, which enlarges last bits; its steps alone are compared below
     directory, recipes = two_ranks
     one = read(pretrain(changed(recipes[name], run={"dir": tmp_path})).path)
     two = read(directory / "runs" / name)

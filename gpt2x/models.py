@@ -136,9 +136,8 @@ def find_model(name_or_path: str) -> str:
     directory = Path(name_or_path)
     if not directory.is_dir():
         if not is_hub_id(name_or_path):
-            raise UserError(
-                f"{name_or_path} does not exist; give a model's directory, a run's, or a Hub id NAME/MODEL."
-            )
+            found = "is a file" if directory.exists() else "does not exist"
+            raise UserError(f"{name_or_path} {found}; give a model's directory, a run's, or a Hub id NAME/MODEL.")
         return name_or_path
     # The manifest is written last: what a killed save left has none, or still has a temporary name.
     whole = [path.parent for path in directory.glob("checkpoints/step-*/manifest.json")]

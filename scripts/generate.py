@@ -10,11 +10,14 @@ from collections.abc import Iterator
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import GenerationRecipe
-from gpt2x.errors import exit_on_user_error
+from gpt2x.errors import UserError, exit_on_user_error
 
 
 def main(recipe: GenerationRecipe) -> None:
     """Streams the continuation of each prompt, or the answer to it, to stdout."""
+    if recipe.chat and recipe.prompt is not None and not recipe.prompt.strip():
+        raise UserError("prompt is blank; give a text, or leave it out to be asked.")
+
     import torch
     from transformers.utils import logging
 

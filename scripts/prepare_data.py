@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     recipe = PreparationRecipe(**fields)
     from gpt2x.shards.chat_preview import preview
     from gpt2x.shards.preparation import prepare, prepare_task
-    from gpt2x.shards.statistics import statistics
+    from gpt2x.shards.statistics import longest_document, statistics
     from gpt2x.shards.tokenizer import load_tokenizer
 
     # --- 2. Text to token shards; what is finished is left alone ---
@@ -57,8 +57,11 @@ def main(argv: Sequence[str]) -> None:
     if shown is not None:
         print(shown)
     print(f"token shards and their tokenizer: {index.directory}")
-    script = "finetune.py --init_from MODEL" if recipe.chat is not None else "pretrain.py"
-    print(f"train on them: python scripts/{script} --data.path {index.directory}")
+    script, length = "pretrain.py", ""
+    if recipe.chat is not None:
+        script = "finetune.py --init_from MODEL"
+        length = f" --data.sequence_length {recipe.chat.max_length or longest_document(index)}"
+    print(f"train on them: python scripts/{script} --data.path {index.directory}{length}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Every test is offline, on few threads, and warned when it reaches for the network all the same."""
+"""Every test is offline, on few threads, and warned when it reaches for the network all the same.
+
+GPT2X_TEST_DATA names a folder of published data that a few tests are compared with (published_data.py).
+"""
 
 import atexit
 import os

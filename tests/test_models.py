@@ -131,6 +131,14 @@ def test_a_directory_that_is_not_there_is_refused(name):
         find_model(name)
 
 
+def test_a_file_is_no_model_whatever_its_name_looks_like(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_directory(tmp_path / "runs")
+    (tmp_path / "runs" / "model.gguf").write_text("")
+    with pytest.raises(UserError, match=r"^runs/model.gguf is a file; give a model's directory, a run's, or a Hub id"):
+        find_model("runs/model.gguf")
+
+
 def test_a_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no model: no config.json in it, in final/ or in checkpoints/; train"):
         find_model(str(tmp_path))

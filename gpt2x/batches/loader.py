@@ -220,6 +220,6 @@ def check_unchanged(saved: Mapping[str, Any], sources: Sequence[Source], *, seed
         if then != source.fingerprint:
             raise UserError(
                 f"the data of source {source.name!r} has changed since the checkpoint was made (fingerprint "
-                f"{then[:12]}, now {source.fingerprint[:12]}); restore it (and data.packing), give it another name to "
-                f"start it anew as a source of its own, or start a new run with --run.name NAME."
+                f"{then[:12]}, now {source.fingerprint[:12]}); restore it (and data.packing, data.align_documents), "
+                f"give it another name to start it as a source of its own, or start a new run with --run.name NAME."
             )

@@ -1,5 +1,6 @@
 """From the recipe's data section to open sources: what a run trains on, and what it is validated on."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ class Mixture:
         sources: what is trained on.
         weights: each source's share by its name, up to a common factor.
         held_out: what is validated on, by the names of the sources that hold something out.
-        tokenizer_dir: the tokenizer that made the ids.
+        tokenizer_dir: the tokenizer that made the ids, with the chat template where a source has one.
         tokenizer_fingerprint: of it; None where the files do not say.
         vocab_size: every id is below it.
     """
@@ -90,17 +91,12 @@ def _joined(data: DataSection, opened: Sequence[_Opened]) -> Mixture:
             f"{opened[0].location} holds no validation tokens; prepare it again with corpus.validation_fraction "
             f"above 0, or name held-out token files by data.validation_path."
         )
-    tokenizer_dirs = [found.tokenizer_dir for found in opened if found.tokenizer_dir is not None]
-    if not tokenizer_dirs:
-        raise UserError(
-            f"{opened[0].location} does not say which tokenizer made it; name its directory by data.tokenizer."
-        )
     sources = tuple(found.source for found in opened)
     return Mixture(
         sources=sources,
         weights=_weights(data.mixture, sources),
         held_out=held_out,
-        tokenizer_dir=tokenizer_dirs[0],
+        tokenizer_dir=_tokenizer_dir(opened),
         tokenizer_fingerprint=next((f.tokenizer_fingerprint for f in opened if f.tokenizer_fingerprint), None),
         vocab_size=max(found.vocab_size for found in opened),
     )
@@ -161,6 +157,40 @@ def _check_tokenizers(opened: Sequence[_Opened]) -> None:
                 f"source {other.source.name!r} ({other.location}) was made by another tokenizer than "
                 f"{first.source.name!r} ({first.location}); prepare one of them again with the other's tokenizer."
             )
+
+
+def _tokenizer_dir(opened: Sequence[_Opened]) -> str | Path:
+    """The first tokenizer that has a chat template, or else the first: their fingerprints say nothing of templates."""
+    known = [(found, found.tokenizer_dir) for found in opened if found.tokenizer_dir is not None]
+    if not known:
+        raise UserError(
+            f"{opened[0].location} does not say which tokenizer made it; name its directory by data.tokenizer."
+        )
+    if len(known) == 1:
+        return known[0][1]
+    templates = {directory: _chat_template(directory) for _, directory in known}
+    with_template = [(found, directory) for found, directory in known if templates[directory]]
+    for other, directory in with_template:
+        first, first_dir = with_template[0]
+        if templates[directory] != templates[first_dir]:
+            raise UserError(
+                f"source {other.source.name!r} ({other.location}) has another chat template than "
+                f"{first.source.name!r} ({first.location}); prepare one of them again with the other's chat.template."
+            )
+    return (with_template or known)[0][1]
+
+
+def _chat_template(tokenizer_dir: str | Path) -> Any:
+    """A tokenizer's chat template, or several of them by name; None where it has none."""
+    directory = Path(tokenizer_dir)
+    if not directory.is_dir():
+        from gpt2x.shards.tokenizer import load_tokenizer  # imports transformers
+
+        return load_tokenizer(tokenizer_dir).chat_template
+    template, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    if template.is_file():
+        return template.read_text(encoding="utf-8")
+    return json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
 
 
 def _weights(sections: Sequence[SourceSection], sources: Sequence[Source]) -> dict[str, float]:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from gpt2x.batches.order import epoch_windows
-from gpt2x.batches.sequences import IGNORED, Sequences, count_learned, document_begins, learned_flags
+from gpt2x.batches.sequences import IGNORED, Sequences
 from gpt2x.config import SourceSection
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
 from gpt2x.shards.index import combined_sha256
+from gpt2x.shards.learned import count_learned, document_begins, learned_flags
 from gpt2x.shards.tokens import TokenSet, open_tokens
 
 

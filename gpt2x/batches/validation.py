@@ -180,5 +180,5 @@ def _beginning(shard: Shard, document: int, length: int, *, eos_token_id: int) -
     learned = np.flatnonzero(shard.targets[start:end]) if shard.targets is not None else np.zeros(1)
     if learned.size and learned[0] > 0:
         return shard.tokens[start : start + learned[0]].tolist()
-    ids = shard.tokens[start:end].tolist()
-    return (ids[:-1] if ids[-1] == eos_token_id else ids)[:length]
+    ends = end > start and shard.tokens[end - 1] == eos_token_id
+    return shard.tokens[start : end - 1 if ends else end][:length].tolist()

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCrite
 from gpt2x.config import GenerationRecipe
 from gpt2x.errors import UserError
 from gpt2x.evaluation.samples import sampling_arguments
+from gpt2x.shards.chat_layouts import Message
 from gpt2x.shards.chat_template import ChatEncoder
-
-Message = dict[str, str]
 
 
 def chat(
@@ -116,15 +115,28 @@ class Conversation:
     def _next_ids(self, messages: list[Message]) -> tuple[list[int], Any]:
         """The ids to continue, and the cache of their beginning, if there is one.
 
-        What the template writes between two answers follows from the conversation without the answers' texts.
+        What the template writes between two answers follows from the conversation without the answers' texts, if it
+        writes these as they are.
         """
         skeleton, known = self._encoder.prompt(_without_answers(messages)), len(self._skeleton)
         continues = messages[: len(self.messages)] == self.messages and skeleton[:known] == self._skeleton
-        if self._cache is None or not continues:
+        if self._cache is None or not continues or not self._keeps_answers(messages):
             return self._encoder.prompt(messages), None
         added = skeleton[known:]
         ends_twice = self.ids[-1] in self._stops and added[0] in self._stops
         return (self.ids[:-1] if ends_twice else self.ids) + added, self._cache
+
+    def _keeps_answers(self, messages: list[Message]) -> bool:
+        """Whether the template writes every answer whole; some leave out what a model thought before it answered."""
+        text = self._tokenizer.decode(self._encoder.prompt(messages), clean_up_tokenization_spaces=False)
+        place = 0
+        for message in messages:
+            if message["role"] == "assistant":
+                found = text.find(message["content"], place)
+                if found < 0:
+                    return False
+                place = found + len(message["content"])
+        return True
 
     def _shortened(self, messages: list[Message]) -> list[Message]:
         """The conversation without its oldest turns, as far as they would leave no room for an answer."""
@@ -133,14 +145,19 @@ class Conversation:
             system, turns = kept[: len(kept) - len(_turns(kept))], _turns(kept)
             later_users = [place for place, turn in enumerate(turns) if turn["role"] == "user" and place > 0]
             if not later_users:
-                raise UserError(
-                    f"the turn takes more than the {self._limit - self._room()} positions that the model has for it; "
-                    "shorten it."
-                )
+                raise self._too_long(system)
             kept = system + turns[later_users[0] :]
         if len(kept) < len(messages):
             self._notify(f"(the conversation outgrew {self._limit} tokens; its oldest turns are forgotten)")
         return kept
+
+    def _too_long(self, system: list[Message]) -> UserError:
+        """The complaint of a turn, or of the system turn where that does not fit even beside a turn of nothing."""
+        assert self._limit is not None
+        alone = self._encoder.prompt([*system, {"role": "user", "content": ""}])
+        which = "system" if system and len(alone) > self._limit - self._room() else "the turn"
+        positions = self._limit - self._room()
+        return UserError(f"{which} takes more than the {positions} positions that the model has for it; shorten it.")
 
     def _room(self) -> int:
         """What is kept free for an answer, in tokens."""

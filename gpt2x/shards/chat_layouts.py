@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt2x.errors import UserError
+from gpt2x.shards.values import shown
 
 Message = dict[str, str]
 """Who speaks (role: system, user, assistant or tool) and what is said (content)."""
@@ -51,7 +52,7 @@ class Cells:
         value = self.row[column]
         if not isinstance(value, str):
             raise UserError(
-                f"{self.name}: column {column!r} must hold text, not {_shown(value)}; correct the row or leave it out."
+                f"{self.name}: column {column!r} must hold text, not {shown(value)}; correct the row or leave it out."
             )
         return value
 
@@ -64,7 +65,7 @@ class Cells:
         value = self.row[column]
         if not isinstance(value, list):
             raise UserError(
-                f"{self.name}: column {column!r} must hold a list of messages, not {_shown(value)}; correct the row "
+                f"{self.name}: column {column!r} must hold a list of messages, not {shown(value)}; correct the row "
                 f"or leave it out."
             )
         return [_message(one, f"{self.name}: message {n} of {column!r}") for n, one in enumerate(value, start=1)]
@@ -73,14 +74,14 @@ class Cells:
 def _message(value: Any, place: str) -> Message:
     if not isinstance(value, dict):
         raise UserError(
-            f"{place} must have a role and a content, not be {_shown(value)}; correct the row or leave it out."
+            f"{place} must have a role and a content, not be {shown(value)}; correct the row or leave it out."
         )
     # A table gives every message the keys of all, and null for those it lacks.
     role_key, content_key = ("role", "content") if value.get("role") is not None else ("from", "value")
     role, content = value.get(role_key), value.get(content_key)
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(
-            f"{place} is said by {_shown(role)}, who is none of {', '.join(ROLES)}; rename the role or leave the row "
+            f"{place} is said by {shown(role)}, who is none of {', '.join(ROLES)}; rename the role or leave the row "
             f"out."
         )
     if value.get("tool_calls"):
@@ -88,16 +89,16 @@ def _message(value: Any, place: str) -> Message:
             f"{place} has tool_calls, which no chat template of text writes out; put them into its {content_key} or "
             f"leave the row out."
         )
+    if value.get("weight") == 0:
+        raise UserError(
+            f"{place} has weight 0, and of a conversation everything is learned that the assistant says; leave the "
+            f"weight or the row out."
+        )
     if not isinstance(content, str):
         raise UserError(
-            f"{place} must have text as its {content_key}, not {_shown(content)}; correct the row or leave it out."
+            f"{place} must have text as its {content_key}, not {shown(content)}; correct the row or leave it out."
         )
     return {"role": ROLES[role], "content": content}
-
-
-def _shown(value: Any) -> str:
-    shown = "null" if value is None else repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class Layout:
     required: tuple[str, ...]
     """The columns it is recognized by."""
     optional: tuple[str, ...] = ()
-    """A column it may have besides."""
+    """Columns it may have besides."""
     read: Callable[[Cells], list[Message]] | None
     """Gives the messages of a row; None where a row is plain text, which no template is put around."""
 
@@ -138,18 +139,22 @@ class Layout:
         return [column for column in (*self.required, *self.optional) if column in found]
 
     def messages(self, row: dict[str, Any], name: str) -> list[Message]:
-        """The conversation of a row.
+        """The conversation of a row, begun by its system column where no message of it is the system's.
 
         Args:
-            row: its columns.
+            row: its columns, the required ones among them.
             name: its name, for messages.
 
         Raises:
             UserError: names the row and the column that does not hold what the layout says.
         """
         assert self.read is not None, "rows of plain text have no messages"
-        self.columns_in(list(row), name)
-        return self.read(Cells(name=name, row=row))
+        cells = Cells(name=name, row=row)
+        messages = self.read(cells)
+        said = cells.text("system") if row.get("system") is not None else ""
+        if not said or any(message["role"] == "system" for message in messages):
+            return messages
+        return [{"role": "system", "content": said}, *messages]
 
 
 def _pair(asked: str, answered: str) -> Callable[[Cells], list[Message]]:
@@ -166,11 +171,11 @@ def _alpaca(cells: Cells) -> list[Message]:
 
 # The first that fits counts: Alpaca's own rows also have a text, UltraChat's messages also a prompt.
 LAYOUTS = (
-    Layout(required=("messages",), read=lambda cells: cells.messages("messages")),
-    Layout(required=("conversations",), read=lambda cells: cells.messages("conversations")),
-    Layout(required=("prompt", "completion"), read=_pair("prompt", "completion")),
-    Layout(required=("instruction", "output"), optional=("input",), read=_alpaca),
-    Layout(required=("question", "answer"), read=_pair("question", "answer")),
+    Layout(required=("messages",), optional=("system",), read=lambda cells: cells.messages("messages")),
+    Layout(required=("conversations",), optional=("system",), read=lambda cells: cells.messages("conversations")),
+    Layout(required=("prompt", "completion"), optional=("system",), read=_pair("prompt", "completion")),
+    Layout(required=("instruction", "output"), optional=("input", "system"), read=_alpaca),
+    Layout(required=("question", "answer"), optional=("system",), read=_pair("question", "answer")),
     Layout(required=("text",), read=None),
 )
 

@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from gpt2x.shards.files import TOKENS_PER_CHUNK, Shard
+from gpt2x.shards.files import Shard
+from gpt2x.shards.learned import count_learned, learned_flags
 from gpt2x.shards.tokens import TokenSet
 
 MAX_TOKENS = 600
@@ -30,7 +31,7 @@ def preview(tokens: TokenSet, tokenizer: PreTrainedTokenizerFast) -> str:
 
 def _document(shard: Shard, tokenizer: PreTrainedTokenizerFast) -> str:
     size = int(shard.documents[1])
-    ids, targets = shard.tokens[: min(size, MAX_TOKENS)], _targets(shard, 0, min(size, MAX_TOKENS))
+    ids, targets = shard.tokens[: min(size, MAX_TOKENS)], learned_flags(shard)[: min(size, MAX_TOKENS)]
     borders = [0, *(np.flatnonzero(np.diff(targets.astype(np.int8))) + 1).tolist(), ids.size]
     parts = [_part(ids[start:end], bool(targets[start]), tokenizer) for start, end in pairwise(borders)]
     rest = f" ... and {size - MAX_TOKENS:,} tokens more" if size > MAX_TOKENS else ""
@@ -47,25 +48,9 @@ def _part(ids: np.ndarray, is_learned: bool, tokenizer: PreTrainedTokenizerFast)
 def _counts(shards: list[Shard]) -> str:
     num_tokens = sum(shard.tokens.size for shard in shards)
     num_documents = sum(shard.documents.size - 1 for shard in shards)
-    num_learned = sum(_num_learned(shard) for shard in shards)
+    num_learned = sum(sum(count_learned(shard, counts_first=False)) for shard in shards)
     longest = max(int(np.diff(shard.documents).max()) for shard in shards)
     return (
         f"learned: {num_learned:,} of {num_tokens:,} tokens ({num_learned / num_tokens:.1%}), in {num_documents:,} "
         f"documents; the longest has {longest:,} tokens"
     )
-
-
-def _num_learned(shard: Shard) -> int:
-    """The first token of a document is never predicted, so it is not learned whatever its target."""
-    starts = range(0, shard.tokens.size, TOKENS_PER_CHUNK)
-    total = sum(int(np.count_nonzero(_targets(shard, start, start + TOKENS_PER_CHUNK))) for start in starts)
-    first = (
-        shard.documents.size - 1 if shard.targets is None else np.count_nonzero(shard.targets[shard.documents[:-1]])
-    )
-    return total - int(first)
-
-
-def _targets(shard: Shard, start: int, end: int) -> np.ndarray:
-    if shard.targets is None:
-        return np.ones(min(end, shard.tokens.size) - start, np.uint8)
-    return shard.targets[start:end]

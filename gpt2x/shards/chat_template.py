@@ -15,10 +15,21 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from gpt2x.config import ChatSection
 from gpt2x.errors import UserError
 from gpt2x.shards.second_names import SecondNames, Span
+from gpt2x.shards.values import is_unicode
 
 # Unicode reserves these for use inside a program (The Unicode Standard, section 23.7); text has none.
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# What a template can raise that compiles: its own complaints, and those of the operations and filters in it.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
 # Written like this, a token is meant to be one.
 TOKEN_IN_A_TEMPLATE = re.compile(r"<\|[^|<>\s]+\|>")
 
@@ -51,7 +62,7 @@ class ChatEncoder:
             raise UserError(
                 "the tokenizer has no chat template; name one, such as chat.template tokenization/chatml.jinja."
             )
-        self._template = tokenizer.get_chat_template()
+        self._template = _template_of(tokenizer)
         self._has_spans = GENERATION_TAG.search(self._template) is not None
         if learn == "assistant" and not self._has_spans:
             raise UserError(
@@ -100,8 +111,8 @@ class ChatEncoder:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
+        except TEMPLATE_ERRORS as error:
+            reason = _reason(error)
             raise UserError(f"{name}: the chat template refuses it ({reason}); correct or remove it.") from None
         return names, *names.swap_between(rendered[0], spans[0] if spans else [])
 
@@ -124,19 +135,11 @@ def _check_messages(messages: Sequence[Mapping[str, str]], name: str) -> None:
             if not isinstance(value, str):
                 found = "missing" if key not in message else "null" if value is None else type(value).__name__
                 raise UserError(f"{name}: the {key} of message {number} is {found}, not text; correct or remove it.")
-            if not _is_unicode(value):
+            if not is_unicode(value):
                 raise UserError(
                     f"{name}: the {key} of message {number} holds half of a surrogate pair, which is no text; "
                     "correct or remove it."
                 )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def chat_tokenizer(tokenizer: PreTrainedTokenizerFast, section: ChatSection) -> PreTrainedTokenizerFast:
@@ -146,7 +149,7 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerFast, section: ChatSection) -> 
     end of text.
 
     Raises:
-        UserError: where the template is missing or no Jinja, writes a token that the tokenizer lacks, or does not end
+        UserError: where the template is missing or no Jinja, writes a token that is no special one, or does not end
             the assistant's turn with the end of text.
     """
     tokenizer = copy.deepcopy(tokenizer)
@@ -160,9 +163,11 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerFast, section: ChatSection) -> 
         tokenizer.eos_token = section.end_of_turn
     if section.template is not None:
         tokenizer.chat_template = _read_template(section)
-        for token in TOKEN_IN_A_TEMPLATE.findall(re.sub(r"\{#.*?#\}", "", tokenizer.chat_template, flags=re.DOTALL)):
-            _check_known(tokenizer, token, f"{section.template} writes")
-    _check_end_of_turn(tokenizer)
+    if tokenizer.chat_template is not None:
+        template = re.sub(r"\{#.*?#\}", "", _template_of(tokenizer), flags=re.DOTALL)
+        for token in TOKEN_IN_A_TEMPLATE.findall(template):
+            _check_known(tokenizer, token, f"{section.template or 'the chat template'} writes")
+        _check_end_of_turn(tokenizer, section)
     return tokenizer
 
 
@@ -177,21 +182,44 @@ def _read_template(section: ChatSection) -> str:
         raise UserError(
             f"chat.template ({section.template}), line {error.lineno}, is no Jinja ({error.message}); correct it."
         ) from None
+    except TEMPLATE_ERRORS as error:
+        raise UserError(f"chat.template ({section.template}) is no Jinja ({_reason(error)}); correct it.") from None
     return template
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _template_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        raise UserError(
+            "the tokenizer has several chat templates and no default; name one by chat.template."
+        ) from None
+
+
 def _check_known(tokenizer: PreTrainedTokenizerFast, token: str, who: str) -> None:
-    if token not in tokenizer.get_added_vocab():
-        raise UserError(f"{who} {token}, which is no token of the tokenizer; name it in chat.special_tokens.")
+    # A text that spells a token which is not special would be encoded as the token itself.
+    if token not in {known.content for known in tokenizer.added_tokens_decoder.values() if known.special}:
+        raise UserError(f"{who} {token}, which is no special token of the tokenizer; name it in chat.special_tokens.")
 
 
-def _check_end_of_turn(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Whatever reads the model stops at the end of text, so the assistant's turn must hold it."""
-    if tokenizer.chat_template is None or GENERATION_TAG.search(tokenizer.get_chat_template()) is None:
-        return
-    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    chat = ChatEncoder(tokenizer).encode(exchange, name="a question and its answer")
-    if tokenizer.eos_token_id not in chat.ids[chat.targets]:
+def _check_end_of_turn(tokenizer: PreTrainedTokenizerFast, section: ChatSection) -> None:
+    """Whatever reads the model stops at the end of text, so the assistant's turn must hold it.
+
+    Where a template does not say what the assistant says, the end of text must stand behind it.
+    """
+    has_spans = GENERATION_TAG.search(_template_of(tokenizer)) is not None
+    if not has_spans and section.learn != "all":
+        return  # a conversation is refused, and texts need no template
+    answer = "1337"
+    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    encoder = ChatEncoder(tokenizer, learn="assistant" if has_spans else "all")
+    chat = encoder.encode(exchange, name="a question and its answer")
+    behind = tokenizer.decode(chat.ids[chat.targets].tolist()).rpartition(answer)[2]
+    if tokenizer.eos_token not in behind:
         raise UserError(
             f"the chat template does not end what the assistant says with {tokenizer.eos_token}, the tokenizer's end "
             "of text; set chat.end_of_turn to the token that ends it."

@@ -52,6 +52,7 @@ def read_chats(reading: Reading, corpus: CorpusSection, *, dropped: Counter[str]
         if columns is None:
             continue
         assert reading.layout is not None, "where there is a row, there is a layout"
+        reading.layout.columns_in(list(columns), row.name)
         messages = None if reading.layout.is_plain_text else reading.layout.messages(columns, row.name)
         text = _plain_text(columns, row.name, dropped) if messages is None else _as_json(messages, dropped)
         if text is not None:
@@ -59,7 +60,7 @@ def read_chats(reading: Reading, corpus: CorpusSection, *, dropped: Counter[str]
 
 
 def _plain_text(columns: dict, name: str, dropped: Counter[str]) -> str | None:
-    text = columns.get("text")
+    text = columns["text"]
     if isinstance(text, list):
         raise UserError(f"{name}: column 'text' holds a list; name a column of messages messages, or give text.")
     return text_of(text, name=name, column="text", dropped=dropped)

@@ -47,7 +47,7 @@ class Index:
     vocab_size: int
     """Every id is below it."""
     eos_token_id: int
-    """The id that ends every document."""
+    """The id that ends every plain document; of conversations what ends the assistant's turn."""
     recipe: Mapping[str, Any]
     """What the data was made of: corpus, split seed and fraction, tokens per shard, how conversations are written."""
     dropped: Mapping[str, int] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
+from gpt2x.shards.values import is_unicode, shown
 
 # Without files these read the current directory, whatever is there.
 BUILDERS = ("json", "parquet", "arrow", "text", "csv")
@@ -102,10 +103,10 @@ def text_of(value: Any, *, name: str, column: str, dropped: Counter[str] | None 
         reason = "empty"
     elif not isinstance(text, str):
         raise UserError(
-            f"{name}: field {column!r} must hold text or chat messages, not {_shown(value)}; set corpus.text_column "
+            f"{name}: field {column!r} must hold text or chat messages, not {shown(value)}; set corpus.text_column "
             f"to another."
         )
-    elif text.isascii() or _is_unicode(text):
+    elif text.isascii() or is_unicode(text):
         return text
     else:
         reason = "not UTF-8"
@@ -122,16 +123,3 @@ def _joined(messages: list[Any]) -> str | list[Any]:
     if not all(isinstance(content, str | None) for content in contents):
         return messages
     return "\n\n".join(content for content in contents if content)
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

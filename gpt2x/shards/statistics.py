@@ -11,6 +11,12 @@ def statistics(index: Index) -> str:
     return "\n".join([*(_line(index, split) for split in SPLITS), f"left out: {dropped}"])
 
 
+def longest_document(index: Index) -> int:
+    """Tokens of the longest document of any split."""
+    shards = [shard for split in SPLITS if index.has_split(split) for shard in index.open_split(split)]
+    return max(int(np.diff(shard.documents).max()) for shard in shards)
+
+
 def _line(index: Index, split: str) -> str:
     if not index.has_split(split):
         return f"{split}: nothing"

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from gpt2x.errors import UserError
 from gpt2x.shards.rows import Advance, Row
 
 TABLES = (".parquet", ".arrow")
@@ -30,7 +31,14 @@ def table_rows(file: Path, columns: Sequence[str], advance: Advance) -> Iterator
         file: .parquet or .arrow.
         columns: what is read of it; there must be such.
         advance: told how many bytes of the file have been read since it was told before.
+
+    Raises:
+        UserError: where there are several of a name.
     """
+    found = table_columns(file)
+    for column in columns:
+        if found.count(column) > 1:
+            raise UserError(f"{file} has {found.count(column)} columns {column!r}; rename all but one.")
     size, number, told = file.stat().st_size, 0, 0
     with pyarrow.memory_map(str(file)) as source:
         num_rows, batches = _batches(file, source, list(columns))

@@ -224,8 +224,9 @@ def _json_row(name: str, line: bytes) -> Row:
             return None
         try:
             row = json.loads(found)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name} is not JSON ({error.msg}); a .jsonl file holds one object per line.") from None
+        except (ValueError, RecursionError) as error:  # of numbers of thousands of digits, and of deep nesting
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(f"{name} is not JSON ({reason}); a .jsonl file holds one object per line.") from None
         if not isinstance(row, dict):
             raise UserError(f"{name} is no JSON object but a {type(row).__name__}; a .jsonl file holds one per line.")
         return row

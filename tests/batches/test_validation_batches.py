@@ -1,5 +1,7 @@
 """Validation predicts every token of the split exactly once, however it is cut up."""
 
+import dataclasses
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -9,6 +11,7 @@ from safetensors.numpy import load_file
 
 from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.errors import UserError
+from gpt2x.shards.files import write_shard
 
 EOS = 7
 SHARDS = [[20, 13], [5], [31, 2]]
@@ -209,6 +212,17 @@ def test_the_beginning_of_a_conversation_goes_up_to_what_is_learned(chat, num_do
     found = validation(chat).document_beginnings(num_documents, 3)
     assert len(found) == min(num_documents, 6)
     assert Counter(map(str, found)) - Counter(map(str, expected)) == Counter()
+
+
+def test_the_beginning_of_a_document_without_an_end_of_text_is_all_of_it(index):
+    file = index.directory / "validation" / "tokens_part_00001.safetensors"
+    arrays = load_file(file)
+    arrays["tokens"][-1] = EOS + 1
+    write_shard(file, tokens=arrays["tokens"], documents=arrays["documents"], metadata={"tokenizer_fingerprint": "f"})
+    entry = index.splits["validation"][1]
+    entries = [dataclasses.replace(entry, sha256=hashlib.sha256(file.read_bytes()).hexdigest())]
+    cut = dataclasses.replace(index, splits=index.splits | {"validation": entries})
+    assert validation(cut).document_beginnings(1, 100) == [arrays["tokens"].tolist()]
 
 
 @pytest.mark.parametrize("num_documents", [1, 3, 5, 9])

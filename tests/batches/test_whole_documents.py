@@ -139,9 +139,18 @@ def test_another_packing_is_another_source_for_a_run_that_goes_on(make_index):
     saved = json.loads(json.dumps(batches([cut]).state(4)))
     check_unchanged(saved, [cut], seed=3, sequence_length=LENGTH)
     with pytest.raises(
-        UserError, match=r"source 'train' has changed .*; restore it \(and data.packing\), give it anot"
+        UserError, match=r"source 'train' has changed .*; restore it \(and data.packing, data.align_documents\), give it anot"
     ):
         check_unchanged(saved, [whole], seed=3, sequence_length=LENGTH)
+
+
+def test_a_run_that_goes_on_with_windows_aligned_otherwise_is_refused(make_index):
+    index = make_index(MANY)
+    plain, aligned = (ShardSource(index, LENGTH, align_documents=aligned) for aligned in (False, True))
+    saved = json.loads(json.dumps(batches([plain]).state(4)))
+    check_unchanged(saved, [plain], seed=3, sequence_length=LENGTH)
+    with pytest.raises(UserError, match=r"source 'train' has changed since the checkpoint was made"):
+        check_unchanged(saved, [aligned], seed=3, sequence_length=LENGTH)
 
 
 def batches(sources, micro_batch_size=PER_STEP, rank=0, num_processes=1, **options):

@@ -250,6 +250,36 @@ def test_a_template_that_writes_earlier_turns_differently_costs_the_cache_and_no
     assert [turn["content"] for turn in conversation.messages] == ["one", first, "two", second]
 
 
+def test_a_template_that_leaves_out_what_earlier_answers_began_with_costs_the_cache_too(
+    random_model, tokenizer, tmp_path, passed
+):
+    """As those do that keep only the thoughts of the last answer."""
+    (tmp_path / "thoughts.jinja").write_text(
+        "{% for m in messages %}{{ m.content[3:] if m.role == 'assistant' and not loop.last else m.content }}"
+        "{{ eos_token }}{% endfor %}"
+    )
+    bare = chat_tokenizer(tokenizer, ChatSection(template=tmp_path / "thoughts.jinja"))
+    counted, conversation = passed(random_model), Conversation(random_model, bare, GREEDY)
+    conversation.answer("one")
+    del counted[:]
+    conversation.answer("two")
+    prompt = ChatEncoder(bare, learn="all").prompt(conversation.messages[:-1])
+    assert counted[0] == len(prompt)
+    assert conversation.ids == greedy(random_model, prompt, 20, [bare.eos_token_id])
+
+
+def test_a_system_turn_longer_than_the_model_is_blamed_itself(random_model, chatml):
+    options = GenerationRecipe(chat=True, system="x" * 500, max_new_tokens=20)
+    with pytest.raises(UserError, match=r"^system takes more than the 380 positions that the model has for it; short"):
+        Conversation(random_model, chatml, options).answer("hi")
+
+
+def test_a_turn_longer_than_the_model_is_blamed_beside_a_short_system_turn(random_model, chatml):
+    options = GenerationRecipe(chat=True, system="Be brief.", max_new_tokens=20)
+    with pytest.raises(UserError, match=r"^the turn takes more than the 380 positions"):
+        Conversation(random_model, chatml, options).answer("x" * 500)
+
+
 def test_a_model_without_a_chat_template_is_refused(random_model, tokenizer):
     options = GenerationRecipe(model="runs/base", chat=True)
     with pytest.raises(

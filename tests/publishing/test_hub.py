@@ -148,6 +148,24 @@ def test_exports_hidden_files_and_unfinished_ones_are_not_pushed(saved):
     }
 
 
+@pytest.mark.parametrize("base", ["base", "runs/x/final", "/models/base", "here/base"])
+def test_adapters_of_a_model_that_only_this_machine_has_are_not_pushed(saved, monkeypatch, tmp_path, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "base").mkdir(parents=True)
+    directory = saved("llama")
+    (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    message = rf"^the adapters of {directory} belong to {base}, which is no Hub id; push that model and train on its H"
+    with pytest.raises(UserError, match=message):
+        files_to_push(directory)
+
+
+def test_adapters_of_a_model_on_the_hub_are_pushed(saved):
+    directory = saved("llama")
+    settings = {"base_model_name_or_path": "openai-community/gpt2"}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    assert "adapter_config.json" in files_to_push(directory)
+
+
 def test_a_card_of_the_users_own_is_kept(hub, saved):
     directory = saved("gpt2")
     (directory / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")

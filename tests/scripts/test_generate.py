@@ -157,3 +157,9 @@ def test_a_model_without_a_chat_template_is_refused(generate, run_dir):
     complaint = f"^{run_dir} has no chat template; fine-tune it by scripts/finetune.py, or leave --chat out.$"
     with pytest.raises(UserError, match=complaint):
         generate(run_dir, "--chat=true", "--prompt=x")
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_turn_of_nothing_is_refused(generate, chat_dir, blank):
+    with pytest.raises(UserError, match=r"^prompt is blank; give a text, or leave it out to be asked.$"):
+        generate(chat_dir, "--chat=true", f"--prompt={blank}")

@@ -160,7 +160,8 @@ def test_a_recipe_of_the_hub_prepares_rows_of_that_shape(run, tmp_path, monkeypa
         fields.append(f"--chat.template={ROOT / 'tokenization' / 'chatml.jinja'}")
     code, printed, complaint = run("prepare_data.py", *config, *local, *fields, *tokenizer)
     assert code == 0, complaint
-    assert printed.endswith(f"--data.path data/{recipe}\n")
+    length = r" --data.sequence_length \d+" if recipe.endswith("-chat") else ""
+    assert re.search(rf"--data.path data/{recipe}{length}\n$", printed)
     index = load_index(tmp_path / "data" / recipe)
     assert index.total("train", "num_documents") + index.total("validation", "num_documents") == 60 + (
         recipe == "wikitext"
@@ -194,7 +195,8 @@ def test_conversations_are_prepared_as_the_script_says_and_one_is_shown(run, tmp
     assert re.match(
         r"learned: [\d,]+ of [\d,]+ tokens \(\d+\.\d%\), in \d\d documents; the longest has \d+ tok", lines[8]
     )
-    assert lines[-1].endswith("python scripts/finetune.py --init_from MODEL --data.path data/chats")
+    command = "python scripts/finetune.py --init_from MODEL --data.path data/chats --data.sequence_length 1024"
+    assert lines[-1].endswith(command)
     assert load_index(tmp_path / "data" / "chats").recipe["chat"]["end_of_turn"] == "<|im_end|>"
 
 

@@ -1,9 +1,8 @@
 """Tokenizers of the kinds that chat templates meet, trained in a moment; OpenAI's own where it is at hand."""
 
 import json
-from pathlib import Path
 
-import pytest
+from published_data import needed
 from tokenizers import (
     AddedToken,
     Regex,
@@ -17,7 +16,6 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-GPT2 = Path(__file__).parents[3] / "shared" / "data" / "gpt2-tokenizer"
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,9 +72,7 @@ def llama3():
 
 
 def real_gpt2():
-    if not GPT2.is_dir():
-        pytest.skip("OpenAI's tokenizer is not beside the checkout")
-    return AutoTokenizer.from_pretrained(GPT2)
+    return AutoTokenizer.from_pretrained(needed("gpt2-tokenizer"))
 
 
 MAKERS = {

@@ -37,6 +37,17 @@ LAYOUTS = {
     "Alpaca without inputs": ({"instruction": "2+2?", "output": "4 – vier."}, CHAT),
     "question and answer": ({"question": "2+2?", "answer": "4 – vier."}, CHAT),
     "UltraChat": ({"prompt": "2+2?", "prompt_id": "1", "messages": CHAT}, CHAT),
+    "a system column": ({"system": "Be brief.", "conversations": SHAREGPT}, [SYSTEM, *CHAT]),
+    "a system column of Alpaca": (
+        {"system": "Be brief.", "instruction": "2+2?", "output": "4 – vier."},
+        [SYSTEM, *CHAT],
+    ),
+    "a system column of a pair": (
+        {"system": "Be brief.", "prompt": "2+2?", "completion": "4 – vier."},
+        [SYSTEM, *CHAT],
+    ),
+    "a system column that is empty": ({"system": "", "messages": CHAT}, CHAT),
+    "a system column beside a system turn": ({"system": "Be long.", "messages": [SYSTEM, *CHAT]}, [SYSTEM, *CHAT]),
     "text": ({"text": "Just a text.\n", "id": 1}, None),
 }
 
@@ -127,7 +138,7 @@ def test_the_same_conversation_falls_on_the_same_side_whatever_its_layout(tmp_pa
     for seed in range(9):
         halves = [dataclasses.replace(corpus, split_seed=seed, validation_fraction=0.5) for corpus in corpora]
         assert len({chat.is_validation for corpus in halves for chat in read(corpus)}) == 1
-    assert len(rows) == 7
+    assert len(rows) == 8
 
 
 def test_what_is_no_unicode_is_left_out_and_counted(tmp_path):
@@ -182,6 +193,9 @@ MISTAKES = {
     },
     "a.jsonl:2: message 1 of 'messages' has tool_calls, which no chat template of text writes out; put them into": {
         "messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]
+    },
+    "a.jsonl:2: message 2 of 'messages' has weight 0, and of a conversation everything is learned that the": {
+        "messages": [ASKED, {"role": "assistant", "content": "x", "weight": 0}]
     },
 }
 
@@ -255,3 +269,27 @@ def test_a_line_that_is_no_object_is_refused(tmp_path):
 
 def test_a_corpus_without_a_row_has_no_conversation(tmp_path):
     assert read(files(write(tmp_path / "a.jsonl", []))) == []
+
+
+def test_a_conversation_among_texts_is_refused_and_not_left_out(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"text": "x"}, {"messages": CHAT}])
+    with pytest.raises(UserError, match=r"a.jsonl:2 has no column 'text', only: messages; the corpus begins with"):
+        read(files(file))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"), [("9" * 5000, "Exceeds the limit"), ("[" * 100_000, "maximum recursion"), ("{", "Expecting")]
+)
+def test_a_line_that_python_cannot_parse_is_refused(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(UserError, match=rf"a.jsonl:1 is not JSON \({reason}.*\); a .jsonl file holds one object per"):
+        read(files(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_columns_of_the_same_name_are_refused(tmp_path, as_chat):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    corpus = files(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet has 2 columns 'text'; rename all but one\.$"):
+        list(open_corpus(corpus, lambda _: None, as_chat=as_chat).rows)

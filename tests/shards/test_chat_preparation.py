@@ -1,102 +1,32 @@
 """Conversations become shards that say what of them is learned, the same bytes however that came about."""
 
 import dataclasses
-import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import load_file, save_file
+from chat_corpora import CHATML, ROOT, conversation, documents, hashes, single, with_chat, write_rows
 from transformers import AutoTokenizer
 
-from gpt2x.config import ChatSection, CorpusSection, DataSection, PreparationRecipe, TokenizerSection
+from gpt2x.config import ChatSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
-from gpt2x.shards.chat_preview import preview
 from gpt2x.shards.chats import read_chats
 from gpt2x.shards.corpus import open_corpus
-from gpt2x.shards.files import open_shard, write_shard
-from gpt2x.shards.index import SPLITS, load_index
+from gpt2x.shards.index import SPLITS
 from gpt2x.shards.preparation import finalize, prepare, prepare_task, prepare_tokenizer
-from gpt2x.shards.statistics import statistics
-from gpt2x.shards.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-
-ROOT = Path(__file__).parents[2]
-CHATML = ROOT / "tokenization" / "chatml.jinja"
-TOKENS = ["<|im_start|>", "<|im_end|>"]
-SECTION = ChatSection(template=CHATML, special_tokens=TOKENS, end_of_turn="<|im_end|>")
-WORDS = ["alpha", "beta", "gamma", "naïve", "中文", "what?", "Yes."]
-NUM_CHATS = 40
-
-
-def conversation(*texts: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module")
-def base_tokenizer(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "tokenizer"
-    section = TokenizerSection(path=str(path), vocab_size=280)
-    save_tokenizer(train_tokenizer([" ".join(WORDS * 9) + "\nuser\nassistant\n"], section), path)
-    return path
+from gpt2x.shards.tokenizer import load_tokenizer
 
 
 @pytest.fixture
-def chats_file(tmp_path: Path) -> Path:
-    """Forty conversations of two to six turns."""
-    generator, file = random.Random(0), tmp_path / "chats.jsonl"
-    chats = [
-        conversation(*(" ".join(generator.choices(WORDS, k=generator.randrange(1, 12))) for _ in range(turns)))
-        for turns in generator.choices((2, 4, 6), k=NUM_CHATS)
-    ]
-    write_rows(file, [{"messages": chat} for chat in chats])
-    return file
-
-
-@pytest.fixture
-def recipe(chats_file: Path, base_tokenizer: Path, tmp_path: Path) -> PreparationRecipe:
-    """Writes shards of 1000 tokens, several for train."""
-    return PreparationRecipe(
-        output_dir=tmp_path / "shards",
-        corpus=CorpusSection(kind="files", paths=[str(chats_file)], validation_fraction=0.2),
-        tokenizer=TokenizerSection(path=str(base_tokenizer)),
-        chat=SECTION,
-        tokens_per_shard=1000,
-        num_workers=1,
-    )
-
-
-def with_chat(recipe: PreparationRecipe, **fields) -> PreparationRecipe:
-    assert recipe.chat is not None
-    return dataclasses.replace(recipe, chat=dataclasses.replace(recipe.chat, **fields))
-
-
-def documents(index, split: str) -> list[tuple[list[int], list[int]]]:
-    """The ids and the targets of a split's documents."""
-    return [
-        (shard.tokens[start:end].tolist(), shard.targets[start:end].tolist())
-        for shard in index.open_split(split)
-        for start, end in pairwise(shard.documents)
-    ]
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def recipe(chat_recipe: PreparationRecipe) -> PreparationRecipe:
+    return chat_recipe
 
 
 def expected_documents(recipe: PreparationRecipe, tokenizer) -> dict[str, list[tuple[list[int], list[int]]]]:
@@ -182,6 +112,17 @@ def test_conversations_are_cut_at_their_end_and_targets_with_them(recipe, tmp_pa
         assert documents(cut, split) == [(ids, targets) for ids, targets in expected if any(targets)]
 
 
+@pytest.mark.parametrize("length", [26, 30, 41])
+def test_a_conversation_cut_short_is_what_transformers_cuts(recipe, length):
+    messages = conversation("Hi", "Hello!", "And you?", "Fine, 中文.")
+    index = prepare(with_chat(single(recipe, *(message["content"] for message in messages)), max_length=length))
+    expected = AutoTokenizer.from_pretrained(index.tokenizer_dir).apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, truncation=True, max_length=length
+    )
+    assert len(expected["input_ids"]) == length
+    assert documents(index, "train") == [(expected["input_ids"], expected["assistant_masks"])] * 3
+
+
 @pytest.mark.parametrize("text", ["alpha beta gamma. " * 9, "中文中文中文中文中文"])
 def test_bytes_that_are_cut_off_do_not_count(recipe, chats_file, text):
     write_rows(chats_file, [{"messages": conversation("Hi.", text)}, {"messages": conversation("Hi.", text + "x")}])
@@ -238,7 +179,7 @@ def test_a_tokenizer_without_a_template_is_refused(recipe):
         prepare(dataclasses.replace(recipe, chat=ChatSection()))
 
 
-@pytest.mark.parametrize("num_tasks", [2, 5])
+@pytest.mark.parametrize("num_tasks", [pytest.param(2, marks=pytest.mark.trial), 5])
 def test_the_number_of_workers_and_the_order_of_tasks_change_no_byte(recipe, tmp_path, num_tasks):
     recipe = with_chat(dataclasses.replace(recipe, num_tasks=num_tasks), max_length=30, drop_unlearned=True)
     prepare(recipe)
@@ -324,138 +265,6 @@ def test_conversations_and_documents_are_not_taken_for_each_other(recipe, chats_
     assert all(shard.targets is None for shard in index.open_split("train"))
     with pytest.raises(UserError, match=r"another recipe \(chat None -> True\); set another output_dir"):
         prepare(dataclasses.replace(as_chat, output_dir=documents_dir))
-
-
-def test_a_shard_of_documents_is_byte_for_byte_what_it_was_before_there_were_targets(tmp_path):
-    sha256 = write_shard(
-        tmp_path / "shard",
-        tokens=np.arange(1000, dtype=np.uint16),
-        documents=np.array([0, 4, 1000]),
-        metadata={"vocab_size": "1000", "eos_token_id": "0", "format": "gpt2x.tokens.1"},
-    )
-    assert sha256 == "9778f3b4ea9719807d66fdee4b2f10c4fccdd9b4cb51826b5ca2eee9c729157b"
-
-
-def test_the_safetensors_library_reads_the_targets_and_what_it_writes_is_read(tmp_path):
-    arrays = {
-        "tokens": np.arange(9, dtype=np.uint16),
-        "documents": np.array([0, 4, 9]),
-        "targets": (np.arange(9) % 2).astype(np.uint8),
-    }
-    write_shard(tmp_path / "ours", metadata={}, **arrays)
-    save_file(arrays, tmp_path / "theirs", metadata={"a": "b"})
-    assert {name: array.tolist() for name, array in load_file(tmp_path / "ours").items()} == {
-        name: array.tolist() for name, array in arrays.items()
-    }
-    for name in ("ours", "theirs"):
-        assert open_shard(tmp_path / name).targets.tolist() == [0, 1] * 4 + [0]
-
-
-@pytest.mark.parametrize("targets", [np.zeros(8, np.uint8), np.zeros(9, np.uint16)])
-def test_targets_that_are_not_one_byte_for_each_token_are_refused(tmp_path, targets):
-    arrays = {"tokens": np.arange(9, dtype=np.uint16), "documents": np.array([0, 4, 9]), "targets": targets}
-    save_file(arrays, tmp_path / "shard")
-    with pytest.raises(UserError, match=r"shard: targets must be U8, one for each of the 9 tokens; delete"):
-        open_shard(tmp_path / "shard")
-
-
-def test_a_flipped_target_is_noticed(recipe):
-    index = prepare(recipe)
-    file = index.directory / "train" / index.splits["train"][0].file
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=r"00000.safetensors: its content has changed"):
-        load_index(index.directory).open_split("train")
-
-
-@pytest.mark.parametrize(
-    ("fields", "complaint"),
-    [
-        (
-            {"corpus": CorpusSection()},
-            r"corpus.kind \(python_stdlib\) has no conversations; with chat set it to files",
-        ),
-        (
-            {"corpus": CorpusSection(kind="files", paths=["a.jsonl", "b.txt.gz"])},
-            r"corpus.paths \(b.txt.gz\) has no columns, and chat reads conversations from columns; give .jsonl",
-        ),
-        (
-            {"corpus": CorpusSection(kind="files", paths=["a.jsonl"], text_column="chat")},
-            r"corpus.text_column \(chat\) has no effect with chat, which knows the columns of conversations by",
-        ),
-        (
-            {"output_dir": Path("x"), "tokenizer": TokenizerSection(path="x/tokenizer")},
-            r"tokenizer.path \(x/tokenizer\) must not be where the shards' own is saved, as chat changes it; set",
-        ),
-    ],
-)
-def test_a_recipe_that_cannot_hold_conversations_is_refused(recipe, fields, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        dataclasses.replace(recipe, **fields)
-
-
-def test_conversations_longer_than_a_sequence_are_refused_where_documents_stay_whole(recipe):
-    recipe = with_chat(recipe, max_length=2048)
-    complaint = r"chat.max_length \(2048\) must not exceed data.sequence_length \(1024\) with packing whole_documents"
-    with pytest.raises(ValueError, match=complaint):
-        DataSection(preparation=recipe, packing="whole_documents")
-    DataSection(preparation=recipe, packing="documents")
-    DataSection(preparation=recipe, packing="whole_documents", sequence_length=2048)
-
-
-def test_the_statistics_count_conversations_and_what_is_learned(recipe, chats_file):
-    with chats_file.open("a") as file:
-        file.write(json.dumps({"messages": []}) + "\n")
-    index = prepare(with_chat(recipe, drop_unlearned=True))
-    first, _, last = statistics(index).split("\n")
-    longest = max(len(ids) for ids, _ in documents(index, "train"))
-    tokens, learned = index.total("train", "num_tokens"), index.num_bytes("train")
-    number = index.total("train", "num_documents")
-    assert first == (
-        f"train: {number} conversations, {tokens:,} tokens in {len(index.splits['train'])} shards, {learned:,} bytes "
-        f"to learn, the longest conversation {longest} tokens"
-    )
-    assert last == "left out: 1 without anything to learn"
-
-
-def single(recipe: PreparationRecipe, *texts: str, copies: int = 3) -> PreparationRecipe:
-    """A corpus of one conversation, several times."""
-    write_rows(Path(recipe.corpus.paths[0]), [{"messages": conversation(*texts)}] * copies)
-    return dataclasses.replace(recipe, corpus=dataclasses.replace(recipe.corpus, validation_fraction=0))
-
-
-def test_the_preview_shows_a_conversation_with_what_is_learned_in_brackets(recipe):
-    index = prepare(single(recipe, "What?", "Yes, 中文.", "And\x1b[2J?", "No."))
-    tokenizer = load_tokenizer(index.tokenizer_dir)
-    (ids, targets), *_ = documents(index, "train")
-    learned, total = 3 * sum(targets), 3 * len(ids)
-    assert preview(index, tokenizer) == (
-        "the first training document; what is learned stands between ⟦ and ⟧:\n"
-        "<|im_start|>user\nWhat?<|im_end|>\n"
-        "<|im_start|>assistant\n⟦Yes, 中文.<|im_end|>⟧\n"
-        "<|im_start|>user\nAnd\ufffd[2J?<|im_end|>\n"
-        "<|im_start|>assistant\n⟦No.<|im_end|>⟧\n"
-        f"learned: {learned} of {total} tokens ({learned / total:.1%}), in 3 documents; "
-        f"the longest has {len(ids)} tokens"
-    )
-
-
-def test_the_preview_of_a_long_conversation_says_how_much_is_not_shown(recipe):
-    index = prepare(single(recipe, "What?", "alpha " * 1000))
-    (ids, _), *_ = documents(index, "train")
-    shown = preview(index, load_tokenizer(index.tokenizer_dir))
-    assert f"⟧ ... and {len(ids) - 600:,} tokens more\nlearned: " in shown
-
-
-def test_the_first_token_of_a_document_does_not_count_as_learned(recipe):
-    recipe = single(recipe, "What?", "Yes.")
-    for chat in (dataclasses.replace(SECTION, learn="all"), None):
-        corpus = dataclasses.replace(recipe.corpus, text_column="text" if chat else "messages")
-        again = dataclasses.replace(recipe, chat=chat, corpus=corpus, output_dir=recipe.output_dir / str(bool(chat)))
-        index = prepare(again)
-        total = index.total("train", "num_tokens")
-        assert f"learned: {total - 3} of {total} tokens" in preview(index, load_tokenizer(index.tokenizer_dir))
 
 
 @pytest.mark.trial

@@ -1,5 +1,6 @@
 """What of a conversation is learned is what the assistant says and the end of its turn, and no text is a token."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -151,17 +152,6 @@ def test_a_prompt_of_ordinary_turns_is_transformers_own(chatml, encoder):
     assert encoder.prompt(messages) == chatml.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
-@pytest.mark.parametrize("length", [0, 1, 7, 20, 33])
-def test_a_conversation_cut_short_keeps_its_mask_aligned(chatml, encoder, length):
-    messages = turns("Hi", "Hello!", "And you?", "Fine, 日本.")
-    chat = encoder.encode(messages, name="row")
-    expected = chatml.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True, truncation=True, max_length=length or 1
-    )
-    assert chat.ids[: length or 1].tolist() == expected["input_ids"]
-    assert chat.targets[: length or 1].astype(int).tolist() == expected["assistant_masks"]
-
-
 def test_the_end_of_turn_is_learned_although_padding_is_the_same_token(tokenizer):
     plain = chat_tokenizer(tokenizer, ChatSection(template=PLAIN))
     assert plain.pad_token_id == plain.eos_token_id
@@ -307,14 +297,14 @@ def test_a_template_that_is_no_jinja_is_refused_with_its_line(tokenizer, tmp_pat
 
 def test_a_token_that_the_template_writes_and_nobody_knows_is_refused(tokenizer):
     with pytest.raises(
-        UserError, match=r"chatml.jinja writes <\|im_start\|>, which is no token of the tokenizer; name"
+        UserError, match=r"chatml.jinja writes <\|im_start\|>, which is no special token of the tokenizer; name"
     ):
         chat_tokenizer(tokenizer, ChatSection(template=CHATML))
 
 
 def test_an_end_of_turn_that_nobody_knows_is_refused(tokenizer):
     with pytest.raises(
-        UserError, match=r"chat.end_of_turn is <\|over\|>, which is no token of the tokenizer; name it"
+        UserError, match=r"chat.end_of_turn is <\|over\|>, which is no special token of the tokenizer; name it"
     ):
         chat_tokenizer(tokenizer, ChatSection(template=PLAIN, end_of_turn="<|over|>"))
 
@@ -324,4 +314,65 @@ def test_an_end_of_text_that_does_not_end_the_turn_is_refused(tokenizer):
     with pytest.raises(
         UserError, match=r"does not end what the assistant says with <\|endoftext\|>.* chat.end_of_turn"
     ):
+        chat_tokenizer(tokenizer, section)
+
+
+def test_a_token_that_is_not_special_is_refused_whoever_names_it_and_naming_it_makes_it_so(tokenizer):
+    ordinary = deepcopy(tokenizer)
+    ordinary.add_tokens(["<|im_start|>", "<|im_end|>"])
+    own = deepcopy(ordinary)
+    own.chat_template = CHATML.read_text()
+    with pytest.raises(UserError, match=r"end_of_turn is <\|im_end\|>, which is no special token of the tokenizer"):
+        chat_tokenizer(ordinary, replace(SECTION, special_tokens=[]))
+    with pytest.raises(UserError, match=r"the chat template writes <\|im_start\|>, which is no special token"):
+        chat_tokenizer(own, ChatSection())
+    named = chat_tokenizer(own, replace(SECTION, template=None))
+    ids = ChatEncoder(named).encode(turns("<|im_end|>", "Hello!"), name="row").ids.tolist()
+    assert ids.count(named.eos_token_id) == 2
+    assert named.eos_token_id == ordinary.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "1 // 0",
+        "messages[9].content.x",
+        "messages[0].content.index('9')",
+        "'%d' % 'x'",
+        "'x' + 1",
+        "range(9) | random(2)",
+        "m()",
+    ],
+)
+def test_whatever_a_template_raises_names_the_conversation(tokenizer, tmp_path, mistake):
+    (tmp_path / "wrong.jinja").write_text(
+        "{% macro m() %}{{ m() }}{% endmacro %}{% if messages | length > 2 %}{{ " + mistake + " }}{% endif %}"
+    )
+    section = ChatSection(template=tmp_path / "wrong.jinja")
+    encoder = ChatEncoder(chat_tokenizer(tokenizer, section), learn="all")
+    with pytest.raises(UserError, match=r"^row 7: the chat template refuses it \(.+\); correct or remove it\.$"):
+        encoder.encode(turns("a", "b", "c"), name="row 7")
+
+
+def test_a_template_that_python_cannot_compile_is_refused(tokenizer, tmp_path):
+    (tmp_path / "long.jinja").write_text("{{ " + "9" * 5000 + " }}")
+    with pytest.raises(
+        UserError, match=r"chat.template \(.*/long.jinja\) is no Jinja \(Exceeds the limit.*\); correct"
+    ):
+        chat_tokenizer(tokenizer, ChatSection(template=tmp_path / "long.jinja"))
+
+
+def test_several_templates_without_a_default_are_refused(tokenizer):
+    several = deepcopy(tokenizer)
+    several.chat_template = {"tools": "a", "documents": "b"}
+    for call in (lambda: ChatEncoder(several), lambda: chat_tokenizer(several, ChatSection())):
+        with pytest.raises(UserError, match=r"several chat templates and no default; name one by chat.template\.$"):
+            call()
+
+
+def test_an_answer_that_is_learned_whole_with_its_question_must_be_ended_too(tokenizer, tmp_path):
+    template = "{% for m in messages %}{{ eos_token }}{{ m.role }}: {{ m.content }}{% endfor %}"
+    (tmp_path / "bare.jinja").write_text(template)
+    section = ChatSection(template=tmp_path / "bare.jinja", learn="all")
+    with pytest.raises(UserError, match=r"does not end what the assistant says with <\|endoftext\|>"):
         chat_tokenizer(tokenizer, section)

@@ -3,10 +3,10 @@
 import dataclasses
 import random
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from published_data import needed
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from gpt2x.config import CorpusSection, TokenizerSection
@@ -15,9 +15,6 @@ from gpt2x.shards import cutting, text_files
 from gpt2x.shards.corpus import is_validation, open_corpus, read_pieces
 from gpt2x.shards.cutting import can_be_cut, chunks_of, cut
 from gpt2x.shards.preparation import prepare, prepare_tokenizer
-
-ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 LLAMA3 = (
@@ -132,10 +129,9 @@ def test_a_long_file_that_is_no_text_is_left_out(recipe, corpus_dir, long_file, 
     assert prepare(recipe).dropped == {reason: 1}
 
 
+@pytest.mark.trial
 def test_tiny_shakespeare_has_the_published_number_of_tokens(tmp_path, recipe, monkeypatch):
-    file, tokenizer = DATA / "tinyshakespeare" / "input.txt", DATA / "gpt2-tokenizer"
-    if not file.exists() or not tokenizer.exists():
-        pytest.skip("needs Tiny Shakespeare and GPT-2's tokenizer beside the checkout")
+    file, tokenizer = needed("tinyshakespeare/input.txt"), needed("gpt2-tokenizer")
     corpus = CorpusSection(kind="files", paths=[str(file)], validation_fraction=0)
     recipe = dataclasses.replace(recipe, corpus=corpus, tokenizer=TokenizerSection(path=str(tokenizer)))
     whole = prepare(dataclasses.replace(recipe, output_dir=tmp_path / "whole"))

@@ -222,7 +222,7 @@ def test_samples_of_conversations_answer_their_beginnings(recipe, changed, start
     beginnings = []
     for begin, end in zip(shard.documents[:-1], shard.documents[1:]):
         learned = np.flatnonzero(shard.targets[begin:end])
-        length = learned[0] if learned.size else end - begin - 1
+        length = learned[0] if learned.size else end - begin  # which no end of text ends
         beginnings.append(job.tokenizer.decode(shard.tokens[begin : begin + length]))
     job.batches.close()
     assert len(job.prompts) == 3

@@ -1,7 +1,7 @@
 """lm-eval itself, on checkpoints of ours: its predictions are our evaluation's, and its command reads them.
 
-Needs the extra eval. Where HellaSwag's items and GPT-2's tokenizer lie beside the checkout, 500 of them are compared;
-else items made of words.
+Needs the extra eval. Where HellaSwag's items and GPT-2's tokenizer lie where GPT2X_TEST_DATA says, 500 of them are
+compared; else items made of words.
 """
 
 import json
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from published_data import published
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -28,7 +29,6 @@ pytest.importorskip("lm_eval", reason="lm-eval is in the extra eval")
 pytestmark = [pytest.mark.trial, pytest.mark.filterwarnings("default")]
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
 NUM_ITEMS = 500
 QUICKSTART = yaml.safe_load((ROOT / "configuration" / "pretrain" / "quickstart.yaml").read_text())["model"]
 # Larger weights than a training starts from, so that the endings' scores are far apart.
@@ -40,8 +40,8 @@ SHAPES = {
 
 def items_file(directory):
     """The first lines of a file are all that lm-eval's limit takes, hence a file of the items compared."""
-    source = DATA / "hellaswag" / "hellaswag_val_preprocessed.jsonl"
-    if source.is_file():
+    source = published("hellaswag/hellaswag_val_preprocessed.jsonl")
+    if source is not None:
         lines = source.read_text(encoding="utf-8").splitlines()
         lines = [lines[i * len(lines) // NUM_ITEMS] for i in range(NUM_ITEMS)]
     else:
@@ -65,8 +65,8 @@ def items_file(directory):
 
 
 def make_tokenizer():
-    if (DATA / "gpt2-tokenizer").is_dir():
-        return AutoTokenizer.from_pretrained(DATA / "gpt2-tokenizer")
+    if (tokenizer := published("gpt2-tokenizer")) is not None:
+        return AutoTokenizer.from_pretrained(tokenizer)
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,0 +1,18 @@
+"""Values that come from outside: how a message shows one, and whether a text is one."""
+
+from typing import Any
+
+
+def shown(value: Any) -> str:
+    """A value for a message of one line, in at most 60 characters."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can spell it: not with half of a surrogate pair, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -57,6 +57,7 @@ def run_without_gpt2x(code: str, directory: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.trial
 def test_a_process_without_gpt2x_loads_them_on_the_stock_model_and_merged(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_without_a_prompt_every_line_of_stdin_is_one(generate, run_dir, monkeypa
     assert text.endswith(">>> \n")
 
 
+@pytest.mark.trial
 def test_a_model_that_is_not_there_ends_in_one_line(tmp_path):
     command = [sys.executable, SCRIPT, tmp_path / "nowhere", "--prompt=x"]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -116,6 +117,7 @@ def test_a_model_that_is_not_there_ends_in_one_line(tmp_path):
     assert (finished.returncode, finished.stdout, finished.stderr) == (1, "", line)
 
 
+@pytest.mark.trial
 def test_a_conversation_is_typed_line_by_line_until_the_input_ends(chat_dir):
     typed = "hello\n\n<|endoftext|>\\nsecond\n"
     command = [sys.executable, SCRIPT, chat_dir, "--chat=true", "--system=Be brief.", "--max_new_tokens=8"]

@@ -39,6 +39,7 @@ def test_importing_says_what_was_made_and_how_to_go_on(tmp_path, arguments):
     assert done.stdout.endswith("python scripts/pretrain.py --data.path shards\n")
 
 
+@pytest.mark.trial
 def test_a_users_mistake_is_one_line_and_exit_code_1(tmp_path, arguments):
     (tmp_path / "train.bin").write_bytes(b"abc" * 21)
     done = run(tmp_path, *arguments)

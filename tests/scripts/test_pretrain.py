@@ -172,6 +172,7 @@ def wait_until(condition, process):
         time.sleep(0.005)
 
 
+@pytest.mark.trial
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bytes(write_recipe, tmp_path):
     for name in ("stopped", "straight"):
         (tmp_path / name).mkdir()

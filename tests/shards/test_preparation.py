@@ -63,7 +63,7 @@ def test_no_text_is_in_both_splits_even_if_the_corpus_repeats_it(recipe, corpus,
     assert len(train | validation) == 61
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, pytest.param(7, marks=pytest.mark.trial)])
+@pytest.mark.parametrize("num_tasks", [1, *(pytest.param(number, marks=pytest.mark.trial) for number in (2, 7))])
 def test_every_document_is_in_its_split_once(recipe, corpus, num_tasks):
     index = prepare(dataclasses.replace(recipe, num_tasks=num_tasks))
     for split in ("train", "validation"):
@@ -133,6 +133,7 @@ def test_without_its_index_a_preparation_is_redone_to_the_same_bytes(recipe):
     assert hashes(recipe.output_dir) == expected
 
 
+@pytest.mark.trial
 def test_tasks_in_any_order_and_twice_give_the_same_bytes(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, num_tasks=3)
     prepare(recipe)

@@ -283,6 +283,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.trial
 def test_two_processes_find_the_log_probabilities_of_one_and_stop_together(finished, tmp_path, items_file):
     model_dir = finished.path / "final"
     (tmp_path / "rank.py").write_text(RANK)

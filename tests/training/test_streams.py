@@ -41,6 +41,7 @@ def checksums(run):
     return [record["data/checksum"] for record in run.records() if "train/loss" in record]
 
 
+@pytest.mark.trial
 def test_a_run_on_a_stream_that_is_stopped_twice_equals_one_that_is_not(
     streaming, changed, pretrain, assert_equal_tensors, stream
 ):

@@ -8,13 +8,11 @@ The stock classes take the batches of the training loop as they are: with ``use_
 they keep packed documents apart by their ``position_ids``.
 """
 
-from gpt2x.adapters.base import MODEL_TYPES, load_base
+from gpt2x.adapters.base import load_base
 from gpt2x.adapters.files import load_adapters, merged_weights, save_adapters, save_merged
-from gpt2x.adapters.layers import ALL_LINEAR, adapter_weights, add_adapters
+from gpt2x.adapters.layers import adapter_weights, add_adapters
 
 __all__ = [
-    "ALL_LINEAR",
-    "MODEL_TYPES",
     "adapter_weights",
     "add_adapters",
     "load_adapters",

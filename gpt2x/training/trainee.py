@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,12 +12,15 @@ from gpt2x.config import TrainingRecipe
 from gpt2x.models import load_weights, make_model, save_model
 from gpt2x.training.sharding import whole_weights
 
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
+Weights: TypeAlias = Mapping[str, Tensor]
+
 
 class Trainee(ABC):
     """A model from its making to its last directory."""
 
     @abstractmethod
-    def make(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def make(self, tokenizer: Tokenizer) -> PreTrainedModel:
         """The model that the run starts from.
 
         Raises:
@@ -28,14 +32,7 @@ class Trainee(ABC):
         """What a checkpoint must hold of the model, by name; see gather for the processes of a sharded one."""
 
     @abstractmethod
-    def save(
-        self,
-        model: nn.Module,
-        directory: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> str:
+    def save(self, model: nn.Module, directory: Path, tokenizer: Tokenizer, *, weights: Weights) -> str:
         """Writes these weights and the tokenizer so that transformers reads them; returns their model_type."""
 
     @abstractmethod
@@ -47,14 +44,7 @@ class Trainee(ABC):
         count = sum(parameter.numel() for parameter in model.parameters())
         return count, count
 
-    def save_final(
-        self,
-        model: nn.Module,
-        directory: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> str:
+    def save_final(self, model: nn.Module, directory: Path, tokenizer: Tokenizer, *, weights: Weights) -> str:
         """Writes what the finished run leaves."""
         return self.save(model, directory, tokenizer, weights=weights)
 
@@ -65,7 +55,7 @@ class WholeModel(Trainee):
     def __init__(self, recipe: TrainingRecipe) -> None:
         self.recipe = recipe
 
-    def make(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def make(self, tokenizer: Tokenizer) -> PreTrainedModel:
         """Random weights, or those of init_from."""
         return make_model(self.recipe, tokenizer)
 
@@ -73,14 +63,7 @@ class WholeModel(Trainee):
         """The state dict, whole."""
         return whole_weights(model, is_writer=is_writer)
 
-    def save(
-        self,
-        model: nn.Module,
-        directory: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> str:
+    def save(self, model: nn.Module, directory: Path, tokenizer: Tokenizer, *, weights: Weights) -> str:
         """A directory for from_pretrained."""
         return save_model(model, directory, tokenizer, weights=weights)
 

@@ -53,6 +53,7 @@ def main(recipe: HellaSwagRecipe) -> None:
         stats_file = record_results(directory, dict(result_record(*entry) for entry in scores.items()))
         if stats_file is not None:
             print(f"recorded in {stats_file}")
+    accelerator.end_training()  # a group of processes that outlives Python's end may abort it
 
 
 if __name__ == "__main__":

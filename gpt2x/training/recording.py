@@ -87,6 +87,7 @@ class Recorder:
         """Ends the trackers, and with them the talk between the processes."""
         with self.failures.tolerated("tracker", say=self.say):
             self.accelerator.end_training()
+        self.accelerator.state.destroy_process_group()  # also where a tracker failed
 
     def _summary(self, progress: Progress, metrics: Mapping[str, float]) -> str:
         shown = [

@@ -21,6 +21,7 @@ from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "eval_hellaswag.py"
+RANKS = ROOT / "tests" / "training" / "ranks.py"
 
 
 @pytest.fixture
@@ -107,10 +108,11 @@ def test_two_processes_give_the_result_of_one(evaluate, run_dir, items_file):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = f"--main_process_port={probe.getsockname()[1]}"
-    command = [*launcher, port, SCRIPT, run_dir, f"--data={items_file}", "--num_items=7", "--batch_size=1"]
+    command = [*launcher, port, RANKS, SCRIPT, run_dir, f"--data={items_file}", "--num_items=7", "--batch_size=1"]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("zero-shot") == 1
+    assert finished.stdout.count(" leaves []") == 2
     assert recorded(run_dir) == {name: alone[name] for name in ("hellaswag_7_items",)}
 
 

@@ -3,25 +3,12 @@
 As a script it is what each of the processes runs: a directory, and the names of the recipes in it.
 """
 
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-
-
-def launch(config, *command):
-    """accelerate launch of a configuration on this machine's CPU; of the command first options, then the script."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--main_process_port={port}"]
-    whole = [*launcher, "--config_file", str(ROOT / "accelerate_configs" / config), *map(str, command)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment)
+from ranks import leave
 
 
 def cut_back(run_dir, *, num_steps=20):
@@ -72,3 +59,4 @@ def run_recipe(recipe, name):
 
 if __name__ == "__main__":
     run_recipes(Path(sys.argv[1]), sys.argv[2:])
+    leave()

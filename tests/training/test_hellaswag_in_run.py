@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sharded_runs import launch
+from ranks import launch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2x.adapters import add_adapters
@@ -248,7 +248,7 @@ def test_what_is_wrong_with_the_items_is_said_before_the_first_step(
 
 
 RANK = """
-import json, os, sys
+import json, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
@@ -258,6 +258,7 @@ from gpt2x.evaluation.hellaswag_items import load_hellaswag
 from gpt2x.shards.tokenizer import load_tokenizer
 from gpt2x.training.agreement import Vote, agree
 from modeling_gpt2x import GPT2XForCausalLM
+from ranks import leave
 
 directory, model_dir, items_file = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
@@ -277,9 +278,7 @@ def is_stopped():
 
 stopped = score_hellaswag(model, questions, accelerator=accelerator, is_stopped=is_stopped)
 (directory / f"rank{rank}.json").write_text(json.dumps([found, stopped is None, asked]))
-accelerator.end_training()
-# The models still hold the group, one of whose threads may ask for Python just when it ends, which aborts the process.
-os._exit(0)
+leave()
 """
 
 

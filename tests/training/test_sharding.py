@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
+from ranks import launch
 from safetensors.torch import load_file, save_file
-from sharded_runs import cut_back, launch
+from sharded_runs import cut_back
 from test_two_processes import read
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -32,6 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from gpt2x.training.optimizers import Muon
 from gpt2x.training.sharding import gather
+from ranks import leave
 from sharded_runs import run_recipes
 
 directory = Path(sys.argv[1])
@@ -51,7 +53,7 @@ assert bool(wholes) == accelerator.is_main_process
 if wholes:
     assert wholes.pop("plain").data_ptr() != tensors["plain"].data_ptr()
     save_file(wholes, directory / "muon_found.safetensors")
-accelerator.end_training()
+leave()
 """
 
 

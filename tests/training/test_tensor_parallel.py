@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from sharded_runs import cut_back, launch
+from ranks import launch
+from sharded_runs import cut_back
 from test_two_processes import read
 from transformers import AutoModelForCausalLM
 

@@ -6,8 +6,9 @@ would say. The head and the softmax see only the positions that predict a contin
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from transformers import PreTrainedModel
 
 from gpt2x.batches.ranks import data_rank
 from gpt2x.errors import UserError
+from gpt2x.evaluation.branches import Branching, branches_of_pass, branching_attention
 from gpt2x.evaluation.packed import packed_weights
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
-_PADDING = -1
 # Rows of a softmax at a time, which then stays in the processor's cache.
-_ROWS_AT_A_TIME = 32
+_ROWS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,45 +54,38 @@ class _Row:
         """The context, then of every continuation all tokens but the last, which predicts nothing."""
         return self.context + [token for _, ids in self.branches for token in ids[:-1]]
 
-    def positions(self) -> list[int]:
-        """How many tokens of the context and of its own continuation stand before each token."""
-        start = len(self.context)
-        return [*range(start), *(start + i for _, ids in self.branches for i in range(len(ids) - 1))]
+    def branching(self) -> Branching:
+        """Which of the tokens belong together."""
+        start, lengths = len(self.context), [len(ids) - 1 for _, ids in self.branches]
+        return Branching(
+            positions=[*range(start), *(start + i for length in lengths for i in range(length))],
+            branches=[0] * start + [number for number, length in enumerate(lengths, 1) for _ in range(length)],
+        )
 
-    def branch_numbers(self) -> list[int]:
-        """0 in the context, 1 and up in the continuations."""
-        numbered = enumerate(self.branches, 1)
-        return [0] * len(self.context) + [number for number, (_, ids) in numbered for _ in ids[:-1]]
-
-    def predictors(self) -> list[int]:
-        """Where each predicted token is predicted, counted from the context's last token, which predicts the first of
-        every continuation."""
-        places, start = [], 1
+    def predicting(self) -> list[int]:
+        """Where the tokens of the continuations are predicted: the first of each by the context's last."""
+        last, start, places = len(self.context) - 1, len(self.context), []
         for _, ids in self.branches:
-            places += [0, *range(start, start + len(ids) - 1)]
+            places += [last, *range(start, start + len(ids) - 1)]
             start += len(ids) - 1
         return places
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """B rows of T tokens, padded on the right; P of the positions predict N tokens.
+    """B rows of T tokens, and N tokens that they predict.
 
     Attributes:
-        ids: (B, T) tokens.
-        positions: (B, T).
-        branches: (B, T) numbers of the continuations, _PADDING behind the row.
-        predicts: (B, T), true for the P positions.
-        predictors: (N,) which of the P positions predicts each token.
+        ids: (B, T) tokens: all questions one after the other (B = 1), or one continuation a row, padded on the right.
+        questions: which of the tokens belong together, where the questions are one row.
+        predicting: (N,) which of the B * T tokens predicts each.
         targets: (N,) the predicted tokens.
         places: (N,) to which continuation they belong.
     """
 
     ids: Tensor
-    positions: Tensor
-    branches: Tensor
-    predicts: Tensor
-    predictors: Tensor
+    questions: list[Branching] | None
+    predicting: Tensor
     targets: Tensor
     places: Tensor
 
@@ -133,7 +127,7 @@ def score_continuations(
         for batch, counts in _of_this_rank(batches, accelerator):
             if is_stopped():
                 return None
-            found = _score(model, plain, _collate(batch), shares)
+            found = _score(model, plain, _collate(batch, shares))
             if counts:
                 scores.index_add_(0, *found)
     if accelerator is not None:
@@ -148,7 +142,7 @@ def _scoring(model: nn.Module, plain: PreTrainedModel, shares: bool) -> Iterator
     was_training = model.training
     model.eval()
     eager = torch.compiler.set_stance("force_eager")  # other shapes would compile everything once more
-    with torch.no_grad(), eager, packed_weights(plain), _maskable_attention(plain, shares):
+    with torch.no_grad(), eager, packed_weights(plain), branching_attention(plain) if shares else nullcontext():
         try:
             yield
         finally:
@@ -201,83 +195,48 @@ def _of_this_rank(batches: list[list[_Row]], accelerator: Accelerator | None) ->
         yield batches[first + rank if counts else first], counts
 
 
-def _collate(rows: Sequence[_Row]) -> _Batch:
-    predictors: list[int] = []
-    num_predicting = 0
-    for row in rows:
-        predictors += [num_predicting + place for place in row.predictors()]
-        num_predicting += len(row) - len(row.context) + 1
+def _collate(rows: Sequence[_Row], shares: bool) -> _Batch:
+    """Rows as one without padding where contexts are shared, else below each other."""
+    longest = max(map(len, rows))
+    starts = accumulate((len(row) if shares else longest for row in rows), initial=0)
+    predicting = [start + place for row, start in zip(rows, starts, strict=False) for place in row.predicting()]
+    ids = [torch.tensor(row.ids()) for row in rows]
     continuations = [branch for row in rows for branch in row.branches]
     return _Batch(
-        ids=_padded([row.ids() for row in rows]),
-        positions=_padded([row.positions() for row in rows]),
-        branches=_padded([row.branch_numbers() for row in rows], _PADDING),
-        predicts=_padded([[i >= len(row.context) - 1 for i in range(len(row))] for row in rows]),
-        predictors=torch.tensor(predictors),
+        ids=torch.cat(ids)[None] if shares else pad_sequence(ids, batch_first=True),
+        questions=[row.branching() for row in rows] if shares else None,
+        predicting=torch.tensor(predicting),
         targets=torch.tensor([token for _, ids in continuations for token in ids]),
         places=torch.tensor([place for place, ids in continuations for _ in ids]),
     )
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-
-
-def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch, shares: bool) -> tuple[Tensor, Tensor]:
+def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Tensor]:
     """(places, log-probabilities) of the predicted tokens."""
     device = plain.device
     inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
-    if shares:
-        inputs["position_ids"] = batch.positions.to(device)
-        inputs["attention_mask"] = _masks(plain, batch.branches.to(device), inputs["position_ids"])
-    with _head_at(plain, batch.predicts.to(device)):
-        logits_PV = model(**inputs, use_cache=False).logits[0]
-    targets_N, predictors_N = batch.targets.to(device), batch.predictors.to(device)
-    totals_P = torch.cat([rows.float().logsumexp(-1) for rows in logits_PV.split(_ROWS_AT_A_TIME)])
-    log_probs_N = logits_PV[predictors_N, targets_N].float() - totals_P[predictors_N]
-    return batch.places, log_probs_N.double().cpu()
-
-
-def _masks(model: PreTrainedModel, branches_BT: Tensor, positions_BT: Tensor) -> Tensor | dict[str, Tensor]:
-    """What each position sees, (B, 1, T, T): of the context and its own continuation the past, within the window."""
-    config = model.config.get_text_config().to_dict()
-    T = branches_BT.shape[1]
-    seen_BTS = (branches_BT[:, None, :] == 0) | (branches_BT[:, None, :] == branches_BT[:, :, None])
-    seen_BTS &= torch.ones(T, T, dtype=torch.bool, device=branches_BT.device).tril()
-    full = seen_BTS[:, None]
-    if config.get("sliding_window") is None:
-        return full
-    distances_BTS = positions_BT[:, :, None] - positions_BT[:, None, :]
-    sliding = (seen_BTS & (distances_BTS < config["sliding_window"]))[:, None]
-    layers = set(config.get("layer_types") or ())
-    if not layers:
-        return sliding
-    return {"full_attention": full, "sliding_attention": sliding} if "sliding_attention" in layers else full
+    attending: AbstractContextManager = nullcontext()
+    if batch.questions is not None:
+        positions = [position for question in batch.questions for position in question.positions]
+        inputs["position_ids"] = torch.tensor(positions, device=device)[None]
+        attending = branches_of_pass(batch.questions, device)
+    with attending, _head_at(plain, batch.predicting.to(device)):
+        logits_NV = model(**inputs, use_cache=False).logits[0]
+    targets_N1 = batch.targets.to(device)[:, None]
+    chunks = zip(logits_NV.split(_ROWS_AT_A_TIME), targets_N1.split(_ROWS_AT_A_TIME), strict=True)
+    log_probs = [logits.log_softmax(-1, dtype=torch.float32).gather(-1, targets) for logits, targets in chunks]
+    return batch.places, torch.cat(log_probs)[:, 0].double().cpu()
 
 
 @contextmanager
-def _maskable_attention(model: PreTrainedModel, shares: bool) -> Iterator[None]:
-    """SDPA takes masks made by others, which flash attention and attentions of one's own do not."""
-    before = model.config._attn_implementation
-    if not shares or before == "sdpa":
-        yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def _head_at(model: PreTrainedModel, predicts_BT: Tensor) -> Iterator[None]:
-    """The head gets the hidden states of these positions only, as one row (1, P, C).
+def _head_at(model: PreTrainedModel, places_N: Tensor) -> Iterator[None]:
+    """The head gets the hidden states of these of the B * T positions only, as one row (1, N, C).
 
     logits_to_keep could only name the same positions in every row.
     """
 
     def select(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0][predicts_BT][None],)
+        return (args[0].flatten(0, 1).index_select(0, places_N)[None],)
 
     registered = model.get_output_embeddings().register_forward_pre_hook(select)
     try:

@@ -24,19 +24,28 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 # transformers makes no mask for an attention whose masks it does not know, so none is registered.
 _NAME = "branches"
 _current: ContextVar["_Branches"] = ContextVar("_current")
+# Which tokens ask, which answer, and what is added to their scores: 0 where one sees another, else minus infinity.
+_Block = tuple[slice, slice, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Branching:
-    """The tokens of one question.
+    """How many tokens the context of a question has, one at least, and each of its continuations."""
 
-    Attributes:
-        positions: how many tokens of the context and of its own continuation stand before each token.
-        branches: 0 in the context, 1 and up in the continuations.
-    """
-
-    positions: Sequence[int]
+    context: int
     branches: Sequence[int]
+
+    def __len__(self) -> int:
+        return self.context + sum(self.branches)
+
+    def positions(self) -> Tensor:
+        """How many tokens of the context and of its own continuation stand before each token."""
+        starts = [torch.arange(self.context)]
+        return torch.cat(starts + [torch.arange(self.context, self.context + length) for length in self.branches])
+
+    def spans(self) -> list[slice]:
+        """The places of the continuations."""
+        return [slice(*ends) for ends in pairwise(accumulate(self.branches, initial=self.context))]
 
 
 @contextmanager
@@ -74,7 +83,7 @@ def _attention(
     branches = _current.get()
     is_exact = q_1HTD.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if q_1HTD.device.type == "cpu" and is_exact:
-        return branches.attend_by_question(module, q_1HTD, k_1KTD, v_1KTD, sliding_window, kwargs.get("scaling")), None
+        return branches.attend_by_question(q_1HTD, k_1KTD, v_1KTD, sliding_window, kwargs.get("scaling")), None
     return branches.attend_in_rows(module, q_1HTD, k_1KTD, v_1KTD, sliding_window, kwargs), None
 
 
@@ -83,42 +92,36 @@ class _Branches:
 
     def __init__(self, questions: Sequence[Branching], device: torch.device) -> None:
         self.questions, self.device = questions, device
-        ends = accumulate((len(question.positions) for question in questions), initial=0)
-        self.spans = [slice(start, stop) for start, stop in pairwise(ends)]
-        self._hiding: dict[int | None, list[Tensor]] = {}
+        self.starts = list(accumulate(map(len, questions), initial=0))
+        self._blocks: dict[int | None, list[_Block]] = {}
 
     def attend_by_question(
-        self,
-        module: nn.Module,
-        q_1HTD: Tensor,
-        k_1KTD: Tensor,
-        v_1KTD: Tensor,
-        window: int | None,
-        scale: float | None,
+        self, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, window: int | None, scale: float | None
     ) -> Tensor:
         """For the CPU: plain products of a question's tokens, which its caches hold and which outrun its SDPA."""
         groups = q_1HTD.shape[1] // k_1KTD.shape[1]
         q_HTD, k_HTD, v_HTD = q_1HTD[0], repeat_kv(k_1KTD, groups)[0], repeat_kv(v_1KTD, groups)[0]
         scale = q_HTD.shape[-1] ** -0.5 if scale is None else scale
         out_THD = v_HTD.new_empty(q_HTD.shape[1], q_HTD.shape[0], v_HTD.shape[-1])
-        for span, hiding_TT in zip(self.spans, self.hiding(window), strict=True):
-            scores_HTT = torch.baddbmm(hiding_TT, q_HTD[:, span], k_HTD[:, span].mT, alpha=scale)
-            out_THD[span] = torch.bmm(scores_HTT.softmax(-1), v_HTD[:, span]).transpose(0, 1)
+        if window not in self._blocks:
+            self._blocks[window] = list(self.blocks(window))
+        for queries, keys, hiding in self._blocks[window]:
+            scores_HTS = torch.baddbmm(hiding, q_HTD[:, queries], k_HTD[:, keys].mT, alpha=scale)
+            out_THD[queries] = torch.bmm(scores_HTS.softmax(-1), v_HTD[:, keys]).transpose(0, 1)
         return out_THD[None]
 
-    def hiding(self, window: int | None) -> list[Tensor]:
-        """What is added to the scores of each question: 0 where a token sees another, else minus infinity."""
-        if window in self._hiding:
-            return self._hiding[window]
-        added = self._hiding[window] = []
-        for question in self.questions:
-            branches_T, positions_T = torch.tensor(question.branches), torch.tensor(question.positions)
-            sees_TT = (branches_T == 0) | (branches_T == branches_T[:, None])
-            sees_TT &= sees_TT.new_ones(sees_TT.shape).tril()
+    def blocks(self, window: int | None) -> Iterator[_Block]:
+        """Of every question its context, then its continuations."""
+        for question, start in zip(self.questions, self.starts, strict=False):
+            hiding_TT = torch.full((len(question), len(question)), float("-inf")).triu_(1)
+            for span in question.spans():
+                hiding_TT[span.stop :, span] = float("-inf")
             if window is not None:
-                sees_TT &= positions_T[:, None] - positions_T < window
-            added.append(torch.zeros(sees_TT.shape).masked_fill(~sees_TT, float("-inf")))
-        return added
+                positions_T = question.positions()
+                hiding_TT.masked_fill_(positions_T[:, None] - positions_T >= window, float("-inf"))
+            branches, stop = start + question.context, start + len(question)
+            yield slice(start, branches), slice(start, branches), hiding_TT[: question.context, : question.context]
+            yield slice(branches, stop), slice(start, stop), hiding_TT[question.context :]
 
     def attend_in_rows(
         self,
@@ -144,12 +147,11 @@ class _Branches:
     def rows(self) -> tuple[Tensor, Tensor]:
         """(which token of the row stands at each place of the rows (R, L), at which of R * L places each token is)."""
         taken = []
-        for question, span in zip(self.questions, self.spans, strict=True):
-            branches_T = torch.tensor(question.branches)
-            for number in range(1, max(1, *question.branches) + 1):
-                taken.append(span.start + torch.nonzero((branches_T == 0) | (branches_T == number)).flatten())
+        for question, start in zip(self.questions, self.starts, strict=False):
+            places_T = torch.arange(start, start + len(question))
+            taken += [torch.cat([places_T[: question.context], places_T[span]]) for span in question.spans()]
         taken_RL = pad_sequence(taken, batch_first=True)
-        given_T = torch.empty(self.spans[-1].stop, dtype=torch.long)
+        given_T = torch.empty(self.starts[-1], dtype=torch.long)
         for row, tokens in enumerate(taken):
             given_T[tokens] = row * taken_RL.shape[1] + torch.arange(len(tokens))
         return taken_RL.to(self.device), given_T.to(self.device)

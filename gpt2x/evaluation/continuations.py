@@ -7,7 +7,9 @@ would say. The head and the softmax see only the positions that predict a contin
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -21,10 +23,13 @@ from gpt2x.batches.ranks import data_rank
 from gpt2x.errors import UserError
 from gpt2x.evaluation.branches import Branching, branches_of_pass, branching_attention
 from gpt2x.evaluation.packed import packed_weights
+from gpt2x.evaluation.side_by_side import side_by_side
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
 # Rows of a softmax at a time, which then stays in the processor's cache.
 _ROWS_AT_A_TIME = 16
+# (N,) which of the B * T tokens of this thread's pass predict.
+_predicting: ContextVar[Tensor] = ContextVar("_predicting")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +61,7 @@ class _Row:
 
     def branching(self) -> Branching:
         """Which of the tokens belong together."""
-        start, lengths = len(self.context), [len(ids) - 1 for _, ids in self.branches]
-        return Branching(
-            positions=[*range(start), *(start + i for length in lengths for i in range(length))],
-            branches=[0] * start + [number for number, length in enumerate(lengths, 1) for _ in range(length)],
-        )
+        return Branching(context=len(self.context), branches=[len(ids) - 1 for _, ids in self.branches])
 
     def predicting(self) -> list[int]:
         """Where the tokens of the continuations are predicted: the first of each by the context's last."""
@@ -123,17 +124,33 @@ def score_continuations(
     rows = sorted(_rows(questions, _longest(plain), shares), key=len, reverse=True)  # the largest fail first
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     scores = torch.zeros(sum(len(question.continuations) for question in questions), dtype=torch.float64)
+    own, was_stopped = _of_this_rank(batches, accelerator), False
+
+    def until_stopped() -> Iterator[_Batch]:
+        nonlocal was_stopped
+        for batch, _ in own:
+            was_stopped = is_stopped()
+            if was_stopped:
+                return
+            yield _collate(batch, shares)
+
     with _scoring(model, plain, shares):
-        for batch, counts in _of_this_rank(batches, accelerator):
-            if is_stopped():
-                return None
-            found = _score(model, plain, _collate(batch, shares))
+        found = _compute(plain, accelerator)(partial(_score, model, plain), until_stopped())
+        for (places, log_probs), (_, counts) in zip(found, own, strict=False):
             if counts:
-                scores.index_add_(0, *found)
+                scores.index_add_(0, places, log_probs)
+    if was_stopped:
+        return None
     if accelerator is not None:
         scores = accelerator.reduce(scores.to(accelerator.device), reduction="sum").cpu()
         scores /= data_rank(accelerator).num_copies
     return list(scores.split([len(question.continuations) for question in questions]))
+
+
+def _compute(plain: PreTrainedModel, accelerator: Accelerator | None) -> Callable[..., Iterator]:
+    """map, or what does the same faster; the passes of several processes keep step."""
+    is_alone = accelerator is None or accelerator.num_processes == 1
+    return side_by_side if is_alone and plain.device.type == "cpu" else map
 
 
 @contextmanager
@@ -142,7 +159,8 @@ def _scoring(model: nn.Module, plain: PreTrainedModel, shares: bool) -> Iterator
     was_training = model.training
     model.eval()
     eager = torch.compiler.set_stance("force_eager")  # other shapes would compile everything once more
-    with torch.no_grad(), eager, packed_weights(plain), branching_attention(plain) if shares else nullcontext():
+    attending = branching_attention(plain) if shares else nullcontext()
+    with eager, packed_weights(plain), attending, _selective_head(plain):
         try:
             yield
         finally:
@@ -186,13 +204,15 @@ def _rows(questions: Sequence[Question], longest: int | None, shares: bool) -> I
             yield _Row(context=context[start:], branches=[branch])
 
 
-def _of_this_rank(batches: list[list[_Row]], accelerator: Accelerator | None) -> Iterator[tuple[list[_Row], bool]]:
+def _of_this_rank(batches: list[list[_Row]], accelerator: Accelerator | None) -> list[tuple[list[_Row], bool]]:
     """This rank's batches, and whether they count: as many on every rank, since sharded models wait for each other."""
+    own = []
     place = None if accelerator is None else data_rank(accelerator)
     rank, num_ranks = (0, 1) if place is None else (place.rank, place.num_ranks)
     for first in range(0, len(batches), num_ranks):
         counts = first + rank < len(batches)
-        yield batches[first + rank if counts else first], counts
+        own.append((batches[first + rank if counts else first], counts))
+    return own
 
 
 def _collate(rows: Sequence[_Row], shares: bool) -> _Batch:
@@ -211,16 +231,18 @@ def _collate(rows: Sequence[_Row], shares: bool) -> _Batch:
     )
 
 
+@torch.no_grad()
 def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Tensor]:
     """(places, log-probabilities) of the predicted tokens."""
     device = plain.device
     inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
     attending: AbstractContextManager = nullcontext()
     if batch.questions is not None:
-        positions = [position for question in batch.questions for position in question.positions]
-        inputs["position_ids"] = torch.tensor(positions, device=device)[None]
+        positions = [question.positions() for question in batch.questions]
+        inputs["position_ids"] = torch.cat(positions)[None].to(device)
         attending = branches_of_pass(batch.questions, device)
-    with attending, _head_at(plain, batch.predicting.to(device)):
+    _predicting.set(batch.predicting.to(device))
+    with attending:
         logits_NV = model(**inputs, use_cache=False).logits[0]
     targets_N1 = batch.targets.to(device)[:, None]
     chunks = zip(logits_NV.split(_ROWS_AT_A_TIME), targets_N1.split(_ROWS_AT_A_TIME), strict=True)
@@ -229,14 +251,14 @@ def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch) -> tuple[Ten
 
 
 @contextmanager
-def _head_at(model: PreTrainedModel, places_N: Tensor) -> Iterator[None]:
-    """The head gets the hidden states of these of the B * T positions only, as one row (1, N, C).
+def _selective_head(model: PreTrainedModel) -> Iterator[None]:
+    """The head gets the hidden states of the tokens that predict only, as one row (1, N, C).
 
     logits_to_keep could only name the same positions in every row.
     """
 
     def select(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].flatten(0, 1).index_select(0, places_N)[None],)
+        return (args[0].flatten(0, 1).index_select(0, _predicting.get())[None],)
 
     registered = model.get_output_embeddings().register_forward_pre_hook(select)
     try:

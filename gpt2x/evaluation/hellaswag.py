@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ from gpt2x.evaluation.hellaswag_items import (
     encode_items,
     item_texts,
 )
+
+# Of the residual stream: half of a core's second cache in float32.
+_CACHED_ACTIVATIONS = 2**17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +92,17 @@ class HellaSwagQuestions:
         labels = [item.label for item in items]
         return cls(style=style, questions=questions, lengths=np.array(lengths), labels=labels)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row of a forward pass, at most."""
-        return max(len(question.context) + sum(map(len, question.continuations)) for question in self.questions)
+    @cached_property
+    def num_tokens(self) -> list[int]:
+        """Of each item in a forward pass, at most."""
+        return [len(question.context) + sum(map(len, question.continuations)) for question in self.questions]
+
+    def items_per_pass(self, model: PreTrainedModel) -> int:
+        """How many suit the model's device; on a CPU the activations of a layer then stay in a core's cache."""
+        if model.device.type != "cpu":
+            return 32
+        width = model.config.get_text_config().hidden_size
+        return max(round(_CACHED_ACTIVATIONS / (width * mean(self.num_tokens))), 1)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises UserError where an ending is longer than what the model takes."""
@@ -117,6 +129,8 @@ def evaluate_hellaswag(
         accelerator: splits the items over its ranks, which all get the whole result.
     """
     questions = HellaSwagQuestions.of(tokenizer, items, style)
+    plain = model if accelerator is None else accelerator.unwrap_model(model)
+    batch_size = batch_size or questions.items_per_pass(plain)
     scores = score_hellaswag(model, questions, batch_size=batch_size, accelerator=accelerator)
     assert scores is not None
     return scores
@@ -126,7 +140,7 @@ def score_hellaswag(
     model: nn.Module,
     questions: HellaSwagQuestions,
     *,
-    batch_size: int | None = None,
+    batch_size: int,
     accelerator: Accelerator | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> HellaSwag | None:
@@ -134,16 +148,11 @@ def score_hellaswag(
     scores = score_continuations(
         model,
         questions.questions,
-        batch_size=batch_size or items_per_pass(next(model.parameters()).device),
+        batch_size=batch_size,
         accelerator=accelerator,
         is_stopped=is_stopped,
     )
     return None if scores is None else _result(torch.stack(scores), questions)
-
-
-def items_per_pass(device: torch.device) -> int:
-    """Items of a forward pass that suit a device: on a CPU its caches then hold a layer."""
-    return 2 if device.type == "cpu" else 32
 
 
 def _result(scores: Tensor, questions: HellaSwagQuestions) -> HellaSwag:

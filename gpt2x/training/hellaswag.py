@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import TrainingRecipe
-from gpt2x.evaluation.hellaswag import HellaSwag, HellaSwagQuestions, items_per_pass, result_record, score_hellaswag
+from gpt2x.evaluation.hellaswag import HellaSwag, HellaSwagQuestions, result_record, score_hellaswag
 from gpt2x.evaluation.hellaswag_items import load_hellaswag
 
 
@@ -71,9 +71,9 @@ def open_hellaswag(
     questions = HellaSwagQuestions.of(tokenizer, items)
     questions.check(model)
     # at most the tokens of a validation batch, which fits into the memory
-    fitting = section.batch_size * recipe.data.sequence_length // questions.longest
+    fitting = section.batch_size * recipe.data.sequence_length // max(questions.num_tokens)
     return RunHellaSwag(
         questions,
-        batch_size=max(min(fitting, items_per_pass(accelerator.device)), 1),
+        batch_size=max(min(fitting, questions.items_per_pass(model)), 1),
         mixed_precision=recipe.train.mixed_precision,
     )

@@ -25,6 +25,7 @@ from gpt2x.command_line import parse_recipe
 from gpt2x.config import Recipe
 from gpt2x.evaluation.hellaswag import evaluate_hellaswag
 from gpt2x.evaluation.hellaswag_items import HellaSwagItem, item_texts, load_hellaswag
+from gpt2x.evaluation.side_by_side import keep_freed_memory
 from gpt2x.models import make_config
 from gpt2x.shards.tokenizer import load_tokenizer
 from gpt2x.training.devices import usable_cores
@@ -47,7 +48,9 @@ def make_model(
 
 
 def own_evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Items], object]:
-    """gpt2x's evaluation with its own batch size."""
+    """gpt2x's evaluation with its own batch size, as scripts/eval_hellaswag.py runs it."""
+    if model.device.type == "cpu":
+        keep_freed_memory()
     return lambda items: evaluate_hellaswag(model, tokenizer, items)
 
 

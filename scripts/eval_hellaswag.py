@@ -22,6 +22,7 @@ def main(recipe: HellaSwagRecipe) -> None:
     from gpt2x.evaluation.hellaswag_items import load_hellaswag
     from gpt2x.evaluation.quantization import num_bytes, quantize_int8
     from gpt2x.evaluation.results import record_results
+    from gpt2x.evaluation.side_by_side import keep_freed_memory
     from gpt2x.models import find_model, load_for_inference
     from gpt2x.shards.tokenizer import load_tokenizer
 
@@ -33,6 +34,8 @@ def main(recipe: HellaSwagRecipe) -> None:
 
     # 2. The model
     on_cpu = recipe.quantize is not None or not torch.accelerator.is_available()
+    if on_cpu:
+        keep_freed_memory()
     accelerator = Accelerator(cpu=on_cpu)
     model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype)).to(accelerator.device)
 

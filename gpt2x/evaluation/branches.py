@@ -10,7 +10,7 @@ continuation had a row of its own. Nothing is padded, and the context is there o
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -24,8 +24,10 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 # transformers makes no mask for an attention whose masks it does not know, so none is registered.
 _NAME = "branches"
 _current: ContextVar["_Branches"] = ContextVar("_current")
-# Which tokens ask, which answer, and what is added to their scores: 0 where one sees another, else minus infinity.
-_Block = tuple[slice, slice, Tensor]
+# Which tokens ask, which answer, and what is added to their scores.
+_Block = tuple[slice, list[slice], Tensor]
+# Continuations of a product on the CPU: fewer are smaller products, more are for nothing where one meets another.
+_TOGETHER = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,16 @@ class Branching:
         """How many tokens of the context and of its own continuation stand before each token."""
         starts = [torch.arange(self.context)]
         return torch.cat(starts + [torch.arange(self.context, self.context + length) for length in self.branches])
+
+    def hiding(self, window: int | None) -> Tensor:
+        """What is added to the scores (T, T): 0 where a token sees another, else minus infinity."""
+        hiding_TT = torch.full((len(self), len(self)), float("-inf")).triu_(1)
+        for span in self.spans():
+            hiding_TT[span.stop :, span] = float("-inf")
+        if window is not None:
+            positions_T = self.positions()
+            hiding_TT.masked_fill_(positions_T[:, None] - positions_T >= window, float("-inf"))
+        return hiding_TT
 
     def spans(self) -> list[slice]:
         """The places of the continuations."""
@@ -105,23 +117,25 @@ class _Branches:
         out_THD = v_HTD.new_empty(q_HTD.shape[1], q_HTD.shape[0], v_HTD.shape[-1])
         if window not in self._blocks:
             self._blocks[window] = list(self.blocks(window))
-        for queries, keys, hiding in self._blocks[window]:
-            scores_HTS = torch.baddbmm(hiding, q_HTD[:, queries], k_HTD[:, keys].mT, alpha=scale)
-            out_THD[queries] = torch.bmm(scores_HTS.softmax(-1), v_HTD[:, keys]).transpose(0, 1)
+        for queries, keys, hiding_TS in self._blocks[window]:
+            k_HSD, v_HSD = _at(k_HTD, keys), _at(v_HTD, keys)
+            scores_HTS = torch.baddbmm(hiding_TS, q_HTD[:, queries], k_HSD.mT, alpha=scale)
+            out_THD[queries] = torch.bmm(scores_HTS.softmax(-1), v_HSD).transpose(0, 1)
         return out_THD[None]
 
     def blocks(self, window: int | None) -> Iterator[_Block]:
-        """Of every question its context, then its continuations."""
+        """Of every question its continuations, some at a time since they do not see each other; first the context."""
         for question, start in zip(self.questions, self.starts, strict=False):
-            hiding_TT = torch.full((len(question), len(question)), float("-inf")).triu_(1)
-            for span in question.spans():
-                hiding_TT[span.stop :, span] = float("-inf")
-            if window is not None:
-                positions_T = question.positions()
-                hiding_TT.masked_fill_(positions_T[:, None] - positions_T >= window, float("-inf"))
-            branches, stop = start + question.context, start + len(question)
-            yield slice(start, branches), slice(start, branches), hiding_TT[: question.context, : question.context]
-            yield slice(branches, stop), slice(start, stop), hiding_TT[question.context :]
+            context = slice(start, start + question.context)
+            own = context
+            for first in range(0, len(question.branches), _TOGETHER):
+                part = replace(question, branches=question.branches[first : first + _TOGETHER])
+                own = slice(own.stop, own.stop + sum(part.branches))
+                if first == 0:
+                    whole = slice(start, own.stop)
+                    yield whole, [whole], part.hiding(window)
+                else:
+                    yield own, [context, own], part.hiding(window)[question.context :]
 
     def attend_in_rows(
         self,
@@ -161,3 +175,8 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     """(1, 1, L, L), true where a token sees another of its window."""
     sees_LL = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return sees_LL.triu(1 - window)[None, None]
+
+
+def _at(x_HTD: Tensor, places: list[slice]) -> Tensor:
+    parts = [x_HTD[:, place] for place in places]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

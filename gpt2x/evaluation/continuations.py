@@ -7,7 +7,6 @@ would say. The head and the softmax see only the positions that predict a contin
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -23,13 +22,12 @@ from gpt2x.batches.ranks import data_rank
 from gpt2x.errors import UserError
 from gpt2x.evaluation.branches import Branching, branches_of_pass, branching_attention
 from gpt2x.evaluation.packed import packed_weights
+from gpt2x.evaluation.selected_logits import selected_logits, selective_head
 from gpt2x.evaluation.side_by_side import side_by_side
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
-# Rows of a softmax at a time, which then stays in the processor's cache.
-_ROWS_AT_A_TIME = 16
-# (N,) which of the B * T tokens of this thread's pass predict.
-_predicting: ContextVar[Tensor] = ContextVar("_predicting")
+# Rows of logits that stay in a processor's cache until the softmax has read them.
+_ROWS_AT_A_TIME = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +132,12 @@ def score_continuations(
                 return
             yield _collate(batch, shares)
 
+    # The passes of several processes keep step.
+    is_free = plain.device.type == "cpu" and (accelerator is None or accelerator.num_processes == 1)
+    score = partial(_score, model, plain, at_a_time=_ROWS_AT_A_TIME if is_free else None)
+    compute = side_by_side if is_free and not torch.is_autocast_enabled("cpu") else map
     with _scoring(model, plain, shares):
-        found = _compute(plain, accelerator)(partial(_score, model, plain), until_stopped())
+        found = compute(score, until_stopped())
         for (places, log_probs), (_, counts) in zip(found, own, strict=False):
             if counts:
                 scores.index_add_(0, places, log_probs)
@@ -147,12 +149,6 @@ def score_continuations(
     return list(scores.split([len(question.continuations) for question in questions]))
 
 
-def _compute(plain: PreTrainedModel, accelerator: Accelerator | None) -> Callable[..., Iterator]:
-    """map, or what does the same faster; the passes of several processes keep step."""
-    is_alone = accelerator is None or accelerator.num_processes == 1
-    return side_by_side if is_alone and plain.device.type == "cpu" else map
-
-
 @contextmanager
 def _scoring(model: nn.Module, plain: PreTrainedModel, shares: bool) -> Iterator[None]:
     """The model as it scores; afterwards it is in the mode, and computes its attention, as before."""
@@ -160,7 +156,7 @@ def _scoring(model: nn.Module, plain: PreTrainedModel, shares: bool) -> Iterator
     model.eval()
     eager = torch.compiler.set_stance("force_eager")  # other shapes would compile everything once more
     attending = branching_attention(plain) if shares else nullcontext()
-    with eager, packed_weights(plain), attending, _selective_head(plain):
+    with eager, packed_weights(plain), attending, selective_head(plain):
         try:
             yield
         finally:
@@ -232,8 +228,8 @@ def _collate(rows: Sequence[_Row], shares: bool) -> _Batch:
 
 
 @torch.no_grad()
-def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Tensor]:
-    """(places, log-probabilities) of the predicted tokens."""
+def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch, *, at_a_time: int | None) -> tuple[Tensor, Tensor]:
+    """(places, log-probabilities) of the predicted tokens, for so many of which logits are asked at a time."""
     device = plain.device
     inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
     attending: AbstractContextManager = nullcontext()
@@ -241,27 +237,10 @@ def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch) -> tuple[Ten
         positions = [question.positions() for question in batch.questions]
         inputs["position_ids"] = torch.cat(positions)[None].to(device)
         attending = branches_of_pass(batch.questions, device)
-    _predicting.set(batch.predicting.to(device))
+    targets = iter(batch.targets.to(device)[:, None].split(_ROWS_AT_A_TIME))
+    log_probs = []
     with attending:
-        logits_NV = model(**inputs, use_cache=False).logits[0]
-    targets_N1 = batch.targets.to(device)[:, None]
-    chunks = zip(logits_NV.split(_ROWS_AT_A_TIME), targets_N1.split(_ROWS_AT_A_TIME), strict=True)
-    log_probs = [logits.log_softmax(-1, dtype=torch.float32).gather(-1, targets) for logits, targets in chunks]
+        for logits_PV in selected_logits(model, inputs, batch.predicting.to(device), at_a_time=at_a_time):
+            for logits in logits_PV.split(_ROWS_AT_A_TIME):
+                log_probs.append(logits.log_softmax(-1, dtype=torch.float32).gather(-1, next(targets)))
     return batch.places, torch.cat(log_probs)[:, 0].double().cpu()
-
-
-@contextmanager
-def _selective_head(model: PreTrainedModel) -> Iterator[None]:
-    """The head gets the hidden states of the tokens that predict only, as one row (1, N, C).
-
-    logits_to_keep could only name the same positions in every row.
-    """
-
-    def select(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].flatten(0, 1).index_select(0, _predicting.get())[None],)
-
-    registered = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        registered.remove()

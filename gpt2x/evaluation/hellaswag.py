@@ -22,8 +22,10 @@ from gpt2x.evaluation.hellaswag_items import (
     item_texts,
 )
 
-# Of the residual stream: half of a core's second cache in float32.
-_CACHED_ACTIVATIONS = 2**17
+# Of the residual stream: about a core's second cache in float32.
+_CACHED_ACTIVATIONS = 3 * 2**17
+# Enough passes for all cores, also where items are few.
+_MOST_ON_A_CPU = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ class HellaSwagQuestions:
         if model.device.type != "cpu":
             return 32
         width = model.config.get_text_config().hidden_size
-        return max(round(_CACHED_ACTIVATIONS / (width * mean(self.num_tokens))), 1)
+        return min(max(round(_CACHED_ACTIVATIONS / (width * mean(self.num_tokens))), 1), _MOST_ON_A_CPU)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises UserError where an ending is longer than what the model takes."""
@@ -129,8 +131,6 @@ def evaluate_hellaswag(
         accelerator: splits the items over its ranks, which all get the whole result.
     """
     questions = HellaSwagQuestions.of(tokenizer, items, style)
-    plain = model if accelerator is None else accelerator.unwrap_model(model)
-    batch_size = batch_size or questions.items_per_pass(plain)
     scores = score_hellaswag(model, questions, batch_size=batch_size, accelerator=accelerator)
     assert scores is not None
     return scores
@@ -140,15 +140,16 @@ def score_hellaswag(
     model: nn.Module,
     questions: HellaSwagQuestions,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
     accelerator: Accelerator | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> HellaSwag | None:
     """evaluate_hellaswag with items that are encoded; is_stopped and None as in score_continuations."""
+    plain = model if accelerator is None else accelerator.unwrap_model(model)
     scores = score_continuations(
         model,
         questions.questions,
-        batch_size=batch_size,
+        batch_size=batch_size or questions.items_per_pass(plain),
         accelerator=accelerator,
         is_stopped=is_stopped,
     )

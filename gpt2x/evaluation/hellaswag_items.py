@@ -142,16 +142,20 @@ def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[HellaSwagIt
     contexts = [context for context, _ in texts]
     if style == "hellaswag_completion":
         endings = [f" {ending}" for _, item_endings in texts for ending in item_endings]
-        encoded = iter(tokenizer(endings, add_special_tokens=False)["input_ids"])
+        encoded = iter(_ids(tokenizer, endings, add_special_tokens=False))
         starts = [0] * len(texts)
     else:
         wholes = [f"{context} {ending}" for context, item_endings in texts for ending in item_endings]
-        encoded = iter(tokenizer(wholes)["input_ids"])
+        encoded = iter(_ids(tokenizer, wholes))
         contexts = [context.rstrip() for context in contexts]
         starts = []
-    encoded_contexts = tokenizer(contexts)["input_ids"]
+    encoded_contexts = _ids(tokenizer, contexts)
     starts = starts or [len(ids) for ids in encoded_contexts]
     return [
         Question(context=ids, continuations=[next(encoded)[start:] for _ in endings])
         for ids, start, (_, endings) in zip(encoded_contexts, starts, texts, strict=True)
     ]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> list[list[int]]:
+    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)["input_ids"]

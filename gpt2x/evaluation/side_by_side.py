@@ -1,9 +1,10 @@
 """Computing side by side on a CPU: every core takes a piece of the work instead of a share of every product.
 
-Cores that share a product wait for each other at its end, and a small model has many small products. Scoring HellaSwag
-on two cores gains a quarter for a model of 2M parameters, and 5% for GPT-2's 124M.
+Cores that share a product wait for each other at its end, and a small model has many small products.
 """
 
+import ctypes
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,3 +42,20 @@ def side_by_side(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
         finally:
             threads.shutdown(cancel_futures=True)
             torch.set_num_threads(num_cores)  # which the threads have set for those to come, too
+
+
+# Of glibc's malloc.h, and the largest sizes that mallopt takes.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_INT, _LARGEST_MMAP_THRESHOLD = 2**31 - 1, 32 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, for processes that only compute on a CPU and end.
+
+    glibc gives large blocks back to the system at once and then asks for them anew, page by page, in every pass: a
+    sixth of the time of small models. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)

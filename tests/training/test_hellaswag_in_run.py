@@ -140,14 +140,14 @@ class StopOnceValidated(StopRequest):
     def is_asked(self):
         is_validated = self.metrics_file.exists() and "val/loss" in self.metrics_file.read_text()
         self.times_asked += is_validated
-        return self.times_asked >= 3
+        return self.times_asked >= 2
 
 
 def test_a_stop_among_the_items_ends_the_run_which_makes_them_all_when_it_goes_on(scored, start, pretrain, changed):
     job, progress = start(scored)
     stop, recorder = StopOnceValidated(job.run.metrics_file), Recorder(job)
     assert train(job, progress, recorder, stop) is None
-    assert (progress.step, stop.times_asked) == (10, 3)
+    assert (progress.step, stop.times_asked) == (10, 2)
     assert records_of(job.run.path) == {}
     assert job.model.training
     resumed = pretrain(scored)
@@ -216,8 +216,8 @@ def test_adapters_are_scored_with_their_base(items_file, shards_dir):
 
 def test_a_pass_holds_no_more_tokens_than_one_of_the_validation(scored, changed, start):
     found = start(scored)[0].hellaswag
-    assert 16 < found.questions.longest < 16 * 16 / 2
-    assert found.batch_size == 2
+    longest = max(found.questions.num_tokens)
+    assert found.batch_size == 16 * 16 // longest > 1
     small = changed(scored, run={"name": "small"}, evaluation={"batch_size": 1})
     assert start(small)[0].hellaswag.batch_size == 1
 

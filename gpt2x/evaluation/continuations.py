@@ -232,15 +232,20 @@ def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch, *, at_a_time
     """(places, log-probabilities) of the predicted tokens, for so many of which logits are asked at a time."""
     device = plain.device
     inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
+    targets_N = batch.targets.to(device)
     attending: AbstractContextManager = nullcontext()
     if batch.questions is not None:
         positions = [question.positions() for question in batch.questions]
         inputs["position_ids"] = torch.cat(positions)[None].to(device)
         attending = branches_of_pass(batch.questions, device)
-    targets = iter(batch.targets.to(device)[:, None].split(_ROWS_AT_A_TIME))
-    log_probs = []
+    # The continuations of a context have the place of their first token in common.
+    places_P, place_N = (tensor.to(device) for tensor in torch.unique(batch.predicting, return_inverse=True))
+    log_probs_N, done = torch.empty(len(place_N), device=device), 0
     with attending:
-        for logits_PV in selected_logits(model, inputs, batch.predicting.to(device), at_a_time=at_a_time):
+        for logits_PV in selected_logits(model, inputs, places_P, at_a_time=at_a_time):
             for logits in logits_PV.split(_ROWS_AT_A_TIME):
-                log_probs.append(logits.log_softmax(-1, dtype=torch.float32).gather(-1, next(targets)))
-    return batch.places, torch.cat(log_probs)[:, 0].double().cpu()
+                here = (done <= place_N) & (place_N < done + len(logits))
+                log_probs = logits.log_softmax(-1, dtype=torch.float32)
+                log_probs_N[here] = log_probs[place_N[here] - done, targets_N[here]]
+                done += len(logits)
+    return batch.places, log_probs_N.double().cpu()

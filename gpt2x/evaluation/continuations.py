@@ -1,8 +1,8 @@
 """Log-probabilities of several continuations of one context, for multiple-choice questions.
 
-A question is one row: its context once, then its continuations side by side. A mask lets each continuation see the
-context and itself, and its positions go on from the context's, so that the row says what one row per continuation
-would say. The head and the softmax see only the positions that predict a continuation.
+Several questions are one row, each its context once and then its continuations. Each continuation sees the context and
+itself (branches.py), and its positions go on from the context's, so that the row says what one row per continuation
+would say. The head and the softmax see only the positions that predict a continuation (selected_logits.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from gpt2x.evaluation.packed import packed_weights
 from gpt2x.evaluation.selected_logits import selected_logits, selective_head
 from gpt2x.evaluation.side_by_side import side_by_side
 
-_MASKED_LAYERS = {"full_attention", "sliding_attention"}
+_REPLACEABLE_LAYERS = {"full_attention", "sliding_attention"}
 # Rows of logits that stay in a processor's cache until the softmax has read them.
 _ROWS_AT_A_TIME = 128
 
@@ -105,8 +105,8 @@ def score_continuations(
     Args:
         model: a causal language model of transformers, plain or prepared by the accelerator.
         questions: the same on all ranks.
-        batch_size: rows of a forward pass, which are questions. Models that take no mask (recurrent ones, ALiBi)
-            get one row per continuation.
+        batch_size: questions of a forward pass; continuations where the model's attention is not one that others
+            may replace (recurrent models, ALiBi). On a CPU each core computes a pass of its own (side_by_side.py).
         accelerator: splits the rows over its ranks, which all get all scores.
         is_stopped: asked before each batch; must answer alike on all ranks.
 
@@ -172,10 +172,10 @@ def check_lengths(model: PreTrainedModel, questions: Sequence[Question]) -> None
 
 
 def shares_contexts(model: PreTrainedModel) -> bool:
-    """Whether all that the model sees of other tokens goes through attention that a mask made by others governs."""
+    """Whether all that the model sees of other tokens goes through an attention that branches.py can replace."""
     layers = set(model.config.get_text_config().to_dict().get("layer_types") or ())
-    takes_masks = model._supports_attention_backend and model._supports_sdpa
-    return takes_masks and not model._is_stateful and layers <= _MASKED_LAYERS
+    is_replaceable = model._supports_attention_backend and model._supports_sdpa
+    return is_replaceable and not model._is_stateful and layers <= _REPLACEABLE_LAYERS
 
 
 def _longest(model: PreTrainedModel) -> int | None:

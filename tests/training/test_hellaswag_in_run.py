@@ -269,14 +269,17 @@ sharded = GPT2XForCausalLM.from_pretrained(model_dir)
 for part in (*sharded.model.layers, sharded):
     fully_shard(part)
 questions = HellaSwagQuestions.of(load_tokenizer(model_dir), load_hellaswag(items_file, num_items=9))
-found = [score_hellaswag(each, questions, accelerator=accelerator).log_probs.tolist() for each in (model, sharded)]
+found = [
+    score_hellaswag(each, questions, batch_size=2, accelerator=accelerator).log_probs.tolist()
+    for each in (model, sharded)
+]
 
 def is_stopped():
     global asked
     asked += 1
     return agree(accelerator, Vote(stops=rank == 1 and asked == 2)).stops
 
-stopped = score_hellaswag(model, questions, accelerator=accelerator, is_stopped=is_stopped)
+stopped = score_hellaswag(model, questions, batch_size=2, accelerator=accelerator, is_stopped=is_stopped)
 (directory / f"rank{rank}.json").write_text(json.dumps([found, stopped is None, asked]))
 leave()
 """

@@ -66,9 +66,8 @@ def two_ranks(tmp_path_factory, finished):
     return directory, recipes, found.stdout + found.stderr
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("gpt2", 1e-6), ("qwen3", 5e-5), ("from_one", 1e-6)])
+@pytest.mark.parametrize(("name", "tolerance"), [("gpt2", 1e-6), ("qwen3", 1e-5), ("from_one", 1e-6)])
 def test_a_group_of_two_processes_trains_as_one_process_does(two_ranks, pretrain, changed, tmp_path, name, tolerance):
-    # qwen3 is trained by Muon, which rounds to bfloat16 on its way and so enlarges last bits
     directory, recipes, _ = two_ranks
     plain = {"run": {"dir": tmp_path}, "train": {"gradient_checkpointing": False}, "resume": False}
     one = read(pretrain(changed(recipes[name], **plain)).path)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from gpt2x.errors import UserError
+
 
 class _Selection:
     """The tokens whose logits a pass is to give: the first time with the model's layers, then with its head only."""
@@ -38,10 +40,18 @@ _selection: ContextVar[_Selection] = ContextVar("_selection")
 
 @contextmanager
 def selective_head(model: nn.Module) -> Iterator[None]:
-    """The model's head gets the hidden states that `selected_logits` asks for; the model is then as it was before."""
+    """The model's head gets the hidden states that `selected_logits` asks for; the model is then as it was before.
+
+    Raises:
+        UserError: if the model has no module of its layers without the head.
+    """
     causal = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     layers: nn.Module = causal.base_model
-    assert layers is not causal, f"{type(causal).__name__} has no layers apart from its head"
+    if layers is causal:
+        raise UserError(
+            f"{type(causal).__name__} has no module of its layers without the head; score it by lm-eval "
+            "(scripts/run_lm_eval.py)."
+        )
     before = layers.__dict__.get("forward")
     forward = layers.forward
     layers.forward = lambda *args, **kwargs: _selection.get().output_of(forward, *args, **kwargs)
@@ -63,5 +73,7 @@ def selected_logits(
     at_a_time = at_a_time or len(places_N)
     selection = _Selection(places_N, at_a_time)
     for _ in range(0, len(places_N), at_a_time):
-        _selection.set(selection)
-        yield model(**inputs, use_cache=False).logits[0]
+        before = _selection.set(selection)
+        logits = model(**inputs, use_cache=False).logits[0]
+        _selection.reset(before)
+        yield logits

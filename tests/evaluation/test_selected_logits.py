@@ -11,6 +11,7 @@ from transformers import (
     NanoChatForCausalLM,
 )
 
+from gpt2x.errors import UserError
 from gpt2x.evaluation.selected_logits import selected_logits, selective_head
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
@@ -56,3 +57,9 @@ def test_the_layers_compute_once_and_keep_the_forward_pass_that_others_gave_them
         assert len(list(selected_logits(model, inputs, places, at_a_time=2))) == 5
     assert len(passes) == 1
     assert model.base_model.forward is counting
+
+
+def test_a_model_of_one_piece_is_refused():
+    line = "GPT2XModel has no module of its layers without the head; score it by lm-eval"
+    with pytest.raises(UserError, match=line), selective_head(MODELS["gpt2x"]().model):
+        pass

@@ -99,9 +99,9 @@ class HellaSwagQuestions:
         """Of each item in a forward pass, at most."""
         return [len(question.context) + sum(map(len, question.continuations)) for question in self.questions]
 
-    def items_per_pass(self, model: PreTrainedModel) -> int:
-        """How many suit the model's device; on a CPU the activations of a layer then stay in a core's cache."""
-        if model.device.type != "cpu":
+    def items_per_pass(self, model: PreTrainedModel, device: torch.device) -> int:
+        """How many suit the model on a device; on a CPU the activations of a layer then stay in a core's cache."""
+        if device.type != "cpu":
             return 32
         width = model.config.get_text_config().hidden_size
         return min(max(round(_CACHED_ACTIVATIONS / (width * mean(self.num_tokens))), 1), _MOST_ON_A_CPU)
@@ -149,7 +149,7 @@ def score_hellaswag(
     scores = score_continuations(
         model,
         questions.questions,
-        batch_size=batch_size or questions.items_per_pass(plain),
+        batch_size=batch_size or questions.items_per_pass(plain, next(model.parameters()).device),
         accelerator=accelerator,
         is_stopped=is_stopped,
     )

@@ -114,7 +114,8 @@ def score_continuations(
         The scores; None where is_stopped ended it.
 
     Raises:
-        UserError: where a continuation is longer than what the model takes.
+        UserError: where a continuation is longer than what the model takes, and for a model of one piece
+            (selected_logits.py).
     """
     plain = model if accelerator is None else accelerator.unwrap_model(model)
     check_lengths(plain, questions)

@@ -15,7 +15,7 @@ import torch
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
-# More threads would wait for Python's lock, which a pass of a small model holds for about a tenth of its time.
+# More would wait for Python's lock, which a pass of a small model holds for a part of its time (two are measured).
 _MOST_THREADS = 8
 
 

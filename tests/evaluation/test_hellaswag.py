@@ -93,7 +93,7 @@ def test_every_kind_of_model_gets_the_scores_of_lm_eval(name, bpe, items):
     assert (found.acc, found.acc_norm) == shares(expected, lengths, [item.label for item in items])
 
 
-def test_models_that_read_by_masked_attention_read_a_context_once():
+def test_models_whose_attention_can_be_replaced_read_a_context_once():
     assert {name for name in MODELS if not shares_contexts(make(name))} == {"bloom", "mamba"}
 
 
@@ -168,7 +168,7 @@ def test_packed_weights_leave_autocast_its_own_precision():
             assert torch.equal(model(ids, use_cache=False).logits, expected)
 
 
-def test_the_attention_of_a_training_gives_way_to_one_that_takes_masks(bpe, items):
+def test_the_attention_of_a_training_gives_way_to_that_of_branches(bpe, items):
     model = make("gpt2x")
     expected = evaluate_hellaswag(model, bpe, items).log_probs
     model.set_attn_implementation(register_chunked_causal())

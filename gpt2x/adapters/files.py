@@ -47,11 +47,24 @@ def save_adapters(
     tensors = dict(adapter_weights(model) if weights is None else weights)
     metadata = {"format": "pt", "base_sha256": _base_sha256(model)}
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata=metadata)
+    _sort_metadata(directory / ADAPTER_WEIGHTS)
     config = _lora_config(model).to_dict() | {"inference_mode": True}
     # peft keeps names in sets, whose order is another in every process
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     (directory / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return model.config.model_type
+
+
+def _sort_metadata(file: Path) -> None:
+    """Makes the same adapters the same bytes: safetensors writes two metadata in an order that changes by chance."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        stream.seek(8)
+        stream.write(text)
 
 
 def load_adapters(model: "PeftModel", directory: Path) -> None:

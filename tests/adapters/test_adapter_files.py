@@ -149,6 +149,21 @@ def test_a_directory_of_adapters_has_safetensors_and_json_only(
     ]
 
 
+def test_the_same_adapters_are_the_same_bytes_at_every_save(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Of two metadata safetensors writes either first: ten saves would be alike by chance once in five hundred."""
+    model = adapted(save_stock("gpt2", tmp_path))
+    expected = adapter_weights(model)
+    found = set()
+    for number in range(10):
+        save_adapters(model, tmp_path / str(number), tokenizer)
+        found.add((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
+    assert len(found) == 1
+    written = load_file(tmp_path / "9" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in expected.items())
+
+
 def test_weights_that_are_given_are_written_in_place_of_the_models(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

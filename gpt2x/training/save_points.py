@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from gpt2x.training.checkpoints import optimizer_tensors
 from gpt2x.training.deepspeed import ZeroAdamW
+from gpt2x.training.devices import environment_of
 from gpt2x.training.job import Job
 from gpt2x.training.saving import State
 from gpt2x.training.sharding import gather, is_sharded
@@ -58,6 +59,7 @@ def whole_state(job: Job, progress: Progress) -> State:
             "optimizer": job.recipe.optimizer.name,
             "scaler": None if scaler is None else scaler.state_dict(),
             "data": job.batches.state(progress.step),
+            "environment": environment_of(job.accelerator),
         },
     )
 

@@ -17,7 +17,7 @@ from gpt2x.training.budget import Budget, make_budget
 from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.data import open_run_data, prepare_data, steps_per_epoch
-from gpt2x.training.devices import prepare
+from gpt2x.training.devices import describe_changes, environment_of, prepare
 from gpt2x.training.hellaswag import open_hellaswag
 from gpt2x.training.job import Job
 from gpt2x.training.optimizers import make_optimizers
@@ -38,9 +38,9 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
     prepare_data(recipe, accelerator)
     budget = make_budget(recipe.train, recipe.optimizer, steps_per_epoch=steps_per_epoch(recipe))
     checkpoint, lines = _checkpoint_to_resume(run.path, budget.size)
-    for line in lines:
-        accelerator.print(line)
     tensors, trainer = ({}, {}) if checkpoint is None else read_state(checkpoint)
+    for line in (*lines, *describe_changes(trainer.get("environment"), environment_of(accelerator))):
+        accelerator.print(line)
     data = open_run_data(recipe, accelerator, saved=trainer.get("data"), step=trainer.get("step", 0))
     trainee = trainee_of(recipe)
     model = trainee.make(data.tokenizer)

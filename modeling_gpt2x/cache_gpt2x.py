@@ -1,17 +1,42 @@
-"""A cache that grows in place.
+"""The cache's name, and a cache that grows in place.
 
 transformers' dynamic cache copies all keys and values into a new tensor at every step, which with many rows takes
 longer than reading the weights. Here they lie in a buffer with room for more, and a step writes its own only.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
 
+CACHE_NAMES = ("past_key_values", "cache")
+# How this transformers calls the cache: by the newer name from 5.24 on.
+CACHE_NAME = CACHE_NAMES["cache" in signature(create_causal_mask).parameters]
 # A full buffer makes room for so many times its tokens: little memory is idle, and copying stays rare.
 GROWTH = 1.25
 MIN_ROOM = 64
+
+
+def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Any:
+    """The cache that a model's forward was given by either name; `cache` is taken out of `kwargs`.
+
+    Before 5.24 transformers hands the paged cache of continuous batching past the model to the attention function, as
+    `cache`: there it stays.
+
+    Raises:
+        ValueError: if both names are given.
+    """
+    cache = kwargs.pop("cache", None)
+    if cache is None:
+        return past_key_values
+    if CACHE_NAME != "cache" and not isinstance(cache, Cache):
+        kwargs["cache"] = cache
+        return past_key_values
+    if past_key_values is not None:
+        raise ValueError("past_key_values and cache are two names of one argument; give one of them.")
+    return cache
 
 
 class GrowingLayer(DynamicLayer):
@@ -58,4 +83,4 @@ def grow_in_place(cache: Any) -> None:
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
-__all__ = ["GrowingLayer", "grow_in_place"]
+__all__ = ["CACHE_NAME", "CACHE_NAMES", "GrowingLayer", "grow_in_place", "take_cache"]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from gpt2x.adapters.layers import adapter_weights
 from gpt2x.errors import UserError
 from gpt2x.shards.tokenizer import save_tokenizer
+from modeling_gpt2x import save_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -105,6 +106,7 @@ def save_merged(model: "PeftModel", directory: Path, tokenizer: PreTrainedTokeni
     save_tokenizer(tokenizer, directory)
     base = model.get_base_model()
     base.save_pretrained(directory, state_dict=merged_weights(model))
+    save_config(base.config, directory)
     return base.config.model_type
 
 

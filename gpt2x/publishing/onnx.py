@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from gpt2x.errors import UserError
 from gpt2x.publishing.comparison import Difference, compare, model_logits, sample_batch
 from gpt2x.publishing.onnx_generation import FILES, OnnxDecoder
+from modeling_gpt2x import save_config
 
 # LayerNormalization came with 17; what came later helps none of these models and shuts out older runtimes.
 OPSET = 18
@@ -54,7 +55,7 @@ def write_onnx(model: PreTrainedModel, directory: Path, *, dtype: str) -> Path:
     if dtype == "int8":
         graph_model = _quantized(graph_model, onnx_file.with_name("float32.onnx"))
     _save(graph_model, onnx_file)
-    model.config.save_pretrained(directory)
+    save_config(model.config, directory)
     model.generation_config.save_pretrained(directory)
     _describe_to_transformers_js(directory)
     return onnx_file

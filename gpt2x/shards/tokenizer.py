@@ -41,7 +41,12 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection) -> PreTrain
         )
     eos = section.eos_token
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=eos, bos_token=eos, pad_token=eos, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token=eos,
+        bos_token=eos,
+        pad_token=eos,
+        unk_token=eos,  # as GPT-2's own has it: no text is unknown, but ctranslate2 wants a name
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -1,4 +1,4 @@
-"""What readers look for beside an ONNX file: transformers.js in config.json, onnxruntime-genai in a file of its own."""
+"""What readers look for beside an ONNX file: transformers.js in config.json, onnxruntime-genai in its own file."""
 
 import json
 from pathlib import Path

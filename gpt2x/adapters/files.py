@@ -31,7 +31,7 @@ def save_adapters(
     *,
     weights: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Writes adapters and tokenizer as PeftModel.from_pretrained reads them, with the base's path or id.
+    """Writes adapters and tokenizer as AutoPeftModel reads them anywhere, with the base's absolute path or Hub id.
 
     Args:
         model: as add_adapters returned it.
@@ -46,7 +46,10 @@ def save_adapters(
     tensors = dict(adapter_weights(model) if weights is None else weights)
     metadata = {"format": "pt", "base_fingerprint": _base_fingerprint(model)}
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata=metadata)
-    config = _lora_config(model).to_dict() | {"inference_mode": True}
+    base = _lora_config(model).base_model_name_or_path
+    # A relative path would be looked for wherever peft is started.
+    base = str(Path(base).resolve()) if base is not None and Path(base).is_dir() else base
+    config = _lora_config(model).to_dict() | {"inference_mode": True, "base_model_name_or_path": base}
     # peft keeps names in sets, whose order is another in every process
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     (directory / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -45,6 +45,7 @@ from .conversion_gpt2x import (
     check_model_type,
     from_stock_config,
     from_stock_state_dict,
+    save_config,
     to_stock_config,
     to_stock_state_dict,
 )
@@ -570,7 +571,7 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
         weights = to_stock_state_dict(self.state_dict() if state_dict is None else state_dict, self.config)
         stock_config.architectures = [STOCK_CLASSES[stock_config.model_type]]
         stock_config.dtype = dtype
-        stock_config.save_pretrained(save_directory)
+        save_config(stock_config, save_directory)
         self.generation_config.save_pretrained(save_directory)
         weights = {name: weight.detach().to(dtype).contiguous() for name, weight in weights.items()}
         save_file(weights, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})

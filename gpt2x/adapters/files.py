@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from gpt2x.adapters.layers import adapter_weights
 from gpt2x.errors import UserError
 from gpt2x.shards.tokenizer import save_tokenizer
+from modeling_gpt2x import save_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -32,7 +33,7 @@ def save_adapters(
     *,
     weights: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Writes adapters and tokenizer as PeftModel.from_pretrained reads them, with the base's path or id.
+    """Writes adapters and tokenizer as AutoPeftModel reads them anywhere, with the base's absolute path or Hub id.
 
     Args:
         model: as add_adapters returned it.
@@ -48,7 +49,10 @@ def save_adapters(
     metadata = {"format": "pt", "base_sha256": _base_sha256(model)}
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata=metadata)
     _sort_metadata(directory / ADAPTER_WEIGHTS)
-    config = _lora_config(model).to_dict() | {"inference_mode": True}
+    base = _lora_config(model).base_model_name_or_path
+    # A relative path would be looked for wherever peft is started.
+    base = str(Path(base).resolve()) if base is not None and Path(base).is_dir() else base
+    config = _lora_config(model).to_dict() | {"inference_mode": True, "base_model_name_or_path": base}
     # peft keeps names in sets, whose order is another in every process
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     (directory / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -145,6 +149,7 @@ def save_merged(model: "PeftModel", directory: Path, tokenizer: PreTrainedTokeni
     save_tokenizer(tokenizer, directory)
     base = model.get_base_model()
     base.save_pretrained(directory, state_dict=merged_weights(model))
+    save_config(base.config, directory)
     return base.config.model_type
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2x.adapters import whole_model
 from gpt2x.errors import UserError
 from gpt2x.models import find_model, load_for_inference
 from gpt2x.publishing.comparison import Difference
@@ -33,16 +34,16 @@ class Export:
 
 
 def export_model(recipe: ExportRecipe) -> Export:
-    """Exports a model.
+    """Exports a model; adapters are merged into their base.
 
     Raises:
         UserError: where there is no model, where the form cannot hold it, where the result computes something else,
             and where a library that the form needs is not installed.
     """
     _check_installed(recipe.to)
-    directory = find_model(recipe.model)
     exporters = {"native": _export_native, "onnx": _export_onnx, "gguf": _export_gguf}
-    return exporters[recipe.to](recipe, directory)
+    with whole_model(find_model(recipe.model)) as directory:
+        return exporters[recipe.to](recipe, directory)
 
 
 def _check_installed(form: str) -> None:

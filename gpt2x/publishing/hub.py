@@ -37,8 +37,8 @@ class Push:
     """USER/NAME."""
     is_public: bool = False
     """Whether a repository made now is visible to everyone; one that exists stays as it is."""
-    license: str = "apache-2.0"
-    """The licence named on the card."""
+    license: str | None = None
+    """The licence named on the card; None for a card that names none."""
     time_limit_s: float | None = None
     """Seconds until the upload is given up; None for ten minutes and one second per megabyte."""
 
@@ -158,6 +158,8 @@ def _reason(answer: dict[str, Any]) -> str:
 def _failed(directory: Path, push: Push, reason: str) -> UserError:
     """The one line of a failure. The client's own messages never hold the token; this makes sure."""
     command = f"python scripts/push_to_hub.py {shlex.quote(str(directory))} --repo_id {push.repo_id}"
+    command += " --public true" if push.is_public else ""
+    command += f" --license {shlex.quote(push.license)}" if push.license is not None else ""
     line = f"{push.repo_id} was not updated: {reason}; then `{command}` tries again."
     token = get_token()
     return UserError(line.replace(token, "<token>") if token else line)

@@ -11,8 +11,10 @@ from gpt2x.models import find_model, is_hub_id
 _ADAPTER_CONFIG = "adapter_config.json"
 _READERS = {
     "gpt2": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
-    "llama": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
-    "qwen3": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
+    "llama": "transformers, vLLM, mistral.rs and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an "
+    "export",
+    "qwen3": "transformers, vLLM, mistral.rs and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an "
+    "export",
     "nanochat": "transformers as it is; ONNX Runtime and transformers.js after an export",
     "gpt2x": "transformers with `trust_remote_code=True`, since its code is in this repository; ONNX Runtime after an "
     "export",

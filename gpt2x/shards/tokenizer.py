@@ -41,7 +41,12 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection) -> PreTrain
         )
     eos = section.eos_token
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=eos, bos_token=eos, pad_token=eos, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token=eos,
+        bos_token=eos,
+        pad_token=eos,
+        unk_token=eos,  # as GPT-2's own has it: no text is unknown, but ctranslate2 wants a name
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -52,19 +57,25 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     """
     partial = path.with_name(path.name + ".tmp")
     tokenizer.save_pretrained(partial)
-    _name_the_class_for_older_readers(partial / "tokenizer_config.json")
+    _suit_other_readers(partial / "tokenizer_config.json", chat_template=tokenizer.chat_template)
     path.mkdir(parents=True, exist_ok=True)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "tokenizer.json"):
         file.replace(path / file.name)
     partial.rmdir()
 
 
-def _name_the_class_for_older_readers(config_file: Path) -> None:
-    """transformers 5 writes TokenizersBackend, its new name for the class, which nothing older can load."""
-    config = json.loads(config_file.read_text())
+def _suit_other_readers(config_file: Path, *, chat_template: str | None) -> None:
+    """Says in tokenizer_config.json what transformers 5 leaves out, and leaves out how this process loaded it."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config_file.write_text(json.dumps(config, indent=2) + "\n")
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class's older name, the only one others can load
+    # Without it transformers 4 makes token_type_ids, which GPT-2 adds to its embeddings and Llama refuses.
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(chat_template, str):
+        config["chat_template"] = chat_template  # transformers.js looks here, not into chat_template.jinja
+    for name in ("is_local", "local_files_only"):
+        config.pop(name, None)
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:

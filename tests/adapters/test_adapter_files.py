@@ -24,6 +24,7 @@ from adapted_models import (
     tokens,
     train_steps,
 )
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -135,6 +136,20 @@ def test_the_files_say_what_pefts_own_would(
         config["target_modules"] = set(config["target_modules"])
     assert configs[0] == configs[1]
     assert configs[0]["base_model_name_or_path"] == str(stock_dir)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it by its old name
+def test_adapters_on_a_base_with_a_relative_path_load_from_anywhere(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, ids = disturb(adapted(save_stock("llama", Path(".")))), tokens()
+    save_adapters(model, Path("adapters"), tokenizer)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = AutoPeftModelForCausalLM.from_pretrained("../adapters", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_a_directory_of_adapters_has_safetensors_and_json_only(

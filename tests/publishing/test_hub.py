@@ -109,6 +109,12 @@ def test_a_refusal_is_one_line_that_says_how_to_retry(hub, run_dir, path, status
         push_run(run_dir, PUSH)
 
 
+def test_the_command_that_tries_again_has_visibility_and_licence(hub, run_dir):
+    hub.faults["repos/create"] = 401
+    with pytest.raises(UserError, match=r"--repo_id user/tiny --public true --license mit` tries again"):
+        push_run(run_dir, Push(repo_id="user/tiny", is_public=True, license="mit"))
+
+
 def test_a_server_that_does_not_answer_is_given_up_after_the_time_limit(hub, run_dir):
     hub.faults["/commit/"] = "hang"
     with pytest.raises(UserError, match=r"user/tiny was not updated: the Hub did not answer within 2 s .*tries again"):

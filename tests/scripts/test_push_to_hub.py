@@ -34,6 +34,13 @@ def test_a_repository_is_private_unless_told():
     assert not recipe("runs/x", "--repo_id=user/name").public
 
 
+def test_a_public_model_needs_a_licence_that_its_owner_gave(capsys):
+    with pytest.raises(SystemExit):
+        recipe("runs/x", "--repo_id=user/name", "--public", "true")
+    assert "public needs license, an identifier that the Hub knows: mit, apache-2.0" in capsys.readouterr().err
+    assert recipe("runs/x", "--repo_id=user/name").license is None
+
+
 def test_a_time_limit_must_be_positive(capsys):
     with pytest.raises(SystemExit):
         recipe("runs/x", "--repo_id=user/name", "--time_limit_s=0")

@@ -91,6 +91,26 @@ def test_a_saved_tokenizer_names_its_class_as_older_readers_know_it(tokenizer, t
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
     config = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_a_tokenizer_that_was_loaded_is_saved_as_the_one_it_was_loaded_from(tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    save_tokenizer(load_tokenizer(tmp_path / "tokenizer"), tmp_path / "again")
+    first, again = (
+        json.loads((tmp_path / name / "tokenizer_config.json").read_text()) for name in ("tokenizer", "again")
+    )
+    assert again == first
+    assert not {"is_local", "local_files_only"} & again.keys()
+
+
+def test_a_chat_template_is_saved_where_old_readers_and_where_new_ones_look(tokenizer, tmp_path):
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    config = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == tokenizer.chat_template
+    assert (tmp_path / "tokenizer" / "chat_template.jinja").read_text() == tokenizer.chat_template
+    assert load_tokenizer(tmp_path / "tokenizer").chat_template == tokenizer.chat_template
 
 
 def test_saving_leaves_nothing_else_behind_and_takes_a_half_saved_one_away(tokenizer, tmp_path):

@@ -397,7 +397,14 @@ def locked(file: Path, *, waits: bool = False) -> Iterator[SoftFileLease]:
     with unwritable(file), ExitStack() as stack:
         _acquire(kernel, file, lease, patience_s=-1 if waits else 0)
         stack.callback(kernel.release)
-        _acquire(lease, file, lease, patience_s=-1 if waits else 1.2 * LEASE_S)
+        try:
+            _acquire(lease, file, lease, patience_s=1.2 * LEASE_S)
+        except BusyError:
+            if lease.owner is None:  # what a power cut has left of it, of which nobody gives a sign of life
+                Path(lease.lock_file).unlink(missing_ok=True)
+            elif not waits:
+                raise
+            _acquire(lease, file, lease, patience_s=-1 if waits else 0)
         stack.pop_all()
     try:
         yield lease

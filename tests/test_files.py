@@ -354,7 +354,7 @@ def test_who_waits_gets_the_lock_afterwards(tmp_path):
 
 def test_who_waits_says_for_whom(tmp_path, holder, monkeypatch, capsys):
     monkeypatch.setattr(files, "SILENT_S", 0.5)
-    threading.Timer(0.9, holder.kill).start()
+    threading.Timer(0.9, lambda: (holder.kill(), holder.wait())).start()
     with locked(tmp_path / "run.lock", waits=True):
         pass
     where = f"process {holder.pid} on {socket.gethostname()}, which has {tmp_path}/run.lock"
@@ -383,6 +383,16 @@ def test_a_lease_of_another_machine_ends_with_its_heartbeat_which_is_said(tmp_pa
         assert socket.gethostname() in (tmp_path / "run.lease").read_text()
     who = f"process {os.getpid()} on elsewhere, which has {tmp_path}/run.lock"
     assert capsys.readouterr().err == f"waiting for {who}, for a sign of life, 1 s at most\n"
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_lease_that_names_nobody_ends_like_one_without_a_heartbeat(tmp_path, monkeypatch, make):
+    """As a power cut may leave it."""
+    monkeypatch.setattr(files, "LEASE_S", 0.2)
+    monkeypatch.setattr(files, "SILENT_S", 0.1)
+    make(tmp_path / "run.lease")
+    with locked(tmp_path / "run.lock") as lease:
+        assert lease.owner.pid == os.getpid()
 
 
 def test_a_lease_of_another_machine_that_lives_is_respected(tmp_path, monkeypatch):

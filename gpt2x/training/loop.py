@@ -84,7 +84,7 @@ def check_validation(job: Job, progress: Progress, validation: Validation) -> No
         UserError: where it does not.
     """
     if not math.isfinite(validation.loss):
-        raise give_up(job, progress.step, f"the validation loss is {validation.loss}")
+        raise give_up(job, progress.step, f"step {progress.step}: the validation loss is {validation.loss}")
     job.saver.wait()
     job.saver.confirm(progress.step)
 

@@ -142,7 +142,8 @@ class CheckpointSaver:
         weights, optimizer = _untagged("model", copies), _untagged("optimizer", copies)
         self.run.check()
         if (name := first_not_finite(copies.items())) is not None:
-            raise UserError(not_saved(self.run.path, trainer["step"], f"{name.partition(':')[2]} is not finite"))
+            reason = f"step {trainer['step']}: {name.partition(':')[2]} is not finite"
+            raise UserError(not_saved(self.run.path, trainer["step"], reason))
         try:
             self.run.sync_records()  # no checkpoint is durable before the records of its steps
             write_checkpoint(

@@ -23,6 +23,6 @@ def not_saved(run_dir: Path, step: int, reason: str) -> str:
     older = [checkpoint for checkpoint in list_checkpoints(run_dir) if step_of(checkpoint) < step]
     way_on = f"goes on from {older[-1]}" if older else "starts anew"
     return (
-        f"{reason}; this state of step {step} is not saved, and no checkpoint was deleted: with a lower learning rate "
-        f"(optimizer.learning_rate) and --resume true the same command {way_on}."
+        f"{reason}; the state after step {step} is not saved, and no checkpoint was deleted: with a lower learning "
+        f"rate (optimizer.learning_rate) and --resume true the same command {way_on}."
     )

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from gpt2x.config import to_yaml
 from gpt2x.errors import UserError
-from gpt2x.training.checkpoints import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.training.devices import make_accelerator, make_fsdp_plugin
+from gpt2x.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import Muon
 from gpt2x.training.sharding import gather, is_sharded, whole_weights
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM

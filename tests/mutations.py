@@ -1,4 +1,4 @@
-"""What may become of a file: flipped bits, cuts, other kinds of files, deep or mistyped JSON; all choices are seeded."""
+"""What may become of a file: flipped bits, cuts, other kinds, deep or mistyped JSON; every choice is seeded."""
 
 import json
 import os

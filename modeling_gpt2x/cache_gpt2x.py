@@ -44,23 +44,40 @@ class GrowingLayer(DynamicLayer):
 
     Whatever else is done to `keys` and `values` (cropping, reordering, repeating rows) is seen by where they lie:
     a view that still begins where the buffer does is written behind; anything else is copied into a new buffer.
+    Where tensors lie is nothing that a compiler or exporter can trace: for them it is a DynamicLayer.
     """
+
+    # Exporters make an input of every tensor they find in `vars`.
+    __slots__ = ("_buffers",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: list[torch.Tensor] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are DynamicLayers, with tensors of their own and no room."""
+        state = dict(vars(self))
+        if self.is_initialized:
+            whole = {"memory_format": torch.contiguous_format}
+            state.update(keys=self.keys.clone(**whole), values=self.values.clone(**whole))
+        return DynamicLayer, (), state
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends (B, H, T, D) keys and values and returns all of them, (B, H, S + T, D)."""
+        if torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-            self._buffers: list[torch.Tensor] = []
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]  # type: ignore[misc]
         past, total = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if not self._has_room(total):
             room = max(total + MIN_ROOM, int(total * GROWTH))
             self._buffers = [_with_room(old, room) for old in (self.keys, self.values)]
         for buffer, new in zip(self._buffers, (key_states, value_states)):
             buffer[:, :, past:total] = new
-        self.keys, self.values = (buffer[:, :, :total] for buffer in self._buffers)
+        self.keys, self.values = (buffer[:, :, :total] for buffer in self._buffers)  # type: ignore[misc]
         return self.keys, self.values
 
     def _has_room(self, total: int) -> bool:

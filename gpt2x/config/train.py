@@ -32,8 +32,7 @@ class RunSection:
             return
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name) or self.name in (".", ".."):
             raise ValueError(
-                f"run.name ({self.name!r}) must be one path component of letters, digits, '.', '_' and '-', and not "
-                f"the directory of runs itself."
+                f"run.name ({self.name!r}) must be one path component of letters, digits, '.', '_' and '-'."
             )
         if len(self.name) > MAX_NAME:
             raise ValueError(f"run.name has {len(self.name)} characters, and {MAX_NAME} at most; shorten it.")

@@ -17,10 +17,10 @@ import stat
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import yaml
 from filelock import FileLock, SoftFileLease, Timeout
@@ -35,6 +35,8 @@ Shape = TypeVar("Shape")
 MAX_BYTES = 64_000_000
 # How long a lease without a heartbeat keeps other machines out; all of them must know the same number.
 LEASE_S = 30.0
+# A wait that is over before is not worth a line.
+SILENT_S = 1.0
 _TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{8}")
 
 
@@ -222,15 +224,26 @@ def read_bytes(file: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     Raises:
         DamagedError: where there is none, or a larger one.
     """
+    with opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > max_bytes:
+            raise DamagedError(f"{file} has {size:,} bytes, more than {max_bytes:,}")
+        return stream.read()
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading; never waits, whatever lies there.
+
+    Raises:
+        DamagedError: where there is none, and where the block cannot read it.
+    """
     try:
         # Without O_NONBLOCK a FIFO would wait for its writer.
         with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise DamagedError(f"{file} is no regular file")
-            if status.st_size > max_bytes:
-                raise DamagedError(f"{file} has {status.st_size:,} bytes, more than {max_bytes:,}")
-            return stream.read()
+            yield stream
     except OSError as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise DamagedError(f"{file} {reason}") from error
@@ -327,7 +340,7 @@ def locked(file: Path, *, waits: bool = False) -> Iterator[SoftFileLease]:
 
     Args:
         file: of the lock, in a directory that exists. Beside it lies the lease, `….lease`, which names the owner.
-        waits: whether to wait for a living owner, however long that takes.
+        waits: whether to wait for a living owner, however long that takes; after a moment it is said for whom.
 
     Returns:
         The lease: its `compromise` is set where this process stood still for so long that another machine took over.
@@ -337,17 +350,20 @@ def locked(file: Path, *, waits: bool = False) -> Iterator[SoftFileLease]:
             which this waits LEASE_S at most.
         UnwritableError: where the file cannot be made.
     """
-    kernel, lease = FileLock(file), SoftFileLease(file.with_suffix(".lease"), lease_duration=LEASE_S)
-    with unwritable(file):
-        try:
-            kernel.acquire(timeout=-1 if waits else 0)
-        except Timeout:
-            raise BusyError(_owner(lease)) from None
-        try:
-            lease.acquire(timeout=-1 if waits else 1.2 * LEASE_S)
-        except Timeout:
-            kernel.release()
-            raise BusyError(_owner(lease)) from None
+    # Whichever thread ends what has the lock gives it free.
+    kernel = FileLock(file, thread_local=False)
+    lease = SoftFileLease(file.with_suffix(".lease"), lease_duration=LEASE_S, thread_local=False)
+    with unwritable(file), ExitStack() as stack:
+        for lock, patience_s in ((kernel, SILENT_S if waits else 0), (lease, 1.2 * LEASE_S)):
+            try:
+                lock.acquire(timeout=patience_s)
+            except Timeout:
+                if not waits:
+                    raise BusyError(_owner(lease)) from None
+                print(f"waiting for {_owner(lease)}, which has {file}", file=sys.stderr, flush=True)
+                lock.acquire()
+            stack.callback(lock.release)
+        stack.pop_all()
     try:
         yield lease
     finally:

@@ -317,6 +317,25 @@ def test_who_waits_gets_the_lock_afterwards(tmp_path):
     assert order == ["first", "second"]
 
 
+def test_who_waits_says_for_whom(tmp_path, holder, monkeypatch, capsys):
+    monkeypatch.setattr(files, "SILENT_S", 0.1)
+    threading.Timer(0.5, holder.kill).start()
+    with locked(tmp_path / "run.lock", waits=True):
+        pass
+    where = f"process {holder.pid} on {socket.gethostname()}, which has {tmp_path}/run.lock"
+    assert capsys.readouterr().err == f"waiting for {where}\n"
+
+
+def test_another_thread_may_give_a_lock_free(tmp_path):
+    lock = locked(tmp_path / "run.lock")
+    lock.__enter__()
+    thread = threading.Thread(target=lock.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    with locked(tmp_path / "run.lock"):
+        pass
+
+
 def test_a_lease_of_another_machine_ends_with_its_heartbeat(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LEASE_S", 1.0)
     with locked(tmp_path / "run.lock"):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2x.shards.files import write_durably
+from gpt2x.files import write_file
 
 
 def record_results(model_dir: str, results: Mapping[str, Mapping[str, Any]]) -> Path | None:
@@ -24,5 +24,5 @@ def record_results(model_dir: str, results: Mapping[str, Mapping[str, Any]]) -> 
         return None
     stats = json.loads(stats_file.read_bytes())
     stats["evaluation"] = stats.get("evaluation", {}) | results
-    write_durably(stats_file, [(json.dumps(stats, indent=2) + "\n").encode()])
+    write_file(stats_file, (json.dumps(stats, indent=2) + "\n").encode())
     return stats_file

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt2x.errors import UserError
-from gpt2x.shards.files import sync
+from gpt2x.files import sync
 from gpt2x.training.sharding import state_in_shards
 
 MANIFEST = "manifest.json"

@@ -40,7 +40,8 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     if isinstance(recipe, FinetuneRecipe) and recipe.lora is not None:
         check_launch_of_adapters(environment)
     if is_main:
-        check_before_torch(recipe, num_processes=num_data_ranks(environment))
+        run_dir = recipe.run.dir / (recipe.run.name or name)
+        check_before_torch(recipe, num_processes=num_data_ranks(environment), run_dir=run_dir)
 
     # 2. Where the run stands; from here on nobody else writes to it
     from gpt2x.training.lock import locked

@@ -319,7 +319,7 @@ def test_who_waits_gets_the_lock_afterwards(tmp_path):
 
 def test_who_waits_says_for_whom(tmp_path, holder, monkeypatch, capsys):
     monkeypatch.setattr(files, "SILENT_S", 0.1)
-    threading.Timer(0.5, holder.kill).start()
+    threading.Timer(0.5, lambda: (holder.kill(), holder.wait())).start()
     with locked(tmp_path / "run.lock", waits=True):
         pass
     where = f"process {holder.pid} on {socket.gethostname()}, which has {tmp_path}/run.lock"

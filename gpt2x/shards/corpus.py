@@ -40,6 +40,8 @@ class Share:
 
     task: int = 0
     num_tasks: int = 1
+    revision: str | None = None
+    """The commit of a dataset of the Hub that all tasks read; by default the newest."""
 
 
 WHOLE = Share()
@@ -241,9 +243,9 @@ def _docstring_rows(file: Path) -> Iterator[Row]:
 
 
 def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share, *, as_chat: bool) -> Reading:
-    task, num_tasks = share.task, share.num_tasks
+    task, num_tasks, revision = share.task, share.num_tasks, share.revision
     try:
-        rows, layout = _opened_as_chat(corpus) if as_chat else (open_rows(corpus), None)
+        rows, layout = _opened_as_chat(corpus, revision) if as_chat else (open_rows(corpus, revision=revision), None)
     except ConnectionError as error:
         raise UserError(f"corpus.dataset ({corpus.dataset}): {error}; try again when it can be reached.") from None
     if isinstance(rows, Dataset):
@@ -260,8 +262,8 @@ def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share, *, as_c
     return Reading(islice(every, task, None, num_tasks), num_rows, "rows", layout)
 
 
-def _opened_as_chat(corpus: CorpusSection) -> tuple[Dataset | IterableDataset, Layout | None]:
-    rows, columns = open_dataset(corpus)
+def _opened_as_chat(corpus: CorpusSection, revision: str | None) -> tuple[Dataset | IterableDataset, Layout | None]:
+    rows, columns = open_dataset(corpus, revision=revision)
     return rows, find_layout(columns, f"corpus.dataset ({corpus.dataset})") if columns else None
 
 

@@ -2,8 +2,11 @@
 
 import glob
 import os
+import sys
 import sysconfig
 from pathlib import Path
+
+from huggingface_hub import HfApi
 
 from gpt2x.config import CorpusSection
 from gpt2x.shards.rows import BUILDERS
@@ -32,6 +35,19 @@ def source_files(corpus: CorpusSection) -> dict[str, Path]:
     base = os.path.commonpath(roots)
     files = [file for root in roots for file in _python_files(root, left_out)]
     return {file.relative_to(base).as_posix(): file for file in files}
+
+
+def dataset_revision(corpus: CorpusSection) -> str | None:
+    """The newest commit of a dataset of the Hub; None for any other corpus, and where nobody answers."""
+    if corpus.kind != "dataset" or corpus.dataset in BUILDERS or Path(str(corpus.dataset)).exists():
+        return None
+    # Of the HTTP client that huggingface_hub has loaded; which one depends on its version.
+    clients = [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
+    unreachable: tuple[type[BaseException], ...] = (OSError, *clients)
+    try:
+        return HfApi().dataset_info(str(corpus.dataset), timeout=10).sha
+    except unreachable:  # whoever reads the dataset will say what is wrong
+        return None
 
 
 def _local_files(corpus: CorpusSection) -> list[Path]:

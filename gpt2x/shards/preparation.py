@@ -30,11 +30,12 @@ from gpt2x.shards.records import (
     finished_index,
     plan_of,
     planned_sources,
+    record_of,
     recorded,
     tasks_dir,
 )
 from gpt2x.shards.scan import cache_dir
-from gpt2x.shards.sources import SourceRecord, read_record, with_sha256, write_record
+from gpt2x.shards.sources import read_record, with_sha256, write_record
 from gpt2x.shards.tasks import prepare_task, run_task
 from gpt2x.shards.tokenizer import (
     is_saved,
@@ -46,11 +47,15 @@ from gpt2x.shards.tokenizer import (
 from gpt2x.shards.workers import run_parts, usable_cores
 
 
-def prepare(recipe: PreparationRecipe) -> Index:
+def prepare(recipe: PreparationRecipe, *, is_quiet: bool = False) -> Index:
     """Makes the token shards of a recipe: the tokenizer where it is to be trained, every task, the index.
 
     What is finished is left alone, which one line says. The shards do not depend on the number of workers. Of two
     processes that prepare the same, the second waits, and then finds it done.
+
+    Args:
+        recipe: what to prepare.
+        is_quiet: whether nothing is said of what is finished.
 
     Raises:
         OtherDataError: for an output_dir with data of another recipe, or of texts that have changed since.
@@ -59,7 +64,8 @@ def prepare(recipe: PreparationRecipe) -> Index:
     plan = plan_of(recipe, _tokenizer_of(recipe))
     with alone_in(recipe.output_dir):
         if finished := finished_index(plan):
-            print(describe_finished(finished, recipe.corpus), flush=True)
+            if not is_quiet:
+                print(describe_finished(finished, recipe.corpus), flush=True)
             discard(tasks_dir(recipe.output_dir))
             return finished
         sources = planned_sources(plan)
@@ -174,9 +180,7 @@ def _finalize(plan: Plan) -> Index:
     _remove_unlisted_shards(index)
     sha256 = {name: value for record in records for name, value in record["sha256"].items()}
     files = [with_sha256(file, sha256) for file in sources.found]
-    write_record(
-        plan.output_dir, SourceRecord(made_of=plan.made_of, tokenizer=plan.recipe.tokenizer.path, files=files)
-    )
+    write_record(plan.output_dir, record_of(plan, files, revision=sources.revision))
     write_index(index)
     discard(tasks_dir(plan.output_dir))
     return index

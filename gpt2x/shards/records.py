@@ -17,7 +17,7 @@ from gpt2x.config import CorpusSection, PreparationRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, locked, make_directory, read_json, write_file
 from gpt2x.shards.chat_template import chat_tokenizer
-from gpt2x.shards.corpus_files import source_files
+from gpt2x.shards.corpus_files import dataset_revision, source_files
 from gpt2x.shards.index import INDEX_FILE, Index, ShardEntryContent, load_index
 from gpt2x.shards.sources import (
     OtherDataError,
@@ -75,6 +75,8 @@ class Sources:
     """In order, by the names under which they are recorded."""
     found: list[SourceFile]
     """As they are now."""
+    revision: str | None
+    """The commit of a dataset of the Hub, as far as it is known."""
     plan: str
     """The identity of the recorded plan; a task of another one does not count."""
 
@@ -166,14 +168,13 @@ def planned_sources(plan: Plan) -> Sources:
     """
     files = source_files(plan.recipe.corpus)
     found = look_at(files)
-    now = SourceRecord(made_of=plan.made_of, tokenizer=plan.recipe.tokenizer.path, files=found)
+    now = (plan.made_of, found)
     make_directory(tasks_dir(plan.output_dir))
     with locked(tasks_dir(plan.output_dir) / "plan.lock", waits=True):
         record = read_record(plan.output_dir)
-        if record is None or not _is_begun(plan, record):
-            if record != now:
-                write_record(plan.output_dir, now)
-            record = now
+        if record is None or not (_is_begun(plan, record) or (record["made_of"], record["files"]) == now):
+            record = record_of(plan, found, revision=dataset_revision(plan.recipe.corpus))
+            write_record(plan.output_dir, record)
     known = _known_sha256(plan, record) if record["files"] != found else {}
     then = [with_sha256(file, known) for file in record["files"]]
     # Where files are dealt out to the tasks, one that no finished task has read is in no shard.
@@ -182,7 +183,12 @@ def planned_sources(plan: Plan) -> Sources:
             f"'{plan.output_dir}' holds parts made of other texts ({shown(changed)}); restore them, set another "
             f"output_dir, or delete that directory."
         )
-    return Sources(files=files, found=found, plan=identity_of(record))
+    return Sources(files=files, found=found, revision=record.get("revision"), plan=identity_of(record))
+
+
+def record_of(plan: Plan, files: list[SourceFile], *, revision: str | None) -> SourceRecord:
+    """What is recorded of a preparation's sources."""
+    return SourceRecord(made_of=plan.made_of, tokenizer=plan.recipe.tokenizer.path, files=files, revision=revision)
 
 
 def _is_begun(plan: Plan, record: SourceRecord) -> bool:

@@ -4,7 +4,8 @@ sources.json lies beside the index. It has the recipe and, for every file of the
 change, and the sha256, which a task takes of a file right after it has read it. Files are the same where size and
 time are, else where the sha256 is.
 
-Nothing is known of what lies elsewhere: a dataset of the Hub, and what a URL names, are not compared.
+Of a dataset of the Hub it has the commit, which all tasks read; later starts do not ask the Hub whether there is a
+newer one. Nothing is known of what a URL names.
 """
 
 import hashlib
@@ -43,6 +44,7 @@ class SourceRecord(TypedDict):
     made_of: dict[str, Any]
     tokenizer: str
     files: list[SourceFile]
+    revision: NotRequired[str | None]
 
 
 class OtherDataError(UserError):
@@ -96,9 +98,10 @@ def write_record(directory: Path, record: SourceRecord) -> None:
 
 
 def identity_of(record: SourceRecord) -> str:
-    """A sha256 over recipe, names, sizes and times: another for every other plan of a preparation."""
+    """A sha256 over recipe, commit, names, sizes and times: another for every other plan of a preparation."""
     files = [(file["name"], file["size"], file["mtime_ns"]) for file in record["files"]]
-    return hashlib.sha256(json.dumps([record["made_of"], files], sort_keys=True).encode()).hexdigest()
+    parts = [record["made_of"], files, record.get("revision")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def changes(

@@ -92,10 +92,9 @@ def _tokenize(
         nonlocal unreported
         unreported += read
 
-    share, as_chat = Share(task=task, num_tasks=plan.recipe.num_tasks), plan.recipe.chat is not None
-    reading = open_corpus(
-        plan.recipe.corpus, advance, share=share, as_chat=as_chat, files=sources.files, read=watch.read
-    )
+    corpus, as_chat = plan.recipe.corpus, plan.recipe.chat is not None
+    share = Share(task=task, num_tasks=plan.recipe.num_tasks, revision=sources.revision)
+    reading = open_corpus(corpus, advance, share=share, as_chat=as_chat, files=sources.files, read=watch.read)
     write = write_chats if as_chat else _write_documents
     for num_tokens in write(plan, reading, writers, dropped=dropped):
         report(unreported, num_tokens)

@@ -61,7 +61,7 @@ def _prepare_or_compare(preparation: PreparationRecipe, *, has_begun: bool) -> N
     from gpt2x.shards.sources import OtherDataError
 
     try:
-        prepare(preparation)
+        prepare(preparation, is_quiet=has_begun)  # it was said when the run began
     except OtherDataError as error:
         if not has_begun:
             raise UserError(

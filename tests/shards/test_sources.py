@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -19,7 +20,7 @@ from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError
 from gpt2x.shards import corpus as reading
-from gpt2x.shards import preparation, sources, tasks
+from gpt2x.shards import preparation, rows, sources, tasks
 from gpt2x.shards.corpus_files import source_files
 from gpt2x.shards.index import load_index
 from gpt2x.shards.preparation import finalize, prepare, prepare_task, prepare_tokenizer
@@ -208,6 +209,27 @@ def test_local_files_of_a_dataset_are_compared(recipe, corpus_dir, monkeypatch, 
     write(corpus_dir / "9.jsonl", ["a"])
     with pytest.raises(UserError, match=r"from other texts \(.*/9\.jsonl is new\)"):
         prepare(recipe)
+
+
+def test_all_parts_read_a_dataset_of_the_hub_at_the_commit_of_the_first(recipe, corpus_dir, monkeypatch, tmp_path):
+    """Somebody pushes while a cluster prepares; the Hub is a folder for each commit."""
+    shutil.copytree(corpus_dir, tmp_path / "commits" / "abc1")
+    shutil.copytree(corpus_dir, tmp_path / "commits" / "abc2")
+    write(tmp_path / "commits" / "abc2" / "9.jsonl", ["pushed later"])
+    newest, load = SimpleNamespace(sha="abc1"), rows.load_dataset
+
+    def load_commit(_dataset, *, revision, data_files, **options):
+        return load("json", data_files=f"{tmp_path}/commits/{revision or newest.sha}/*.jsonl", **options)
+
+    monkeypatch.setattr(rows, "load_dataset", load_commit)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: newest)
+    corpus = CorpusSection(kind="dataset", dataset="team/texts", validation_fraction=0.3)
+    recipe = dataclasses.replace(recipe, corpus=corpus, num_tasks=2)
+    prepare_task(recipe, 1)
+    newest.sha = "abc2"
+    prepare(recipe)
+    assert prepared_texts(recipe.output_dir) == whole_texts(corpus_dir)
+    assert sources.read_record(recipe.output_dir)["revision"] == "abc1"
 
 
 # --- data that are being prepared ---

@@ -110,6 +110,8 @@ def test_that_finished_shards_are_taken_is_said(capsys):
     assert capsys.readouterr().out == ""
     check(recipe())
     assert "data/python-stdlib: already prepared on " in capsys.readouterr().out
+    check(recipe(), has_begun("runs/old"))
+    assert capsys.readouterr().out == ""
 
 
 def test_fine_tuning_refuses_a_forgotten_output_dir_too():

@@ -19,9 +19,10 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
+from io import BufferedReader
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from filelock import FileLock, LeaseSettingsMismatch, SoftFileLease, Timeout
@@ -267,7 +268,7 @@ def read_bytes(file: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[BinaryIO]:
+def opened(file: Path) -> Iterator[BufferedReader]:
     """A regular file, open for reading; never waits, whatever lies there.
 
     Raises:

@@ -57,7 +57,8 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
             return 0
         print(f"{directory.final_dir} is damaged ({damage}); it is made again from the last checkpoint.")
     if is_main:
-        check_before_torch(recipe, num_processes=num_data_ranks(environment))
+        run_dir = recipe.run.dir / (recipe.run.name or name)
+        check_before_torch(recipe, num_processes=num_data_ranks(environment), run_dir=run_dir)
 
     # 2. From here on nobody else writes where the run stands
     with locked(directory.path) if is_main else nullcontext() as hold:

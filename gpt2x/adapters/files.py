@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt2x.adapters.layers import adapter_weights
 from gpt2x.errors import UserError
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.shards.tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -41,7 +41,7 @@ def save_adapters(
     Returns:
         The model_type of the base.
     """
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     tensors = dict(adapter_weights(model) if weights is None else weights)
     metadata = {"format": "pt", "base_fingerprint": _base_fingerprint(model)}
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata=metadata)
@@ -102,7 +102,7 @@ def save_merged(model: "PeftModel", directory: Path, tokenizer: PreTrainedTokeni
     Returns:
         Its model_type.
     """
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     base = model.get_base_model()
     base.save_pretrained(directory, state_dict=merged_weights(model))
     return base.config.model_type

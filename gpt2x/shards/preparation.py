@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
+from gpt2x.locate import holds_tokenizer, local_path, place_to_write, say
 from gpt2x.shards.chats import read_chats, spoken_text, write_chats
 from gpt2x.shards.corpus import Piece, Reading, Share, open_corpus, read_pieces, size_to_read
 from gpt2x.shards.cutting import can_be_cut
@@ -36,11 +36,12 @@ from gpt2x.shards.records import (
     write_record,
 )
 from gpt2x.shards.tokenizer import (
-    is_saved,
+    check_training,
     load_tokenizer,
     save_tokenizer,
     text_encoder,
     train_tokenizer,
+    training_of,
     vocabulary_size,
 )
 from gpt2x.shards.workers import run_parts, usable_cores
@@ -96,11 +97,17 @@ def prepare_tokenizer(
     Raises:
         UserError: where the saved one has another vocabulary size; and what training and loading raise.
     """
-    if section.vocab_size is not None and not is_saved(section.path):
-        reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
-        with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
-            texts = _training_texts(reading, corpus, as_chat=as_chat)
-            save_tokenizer(train_tokenizer(texts, section), Path(section.path))
+    if section.vocab_size is not None:
+        made_of, directory = training_of(section, corpus, as_chat=as_chat), local_path(section.path)
+        if holds_tokenizer(directory):
+            check_training(directory, made_of)
+        else:
+            directory = place_to_write(section.path, field="tokenizer.path")
+            reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
+            say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
+            with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
+                texts = _training_texts(reading, corpus, as_chat=as_chat)
+                save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
     tokenizer = load_tokenizer(section.path)
     if section.vocab_size not in (None, vocabulary_size(tokenizer)):
         raise UserError(
@@ -211,8 +218,8 @@ def _finalize(plan: Plan) -> Index:
         recipe=plan.made_of,
         dropped=dict(sum((Counter(record["dropped"]) for record in records), Counter())),
     )
-    if Path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
-        save_tokenizer(plan.tokenizer, index.tokenizer_dir)
+    if local_path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
+        save_tokenizer(plan.tokenizer, index.tokenizer_dir, replaces=True)
     _remove_unlisted_shards(index)
     write_index(index)
     shutil.rmtree(tasks_dir(plan.output_dir))

@@ -11,7 +11,6 @@ directory without a manifest that fits is never resumed from. Nothing here is ev
 
 import hashlib
 import json
-import re
 import shutil
 import uuid
 from collections import defaultdict
@@ -24,11 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt2x.errors import UserError
+from gpt2x.manifest import MANIFEST, checkpoints_in, damage_of_checkpoint, missing_or_cut
 from gpt2x.shards.files import sync
 from gpt2x.training.sharding import state_in_shards
-
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{6,})")
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
@@ -164,52 +161,7 @@ def _flush_directory(directory: Path) -> None:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first: those whose manifest names files of the right sizes."""
-    return [path for path in _candidates(run_dir) if _missing_or_cut(path) is None]
-
-
-def _candidates(run_dir: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, oldest first."""
-    named = (path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
-    return sorted(named, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is named after."""
-    found = _NAME.fullmatch(checkpoint.name)
-    assert found is not None
-    return int(found[1])
-
-
-def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
-    """What the manifest says of each file; None where it is missing or torn."""
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
-        return {name: {"size": facts["size"], "sha256": facts["sha256"]} for name, facts in files.items()}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _missing_or_cut(checkpoint: Path) -> str | None:
-    """What keeps a directory from being a complete checkpoint, as far as sizes tell; None where nothing does."""
-    files = _manifest(checkpoint)
-    if not files:
-        return f"its {MANIFEST} is missing or unreadable"
-    for name, facts in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['size']}"
-    return None
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, every byte of it read; None where nothing is."""
-    found = _missing_or_cut(checkpoint)
-    for name, facts in (_manifest(checkpoint) or {}).items():
-        if found is None and _sha256(checkpoint / name) != facts["sha256"]:
-            found = f"{name} differs from its manifest"
-    return found
+    return [path for path in checkpoints_in(run_dir) if missing_or_cut(path) is None]
 
 
 def newest_checkpoint(
@@ -225,8 +177,8 @@ def newest_checkpoint(
         Its directory (None where there is none), and a line for each newer one that was passed over.
     """
     passed_over: list[str] = []
-    for checkpoint in reversed(_candidates(run_dir)):
-        damage = _damage(checkpoint)
+    for checkpoint in reversed(checkpoints_in(run_dir)):
+        damage = damage_of_checkpoint(checkpoint)
         if damage is None and is_wanted(checkpoint):
             return checkpoint, passed_over
         if damage is not None:

@@ -6,6 +6,7 @@ from gpt2x.batches.source import tokens_of
 from gpt2x.batches.whole_documents import open_file_source
 from gpt2x.config import TrainingRecipe, accumulation_steps
 from gpt2x.errors import UserError
+from gpt2x.locate import find_model
 from gpt2x.shards.index import INDEX_FILE
 
 
@@ -17,10 +18,12 @@ def check_before_torch(recipe: TrainingRecipe, *, num_processes: int) -> None:
         num_processes: data-parallel processes of the run, of which one should call this.
 
     Raises:
-        UserError: for a batch that cannot be cut evenly; for shards that are missing, broken, too few, or of ids
-            outside their vocabulary.
+        UserError: for a batch that cannot be cut evenly; for a model to start from that is not there or not whole; for
+            shards that are missing, broken, too few, or of ids outside their vocabulary.
     """
     check_batch(recipe, num_processes=num_processes)
+    if recipe.init_from is not None:
+        find_model(recipe.init_from)
     _check_hellaswag(recipe.evaluation.hellaswag)
     prepare_missing_shards(recipe)
     for section in recipe.data.mixture:

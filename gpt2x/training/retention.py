@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2x.config import TrainSection
-from gpt2x.training.checkpoints import list_checkpoints, remove_checkpoints, step_of
+from gpt2x.manifest import step_of
+from gpt2x.training.checkpoints import list_checkpoints, remove_checkpoints
 from gpt2x.training.state import Progress
 
 

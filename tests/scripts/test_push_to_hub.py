@@ -48,5 +48,5 @@ def test_there_is_no_way_to_pass_a_token(capsys):
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
-    with pytest.raises(UserError, match=r"nowhere does not exist; give a model's directory, a run's, or a Hub id"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; give the directory of a run or of a model"):
         hub.push_run(tmp_path / "nowhere", hub.Push(repo_id="user/name"))

@@ -32,7 +32,7 @@ POINTS = [
     ("gpt2x.training.saving", "HostCopies.take", (1, 2)),
     ("gpt2x.training.saving", "write_checkpoint", (1, 2, 3)),
     ("gpt2x.training.trainee", "save_model", (1, 2)),
-    ("gpt2x.models", "save_tokenizer", (1, 2)),
+    ("gpt2x.models", "write_tokenizer", (1, 2)),
     ("gpt2x.training.checkpoints", "save_file", (1, 2)),
     ("gpt2x.training.checkpoints", "_write_json", (1, 2, 3, 4)),
     ("gpt2x.training.checkpoints", "_describe_files", (1, 2)),

@@ -7,7 +7,8 @@ from urllib.parse import unquote_plus
 Plain = TypeVar("Plain")
 
 _USER = re.compile(r"(?i)([a-z][a-z0-9+.-]*://)[^\s/?#'\"]*@")
-_QUERY = re.compile(r"\?([^\s#'\"<>]*)")
+# To the end of the address, which in a text may be followed by the punctuation of the sentence.
+_QUERY = re.compile(r"\?([^\s#'\"<>]*?)(?=[).,;:\]]*(?:[\s#'\"<>]|$))")
 # Parameters by which an address is signed or opened, and those that change with every signature.
 _SECRET = re.compile(
     r"(?i)x-(amz|goog|ms|oss|cos|obs|tos)-.*|.*(signature|secret|passw|pwd|credential|authoriz|oauth|api[-_.]?key|"
@@ -47,5 +48,6 @@ def _public_query(match: re.Match[str]) -> str:
         for part, name in zip(parts, names, strict=True)
         if not (_SECRET.fullmatch(name) or (is_azure and _AZURE.fullmatch(name)))
     ]
-    kept = "&".join(public) if len(public) < len(parts) else match[1]
-    return f"?{kept}" if kept else ""
+    if len(public) == len(parts):
+        return match[0]
+    return f"?{'&'.join(public)}" if public else ""

@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 from tokenizers import Tokenizer
 
+from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
 from gpt2x.shards.files import write_shard
@@ -83,7 +84,7 @@ def fill(filler: "Filler") -> None:
         )
     except UserError as error:
         message = f"stream {name!r}: {error}"
-    write_failure(filler.cache_dir, message)
+    write_failure(filler.cache_dir, without_secrets(message))
 
 
 class Filler:

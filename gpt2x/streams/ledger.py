@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpt2x.addresses import without_secrets
 from gpt2x.shards.files import write_durably
 from gpt2x.shards.index import ShardEntry
 
@@ -119,7 +120,7 @@ class Ledger:
 def ledger_of_json(content: Mapping[str, Any]) -> Ledger:
     """What Ledger.as_json gave."""
     return Ledger(
-        definition=content["definition"],
+        definition=without_secrets(content["definition"]),  # older versions kept them
         beginning=beginning_of_json(content["beginning"]),
         shards={shard["number"]: _shard_of_json(shard) for shard in content["shards"]},
         validation=ShardEntry(**content["validation"]) if content["validation"] else None,

@@ -8,6 +8,8 @@ import difflib
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +261,15 @@ def from_pretrained(auto_class: Any, name_or_path: str | Path, **options: Any) -
     """
     if (Path(name_or_path) / "custom_generate" / "generate.py").exists():
         raise _needs_its_code(name_or_path, "custom_generate")
-    try:
+    with one_line_of(name_or_path):
         return auto_class.from_pretrained(str(name_or_path), trust_remote_code=False, **options)
+
+
+@contextmanager
+def one_line_of(name_or_path: str | Path) -> Iterator[None]:
+    """Turns what a library raises over the files of a stranger into a UserError that names them."""
+    try:
+        yield
     except Exception as error:
         if not _is_about_files(error):
             raise

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import FinetuneRecipe, ModelSection, Recipe, TrainingRecipe
 from gpt2x.errors import UserError
-from gpt2x.locate import base_of, find_model, from_pretrained
+from gpt2x.locate import base_of, find_model, from_pretrained, one_line_of
 from gpt2x.shards.tokenizer import write_tokenizer
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
@@ -141,10 +140,8 @@ def load_for_inference(name_or_path: str, *, dtype: torch.dtype) -> PreTrainedMo
     if importlib.util.find_spec("peft") is None:
         raise UserError(f"{name_or_path} holds adapters and needs peft, not installed; run pip install -e '.[peft]'.")
     model = from_pretrained(AutoModelForCausalLM, base_of(directory), dtype=dtype)
-    try:
+    with one_line_of(name_or_path):
         model.load_adapter(name_or_path)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name_or_path} cannot be loaded: {' '.join(str(error).split())}") from error
     return model.eval()
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import socket
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -268,6 +270,24 @@ def test_without_a_connection_what_is_not_in_the_cache_is_refused_at_once(is_off
     message = f"^owner/name is neither here nor in the Hub's cache, and {reason}; connect, or give a directory"
     with pytest.raises(UserError, match=message):
         find_model("owner/name")
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_the_real_client_gives_up_a_hub_that_is_not_there_or_silent_in_one_try(is_silent, asked, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("gpt2x.locate.PROBE_S", 0.5)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        if is_silent:
+            listening.listen()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(
+            UserError, match=r"nor in the Hub's cache, and the Hub cannot be reached \(.+\); connect, or"
+        ):
+            find_model("owner/name")
+    assert time.monotonic() - began < 5
 
 
 def test_without_a_connection_the_cache_serves_from_then_on_without_another_try(asked, monkeypatch, tmp_path, capsys):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from gpt2x.config import PreparationRecipe, TokenizerSection
+from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
 from gpt2x.shards.corpus import is_validation
 from gpt2x.shards.index import load_index
@@ -385,3 +385,15 @@ def test_the_statistics_say_what_was_made_and_left_out(recipe, corpus_dir):
     longest = max(int(np.diff(shard.documents).max()) for shard in load_index(recipe.output_dir).open_split("train"))
     assert lines[0].endswith(f" bytes per token, the longest document {longest} tokens")
     assert lines[2] == "left out: 1 empty"
+
+
+def test_a_renewed_signature_of_an_address_is_no_other_recipe(recipe):
+    tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+
+    def made_of(signature):
+        address = f"https://reader:{signature}@host.example/rows.jsonl?part=1&X-Amz-Signature={signature}"
+        corpus = CorpusSection(kind="dataset", dataset="json", data_files=[address])
+        return plan_of(dataclasses.replace(recipe, corpus=corpus), tokenizer).made_of
+
+    assert made_of("ONE") == made_of("TWO")
+    assert made_of("ONE")["data_files"] == ["https://host.example/rows.jsonl?part=1"]

@@ -332,7 +332,7 @@ class GPT2XPreTrainedModel(PreTrainedModel):
         """Loads the stock class and hands its converted weights to a GPT2X model, both on the CPU."""
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         stock, loading = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, **hub_kwargs
+            name_or_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **hub_kwargs
         )
         if loading["unexpected_keys"]:
             raise ValueError(

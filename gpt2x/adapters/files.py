@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt2x.adapters.layers import adapter_weights
 from gpt2x.errors import UserError
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.shards.tokenizer import write_tokenizer
 from modeling_gpt2x import save_config
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def save_adapters(
     Returns:
         The model_type of the base.
     """
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     tensors = dict(adapter_weights(model) if weights is None else weights)
     metadata = {"format": "pt", "base_sha256": _base_sha256(model)}
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata=metadata)
@@ -146,7 +146,7 @@ def save_merged(model: "PeftModel", directory: Path, tokenizer: PreTrainedTokeni
     Returns:
         Its model_type.
     """
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     base = model.get_base_model()
     base.save_pretrained(directory, state_dict=merged_weights(model))
     save_config(base.config, directory)

@@ -8,11 +8,12 @@ import torch
 
 from gpt2x.adapters import whole_model
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, load_for_inference
+from gpt2x.locate import find_model, local_path
+from gpt2x.models import load_for_inference
 from gpt2x.publishing.comparison import Difference
 from gpt2x.publishing.files import size_bytes, whole_or_nothing
 from gpt2x.publishing.recipes import ExportRecipe
-from gpt2x.shards.tokenizer import load_tokenizer, save_tokenizer
+from gpt2x.shards.tokenizer import load_tokenizer, write_tokenizer
 
 _NEEDED = {"native": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
 # Model types that transformers.js loads by name.
@@ -56,7 +57,7 @@ def _export_native(recipe: ExportRecipe, directory: str) -> Export:
     from gpt2x.publishing.native import check_native, load_native, write_native
 
     with whole_or_nothing(recipe.output_dir) as partial:
-        save_tokenizer(load_tokenizer(directory), partial)
+        write_tokenizer(load_tokenizer(directory), partial)
         write_native(load_native(directory), partial, dtype=recipe.dtype)
         difference = check_native(partial, load_native(directory), dtype=recipe.dtype)
         num_bytes = size_bytes(partial, "*.safetensors")
@@ -67,7 +68,7 @@ def _export_onnx(recipe: ExportRecipe, directory: str) -> Export:
     from gpt2x.publishing.onnx import check_onnx, write_onnx
 
     with whole_or_nothing(recipe.output_dir) as partial:
-        save_tokenizer(load_tokenizer(directory), partial)
+        write_tokenizer(load_tokenizer(directory), partial)
         model = load_for_inference(directory, dtype=torch.float32)
         onnx_file = write_onnx(model, partial, dtype=recipe.dtype)
         difference = check_onnx(partial, load_for_inference(directory, dtype=torch.float32), dtype=recipe.dtype)
@@ -96,7 +97,7 @@ def _export_gguf(recipe: ExportRecipe, directory: str) -> Export:
 
 def model_name(model: str) -> str:
     """What to call a model: a run's name for its directory and those inside it, else the last part of the path."""
-    path = Path(model).resolve() if Path(model).exists() else Path(model)
+    path = local_path(model).resolve() if local_path(model).exists() else Path(model)
     while path.name in ("final", "model", "checkpoints") or path.parent.name == "checkpoints":
         path = path.parent
     return path.name

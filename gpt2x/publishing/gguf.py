@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt2x.errors import UserError
+from gpt2x.locate import from_pretrained
 from gpt2x.publishing.comparison import Difference, compare, model_logits, sample_batch
 from gpt2x.publishing.gguf_tokenizer import add_tokenizer
 
@@ -196,8 +197,8 @@ def check_gguf(gguf_file: Path, model: PreTrainedModel, *, dtype: str) -> Differ
         if not distance <= tolerance:
             raise UserError(f"{name} differs by {distance:.2g} in the {dtype} export; export as float32.")
     # transformers reads neither Qwen3's head_dim nor GPT-2's n_positions from the file, so it is told the config.
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, config=model.config, dtype=torch.float32
+    loaded = from_pretrained(
+        AutoModelForCausalLM, gguf_file.parent, gguf_file=gguf_file.name, config=model.config, dtype=torch.float32
     )
     ids_BT, mask_BT = sample_batch(model)
     logits_BTV, expected_BTV = (model_logits(each.eval(), ids_BT, mask_BT) for each in (loaded, model))

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, is_hub_id
+from gpt2x.locate import does_not_exist, find_model, is_hub_id
 from gpt2x.publishing.model_card import model_card
 from gpt2x.publishing.run_files import RunFiles
 
@@ -77,9 +77,9 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     Raises:
         UserError: where there is no model.
     """
+    if not directory.is_dir():  # a Hub id is nothing to push
+        raise does_not_exist(str(directory), "the directory of a run or of a model")
     model_dir = Path(find_model(str(directory)))
-    if not model_dir.is_dir():
-        raise UserError(f"{directory} does not exist; give the directory of a run or of a model.")
     _check_base(model_dir / "adapter_config.json")
     files = {}
     for file in sorted(path for path in model_dir.rglob("*") if path.is_file()):

@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from gpt2x.publishing.published_model import PublishedModel, is_hub_id
+from gpt2x.locate import is_hub_id
+from gpt2x.publishing.published_model import PublishedModel
 from gpt2x.publishing.run_files import RunFiles
 
 _ARCHITECTURE = {

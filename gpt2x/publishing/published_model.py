@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2x.models import find_model, is_hub_id
+from gpt2x.locate import find_model, is_hub_id
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _READERS = {
@@ -41,9 +41,7 @@ class PublishedModel:
         Raises:
             UserError: where there is no model.
         """
-        places = (directory, directory / "final")
-        model_dir = next((place for place in places if (place / _ADAPTER_CONFIG).is_file()), None)
-        model_dir = model_dir or Path(find_model(str(directory)))
+        model_dir = Path(find_model(str(directory)))
         adapters = _read(model_dir / _ADAPTER_CONFIG)
         settings = _read(model_dir / "tokenizer_config.json")
         end = settings.get("eos_token")

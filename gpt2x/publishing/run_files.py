@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from gpt2x.addresses import without_secrets
 from gpt2x.reporting import read_metrics
 
 
@@ -35,7 +36,7 @@ class RunFiles:
             for record in read_metrics(run_dir):
                 last_values |= {key: value for key, value in record.items() if value is not None}
         return cls(
-            recipe=yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")),
+            recipe=without_secrets(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))),
             stats=json.loads(stats_file.read_text()) if stats_file.is_file() else {},
             last_values=last_values,
             plots=sorted((run_dir / "plots").glob("*.png")),

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2x.errors import UserError
 from gpt2x.files import discard, make_directory
+from gpt2x.locate import local_path
 from gpt2x.shards.files import Shard, token_dtype, write_shard
 from gpt2x.shards.foreign_bytes import byte_counter
 from gpt2x.shards.import_recipe import ImportRecipe
@@ -54,8 +54,8 @@ def _import(recipe: ImportRecipe, source: TokenSet, made_of: dict[str, Any]) -> 
         eos_token_id=tokenizer.eos_token_id,
         recipe=made_of,
     )
-    if Path(recipe.tokenizer).resolve() != index.tokenizer_dir.resolve():
-        save_tokenizer(tokenizer, index.tokenizer_dir)
+    if local_path(recipe.tokenizer).resolve() != index.tokenizer_dir.resolve():
+        save_tokenizer(tokenizer, index.tokenizer_dir, replaces=True)
     write_index(index)
     return index
 

@@ -10,13 +10,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError, discard, locked, make_directory, remove_leftovers
+from gpt2x.locate import holds_tokenizer, local_path, place_to_write, say
 from gpt2x.shards.chats import read_chats, spoken_text
 from gpt2x.shards.corpus import Reading, open_corpus, read_pieces, size_to_read
 from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, entry_of, write_index
@@ -38,10 +38,11 @@ from gpt2x.shards.scan import cache_dir
 from gpt2x.shards.sources import read_record, with_sha256, write_record
 from gpt2x.shards.tasks import prepare_task, run_task
 from gpt2x.shards.tokenizer import (
-    is_saved,
+    check_training,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
+    training_of,
     vocabulary_size,
 )
 from gpt2x.shards.workers import run_parts, usable_cores
@@ -86,7 +87,8 @@ def _tokenizer_of(recipe: PreparationRecipe) -> PreTrainedTokenizerFast:
     section, own = recipe.tokenizer, recipe.output_dir / "tokenizer"
     record = read_record(recipe.output_dir)
     is_another = record is not None and record["tokenizer"] != section.path
-    if (recipe.output_dir / INDEX_FILE).is_file() and is_saved(own) and not (is_saved(section.path) or is_another):
+    has_own = (recipe.output_dir / INDEX_FILE).is_file() and holds_tokenizer(own)
+    if has_own and not (holds_tokenizer(local_path(section.path)) or is_another):
         section = dataclasses.replace(section, path=str(own))
     return prepare_tokenizer(section, recipe.corpus, as_chat=recipe.chat is not None)
 
@@ -117,8 +119,8 @@ def prepare_tokenizer(
         UserError: where the saved one has another vocabulary size; and what training and loading raise.
     """
     with ExitStack() as stack:
-        if section.vocab_size is not None and not is_saved(section.path):
-            key = hashlib.sha256(str(Path(section.path).resolve()).encode()).hexdigest()[:32]
+        if section.vocab_size is not None and not holds_tokenizer(local_path(section.path)):
+            key = hashlib.sha256(str(local_path(section.path).resolve()).encode()).hexdigest()[:32]
             with suppress(UnwritableError):  # then two would train the same, and one would complain
                 make_directory(cache_dir())
                 stack.enter_context(locked(cache_dir() / f"tokenizer-{key}.lock", waits=True))
@@ -126,11 +128,17 @@ def prepare_tokenizer(
 
 
 def _prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool) -> PreTrainedTokenizerFast:
-    if section.vocab_size is not None and not is_saved(section.path):
-        reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
-        with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
-            texts = _training_texts(reading, corpus, as_chat=as_chat)
-            save_tokenizer(train_tokenizer(texts, section), Path(section.path))
+    if section.vocab_size is not None:
+        made_of, directory = training_of(section, corpus, as_chat=as_chat), local_path(section.path)
+        if holds_tokenizer(directory):
+            check_training(directory, made_of)
+        else:
+            directory = place_to_write(section.path, field="tokenizer.path")
+            reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
+            say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
+            with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
+                texts = _training_texts(reading, corpus, as_chat=as_chat)
+                save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
     tokenizer = load_tokenizer(section.path)
     if section.vocab_size not in (None, vocabulary_size(tokenizer)):
         raise UserError(
@@ -175,8 +183,8 @@ def _finalize(plan: Plan) -> Index:
         recipe=plan.made_of,
         dropped=dict(sum((Counter(record["dropped"]) for record in records), Counter())),
     )
-    if Path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
-        save_tokenizer(plan.tokenizer, index.tokenizer_dir)
+    if local_path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
+        save_tokenizer(plan.tokenizer, index.tokenizer_dir, replaces=True)
     _remove_unlisted_shards(index)
     sha256 = {name: value for record in records for name, value in record["sha256"].items()}
     files = [with_sha256(file, sha256) for file in sources.found]

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import TypedDict
 
+from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection, PreparationRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, locked, make_directory, read_json, write_file
@@ -90,7 +91,7 @@ def plan_of(recipe: PreparationRecipe, tokenizer: PreTrainedTokenizerFast) -> Pl
     if recipe.chat is not None:
         tokenizer = chat_tokenizer(tokenizer, recipe.chat)
     made_of = {
-        **dataclasses.asdict(recipe.corpus),
+        **without_secrets(dataclasses.asdict(recipe.corpus)),
         "tokens_per_shard": recipe.tokens_per_shard,
         "num_tasks": recipe.num_tasks,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -113,7 +114,7 @@ def finished_index(plan: Plan) -> Index | None:
         return None
     index = load_index(plan.output_dir)
     # An index does not list the fields that came after it; they had no effect.
-    found = {**dataclasses.asdict(CorpusSection()), **_flat(index.recipe)}
+    found = {**dataclasses.asdict(CorpusSection()), **_flat(without_secrets(index.recipe))}
     wanted = _flat(plan.made_of)
     has_chat = found.get("chat") == wanted.get("chat")
     keys = [key for key in wanted | found if (has_chat or not key.startswith("chat.")) and key in {*wanted, "chat"}]

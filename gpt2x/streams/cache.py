@@ -189,7 +189,7 @@ def _keep_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None
     """Saves the tokenizer for the filler, which does not load transformers."""
     wanted = tokenizer_fingerprint(tokenizer)
     if not is_saved(directory) or tokenizer_fingerprint(load_tokenizer(directory)) != wanted:
-        save_tokenizer(tokenizer, directory)
+        save_tokenizer(tokenizer, directory, replaces=True)
 
 
 def _opened(file: Path, sha256: str) -> Shard | None:

@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 from tokenizers import Tokenizer
 
+from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
 from gpt2x.files import discard, locked, make_directory
@@ -89,7 +90,7 @@ def fill(filler: "Filler") -> None:
         )
     except UserError as error:
         message = f"stream {name!r}: {error}"
-    write_failure(filler.cache_dir, message)
+    write_failure(filler.cache_dir, without_secrets(message))
 
 
 class Filler:

@@ -19,6 +19,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
+from gpt2x.addresses import without_secrets
 from gpt2x.files import DamagedError, make_directory, read_json, write_file
 from gpt2x.shards.index import ShardEntry, ShardEntryContent, entry_of
 
@@ -154,7 +155,7 @@ class Ledger:
 def ledger_of_json(content: LedgerContent) -> Ledger:
     """What Ledger.as_json gave."""
     return Ledger(
-        definition=content["definition"],
+        definition=without_secrets(content["definition"]),  # older versions kept them
         beginning=beginning_of_json(content["beginning"]),
         shards={shard["number"]: _shard_of_json(shard) for shard in content["shards"]},
         validation=entry_of(content["validation"]) if content["validation"] else None,

@@ -10,15 +10,12 @@ directory without a manifest that fits is never resumed from. Nothing here is ev
 """
 
 import json
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Required
 
 from typing_extensions import TypedDict
 
-from gpt2x.errors import UserError
 from gpt2x.files import (
     DamagedError,
     parse_json,
@@ -29,12 +26,10 @@ from gpt2x.files import (
     unwritable,
     whole_directory,
 )
-from gpt2x.training.manifest import damage_of, missing_or_cut, write_manifest
+from gpt2x.manifest import damage_of, missing_or_cut, named_checkpoints, write_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,17})")
 
 
 class Trainer(TypedDict, total=False):
@@ -61,13 +56,6 @@ class Trainer(TypedDict, total=False):
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run_dir / "checkpoints" / f"step-{step:06d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is named after."""
-    found = _NAME.fullmatch(checkpoint.name)
-    assert found is not None
-    return int(found[1])
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -125,24 +113,6 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
         UserError: where the directory of checkpoints cannot be read.
     """
     return [path for path in named_checkpoints(run_dir) if missing_or_cut(path) is None]
-
-
-def named_checkpoints(run_dir: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, whole or not, oldest first.
-
-    Raises:
-        UserError: where the directory of checkpoints cannot be read.
-    """
-    directory = run_dir / "checkpoints"
-    try:
-        names = os.listdir(directory)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be read ({error.strerror}); mend that, and the same command goes on."
-        ) from error
-    return sorted((directory / name for name in names if _NAME.fullmatch(name)), key=step_of)
 
 
 def newest_checkpoint(

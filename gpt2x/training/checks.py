@@ -6,6 +6,7 @@ from gpt2x.batches.source import tokens_of
 from gpt2x.batches.whole_documents import open_file_source
 from gpt2x.config import PreparationRecipe, TrainingRecipe, accumulation_steps
 from gpt2x.errors import UserError
+from gpt2x.locate import find_model
 from gpt2x.shards.index import INDEX_FILE
 
 
@@ -19,10 +20,13 @@ def check_before_torch(recipe: TrainingRecipe, *, num_processes: int, run_dir: P
             checkpoint has the sha256 of.
 
     Raises:
-        UserError: for a batch that cannot be cut evenly; for shards that are missing, broken, too few, or of ids
-            outside their vocabulary; for those of another preparation, or of texts that have changed since.
+        UserError: for a batch that cannot be cut evenly; for a model to start from that is not there or not whole; for
+            shards that are missing, broken, too few, or of ids outside their vocabulary; for those of another
+            preparation, or of texts that have changed since.
     """
     check_batch(recipe, num_processes=num_processes)
+    if recipe.init_from is not None:
+        find_model(recipe.init_from)
     _check_hellaswag(recipe.evaluation.hellaswag)
     has_begun = any((run_dir / "checkpoints").glob("step-*")) or (run_dir / "stats.json").exists()
     for preparation in _preparations(recipe):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt2x.files import DamagedError, set_aside, tell_once, whole_directory
-from gpt2x.training.manifest import MANIFEST, damage_of, strangers_in, write_manifest
+from gpt2x.manifest import MANIFEST, damage_of, strangers_in, write_manifest
 
 
 def damage_of_final(final: Path) -> str | None:

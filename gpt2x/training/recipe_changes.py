@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from gpt2x.addresses import without_secrets
 from gpt2x.config import BUDGETS, TrainingRecipe, to_yaml
 
 Changes = Mapping[str, tuple[Any, Any]]
@@ -32,7 +33,7 @@ def changes_between(recorded: Mapping[str, Any], recipe: TrainingRecipe) -> Chan
         recorded: the recipe that ran, as plain data.
         recipe: what is to be run.
     """
-    before, after = _flat(recorded), _flat(plain(recipe))
+    before, after = _flat(without_secrets(recorded)), _flat(plain(recipe))
     fields = [field for field in before | after if field.split(".")[0] not in _NOT_PART_OF_A_RUN]
     # what the version that recorded the recipe did not have yet
     fields = [field for field in fields if field in before or field.split(".")[0] not in _SECTIONS_THAT_GROW]

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gpt2x.addresses import without_secrets
 from gpt2x.models import flops_per_token
 from gpt2x.training.devices import peak_flops
 from gpt2x.training.job import Job
@@ -34,7 +35,7 @@ class Recorder:
         )
         self._shown, self._warned = 0.0, -math.inf
         with self.failures.tolerated("tracker", say=self.say):
-            accelerator.init_trackers("gpt2x", config=_scalars(dataclasses.asdict(job.recipe)))
+            accelerator.init_trackers("gpt2x", config=_scalars(without_secrets(dataclasses.asdict(job.recipe))))
 
     def record(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and sends it to the trackers. What is not finite is recorded as null.

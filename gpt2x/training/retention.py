@@ -7,7 +7,8 @@ from pathlib import Path
 from gpt2x.config import TrainSection
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, tell_once
-from gpt2x.training.checkpoints import Trainer, list_checkpoints, read_trainer, remove_checkpoints, step_of
+from gpt2x.manifest import step_of
+from gpt2x.training.checkpoints import Trainer, list_checkpoints, read_trainer, remove_checkpoints
 from gpt2x.training.state import Progress
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpt2x.training.checkpoints import list_checkpoints, step_of
+from gpt2x.manifest import step_of
+from gpt2x.training.checkpoints import list_checkpoints
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -14,7 +14,7 @@ from published_models import random_model
 
 from gpt2x.errors import UserError
 from gpt2x.publishing.recipes import ExportRecipe
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.shards.tokenizer import write_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
@@ -38,7 +38,7 @@ def model():
 def exported(model, tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("onnx") / "llama"
     model.save_pretrained(directory)
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     export = export_model(ExportRecipe(model=str(directory), to="onnx"))
     assert export.difference.largest < 1e-4
     assert export.path == directory / "exports" / "onnx" / "onnx" / "model.onnx"

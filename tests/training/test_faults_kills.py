@@ -22,7 +22,7 @@ from gpt2x.training.lock import locked
 POINTS = [
     "gpt2x.training.saving:HostCopies.take:before:2",
     "gpt2x.training.trainee:save_model:after:2",
-    "gpt2x.training.manifest:sha256_of:after:20",
+    "gpt2x.manifest:sha256_of:after:20",
     "gpt2x.files:sync:before:40",
     "gpt2x.training.retention:remove_checkpoints:before:2",
     "gpt2x.training.steps:count_targets:after:14",

@@ -252,7 +252,7 @@ def test_a_directory_that_is_moved_or_removed_under_a_run_ends_it_and_is_not_mad
         return make_job(recipe, replace(run, hold=hold.enter_context(locked(run.path))), accelerator)
 
     monkeypatch.setattr(loop, "reserve_copies", moving)
-    monkeypatch.setattr("conftest.make_job", make_held_job)
+    monkeypatch.setitem(pretrain.__globals__, "make_job", make_held_job)
     recipe = changed(recipe, train={"logging_steps": 50, "save_steps": 2}, evaluation={"eval_steps": None})
     with hold, pytest.raises(UserError, match=r"runs/tiny was moved or removed while the run was writing to it"):
         pretrain(recipe)

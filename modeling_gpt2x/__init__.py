@@ -12,6 +12,7 @@ from .configuration_gpt2x import GPT2XConfig
 from .conversion_gpt2x import (
     from_stock_config,
     from_stock_state_dict,
+    save_config,
     stock_model_type,
     to_stock_config,
     to_stock_state_dict,
@@ -47,6 +48,7 @@ __all__ = [
     "chunked_linear_cross_entropy",
     "from_stock_config",
     "from_stock_state_dict",
+    "save_config",
     "stock_model_type",
     "to_stock_config",
     "to_stock_state_dict",

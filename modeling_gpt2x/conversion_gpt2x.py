@@ -7,8 +7,11 @@ Shapes: H heads, D = 2 * E width of a head, C hidden size.
 """
 
 import copy
+import json
 import re
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,6 +159,19 @@ def to_stock_config(config: GPT2XConfig) -> PreTrainedConfig:
     if model_type == "qwen3":
         fields["use_sliding_window"] = fields["sliding_window"] is not None
     return AutoConfig.for_model(model_type, dtype=config.dtype, **fields)
+
+
+def save_config(config: PreTrainedConfig, directory: str | PathLike) -> None:
+    """Writes config.json, with RoPE also at its top level: transformers 4 and mistral.rs read it there only."""
+    config.save_pretrained(directory)
+    config_file = Path(directory) / "config.json"
+    fields = json.loads(config_file.read_text(encoding="utf-8"))
+    rope = fields.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        fields["rope_theta"] = rope["rope_theta"]
+        if rope["rope_type"] != "default":
+            fields["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config_file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def from_stock_config(stock_config: PreTrainedConfig) -> GPT2XConfig:
@@ -310,6 +326,7 @@ __all__ = [
     "check_model_type",
     "from_stock_config",
     "from_stock_state_dict",
+    "save_config",
     "stock_model_type",
     "to_stock_config",
     "to_stock_state_dict",

@@ -112,6 +112,11 @@ BROKEN_RULES = [
         "data.sources: two are called 'x'; give each its own name.",
     ),
     (HubSection, {"push": True}, "hub.push needs hub.repo_id: USER/NAME."),
+    (
+        HubSection,
+        {"push": True, "repo_id": "user/name", "public": True},
+        "hub.public needs hub.license, an identifier that the Hub knows: mit, apache-2.0, other ...",
+    ),
     (SourceSection, {"path": "x", "weight": 0.0}, "data.sources.weight (0.0) must be positive."),
     (
         StreamSection,

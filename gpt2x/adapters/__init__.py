@@ -11,6 +11,7 @@ they keep packed documents apart by their ``position_ids``.
 from gpt2x.adapters.base import load_base
 from gpt2x.adapters.files import load_adapters, merged_weights, save_adapters, save_merged
 from gpt2x.adapters.layers import adapter_weights, add_adapters
+from gpt2x.adapters.merging import whole_model
 
 __all__ = [
     "adapter_weights",
@@ -20,4 +21,5 @@ __all__ = [
     "merged_weights",
     "save_adapters",
     "save_merged",
+    "whole_model",
 ]

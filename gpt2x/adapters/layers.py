@@ -43,13 +43,13 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, *, seed: int) -> 
         target_modules=targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in _linear_layers(model).values()),
     )
-    with torch.random.fork_rng(), _peft_warnings_ignored():
+    with torch.random.fork_rng(), peft_warnings_ignored():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
 
 @contextmanager
-def _peft_warnings_ignored() -> Iterator[None]:
+def peft_warnings_ignored() -> Iterator[None]:
     """Of these none is for the user: peft asks transformers by an old name, and corrects fan_in_fan_out by layer."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)

@@ -16,9 +16,13 @@ class HubSection:
     """The repository, USER/NAME; made where it is not there."""
     public: bool = False
     """Whether a new repository is visible to everyone."""
-    license: str = "apache-2.0"
-    """The model's licence, an identifier that the Hub knows."""
+    license: str | None = None
+    """The model's licence, an identifier that the Hub knows; needed where it is public, else it may be left open."""
 
     def __post_init__(self) -> None:
         if self.push and self.repo_id is None:
             raise ValueError("hub.push needs hub.repo_id: USER/NAME.")
+        if self.push and self.public and self.license is None:
+            raise ValueError(
+                "hub.public needs hub.license, an identifier that the Hub knows: mit, apache-2.0, other ..."
+            )

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
+from gpt2x.adapters import whole_model
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, load_for_inference
+from gpt2x.locate import find_model, local_path
+from gpt2x.models import load_for_inference
 from gpt2x.publishing.comparison import Difference
 from gpt2x.publishing.files import check_output, size_bytes, whole_or_nothing
 from gpt2x.publishing.recipes import ExportRecipe
 from gpt2x.publishing.reference import Reference
-from gpt2x.shards.tokenizer import load_tokenizer, save_tokenizer
+from gpt2x.shards.tokenizer import load_tokenizer, write_tokenizer
 
 _NEEDED = {"native": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
 # Model types that transformers.js loads by name.
@@ -34,21 +36,18 @@ class Export:
 
 
 def export_model(recipe: ExportRecipe) -> Export:
-    """Exports a model.
+    """Exports a model; adapters are merged into their base.
 
     Raises:
         UserError: where there is no whole model, where the form cannot hold it, where the result computes something
             else, where it cannot be written, and where a library that the form needs is not installed.
     """
     _check_installed(recipe.to)
-    directory = find_model(recipe.model)
-    if (Path(directory) / "adapter_config.json").exists():
-        raise UserError(
-            f"{recipe.model} holds adapters, not a model; make it one by lora.merge true in the run they are of."
-        )
-    check_output(recipe.output_dir, source=directory)
     exporters = {"native": _export_native, "onnx": _export_onnx, "gguf": _export_gguf}
-    return exporters[recipe.to](recipe, directory)
+    found = find_model(recipe.model)
+    check_output(recipe.output_dir, source=found)
+    with whole_model(found) as directory:
+        return exporters[recipe.to](recipe, directory)
 
 
 def _check_installed(form: str) -> None:
@@ -62,7 +61,7 @@ def _export_native(recipe: ExportRecipe, directory: str) -> Export:
 
     reference = Reference.read(directory)
     with whole_or_nothing(recipe.output_dir) as partial:
-        save_tokenizer(load_tokenizer(directory), partial)
+        write_tokenizer(load_tokenizer(directory), partial)
         write_native(load_native(directory), partial, dtype=recipe.dtype)
         difference = check_native(partial, reference, dtype=recipe.dtype)
         num_bytes = size_bytes(partial, "*.safetensors")
@@ -74,7 +73,7 @@ def _export_onnx(recipe: ExportRecipe, directory: str) -> Export:
 
     reference = Reference.read(directory)
     with whole_or_nothing(recipe.output_dir) as partial:
-        save_tokenizer(load_tokenizer(directory), partial)
+        write_tokenizer(load_tokenizer(directory), partial)
         model = load_for_inference(directory, dtype=torch.float32)
         onnx_file = write_onnx(model, partial, dtype=recipe.dtype)
         difference = check_onnx(partial, reference, dtype=recipe.dtype)
@@ -104,7 +103,7 @@ def _export_gguf(recipe: ExportRecipe, directory: str) -> Export:
 
 def model_name(model: str) -> str:
     """What to call a model: a run's name for its directory and those inside it, else the last part of the path."""
-    path = Path(model).resolve() if Path(model).exists() else Path(model)
+    path = local_path(model).resolve() if local_path(model).exists() else Path(model)
     while path.name in ("final", "model", "checkpoints") or path.parent.name == "checkpoints":
         path = path.parent
     return path.name

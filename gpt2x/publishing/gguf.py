@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt2x.errors import UserError
+from gpt2x.locate import from_pretrained
 from gpt2x.publishing.comparison import Difference, compare, model_logits
 from gpt2x.publishing.gguf_tokenizer import add_tokenizer
 from gpt2x.publishing.reference import Reference
@@ -202,8 +203,8 @@ def check_gguf(gguf_file: Path, model: PreTrainedModel, reference: Reference, *,
         if not distance <= tolerance:
             raise UserError(f"{name} differs by {distance:.2g} in the {dtype} export; export as float32.")
     # transformers reads neither Qwen3's head_dim nor GPT-2's n_positions from the file, so it is told the config.
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, config=model.config, dtype=torch.float32
+    loaded = from_pretrained(
+        AutoModelForCausalLM, gguf_file.parent, gguf_file=gguf_file.name, config=model.config, dtype=torch.float32
     )
     logits_BTV = model_logits(loaded.eval(), reference.ids, reference.mask)
     return compare(logits_BTV, reference.logits, reference.mask, dtype=dtype)

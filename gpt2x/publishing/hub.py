@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, is_hub_id
+from gpt2x.locate import does_not_exist, find_model, is_hub_id
 from gpt2x.publishing.model_card import model_card
 from gpt2x.publishing.published_model import ADAPTER_CONFIG, read_adapter_config
 from gpt2x.publishing.reference import load_strictly
@@ -42,8 +40,8 @@ class Push:
     """USER/NAME."""
     is_public: bool = False
     """Whether a repository made now is visible to everyone; one that exists stays as it is."""
-    license: str = "apache-2.0"
-    """The licence named on the card."""
+    license: str | None = None
+    """The licence named on the card; None for a card that names none."""
     time_limit_s: float | None = None
     """Seconds until the upload is given up; None for ten minutes and one second per megabyte."""
 
@@ -83,30 +81,24 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     Raises:
         UserError: where there is no model, or a damaged one.
     """
+    if not directory.is_dir():  # a Hub id is nothing to push
+        raise does_not_exist(str(directory), "the directory of a run or of a model")
     model_dir = Path(find_model(str(directory)))
-    if not model_dir.is_dir():
-        raise UserError(f"{directory} does not exist; give the directory of a run or of a model.")
     files = {}
     for file in sorted(path for path in model_dir.rglob("*") if path.is_file()):
         parts = file.relative_to(model_dir).parts
         is_left_out = parts[0] in _LEFT_OUT or any(part.startswith((".", "__")) for part in parts[:-1])
         if not is_left_out and not file.name.startswith(".") and file.suffix not in (".tmp", ".partial"):
             files["/".join(parts)] = file
-    _check_whole(model_dir, files.values())
+    _check_whole(model_dir)
     for plot in RunFiles.of(directory).plots:
         files[f"plots/{plot.name}"] = plot
     return files
 
 
-def _check_whole(model_dir: Path, files: Iterable[Path]) -> None:
-    """Raises a UserError where others could not load a model, as far as headers tell: weights are cut, lack a tensor
-    or have one of another shape, or are adapters of a model that only this machine has."""
-    for file in (file for file in files if file.suffix == ".safetensors"):
-        try:
-            with safe_open(file, "pt"):  # which compares the file's size with what its header says
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged ({error}); push a whole model.") from error
+def _check_whole(model_dir: Path) -> None:
+    """Raises a UserError where others could not load a model, as far as headers tell: it lacks a tensor or has one of
+    another shape, or they are adapters of a model that only this machine has."""
     is_adapter, is_onnx = os.path.lexists(model_dir / ADAPTER_CONFIG), any(model_dir.glob("onnx/*.onnx"))
     if is_adapter:
         base = read_adapter_config(model_dir)["base_model_name_or_path"]
@@ -174,6 +166,8 @@ def _reason(answer: dict[str, Any]) -> str:
 def _failed(directory: Path, push: Push, reason: str) -> UserError:
     """The one line of a failure. The client's own messages never hold the token; this makes sure."""
     command = f"python scripts/push_to_hub.py {shlex.quote(str(directory))} --repo_id {push.repo_id}"
+    command += " --public true" if push.is_public else ""
+    command += f" --license {shlex.quote(push.license)}" if push.license is not None else ""
     line = f"{push.repo_id} was not updated: {reason}; then `{command}` tries again."
     token = get_token()
     return UserError(line.replace(token, "<token>") if token else line)

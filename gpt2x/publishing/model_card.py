@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from gpt2x.publishing.published_model import PublishedModel, is_hub_id
+from gpt2x.locate import is_hub_id
+from gpt2x.publishing.published_model import PublishedModel
 from gpt2x.publishing.run_files import RunFiles
 
 _ARCHITECTURE = {
@@ -54,13 +55,13 @@ _METRICS = {
 }
 
 
-def model_card(directory: Path, *, repo_id: str, license: str) -> str:
+def model_card(directory: Path, *, repo_id: str, license: str | None) -> str:
     """The card: metadata in YAML, then how to load the model and chat with it, how it was made and what it is worth.
 
     Args:
         directory: a run's, whose config.yaml, stats.json, metrics.jsonl and plots it reads, or a bare model's.
         repo_id: USER/NAME, for the loading example.
-        license: an identifier that the Hub knows.
+        license: an identifier that the Hub knows; None leaves the licence out.
     """
     run = RunFiles.of(directory)
     model = PublishedModel.of(directory)
@@ -75,12 +76,12 @@ def model_card(directory: Path, *, repo_id: str, license: str) -> str:
         _section("Training", _table(_training(run))),
         _section("Evaluation", _table(_evaluation(run))),
         _section("Curves", "\n\n".join(f"![{plot.stem}](plots/{plot.name})" for plot in run.plots)),
-        _section("Licence", license),
+        _section("Licence", license or ""),
     ]
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"))
 
 
-def _metadata(run: RunFiles, model: PublishedModel, repo_id: str, license: str) -> ModelCardData:
+def _metadata(run: RunFiles, model: PublishedModel, repo_id: str, license: str | None) -> ModelCardData:
     is_whole = model.adapters is None
     model_type = model.config.get("model_type")
     results = [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2x.errors import UserError
+from gpt2x.locate import from_pretrained
 from gpt2x.publishing.comparison import Difference, compare, model_logits
 from gpt2x.publishing.reference import Reference
 from modeling_gpt2x import GPT2XForCausalLM
@@ -16,10 +16,7 @@ def load_native(name_or_path: str) -> GPT2XForCausalLM:
     Raises:
         UserError: where it is neither.
     """
-    try:
-        return GPT2XForCausalLM.from_pretrained(name_or_path, dtype=torch.float32).eval()
-    except (ValueError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    return from_pretrained(GPT2XForCausalLM, name_or_path, dtype=torch.float32).eval()
 
 
 def write_native(model: GPT2XForCausalLM, directory: Path, *, dtype: str) -> None:
@@ -33,6 +30,6 @@ def check_native(directory: Path, reference: Reference, *, dtype: str) -> Differ
     Raises:
         UserError: where the logits differ by more than rounding.
     """
-    loaded = GPT2XForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    loaded = from_pretrained(GPT2XForCausalLM, directory, dtype=torch.float32).eval()
     logits_BTV = model_logits(loaded, reference.ids, reference.mask)
     return compare(logits_BTV, reference.logits, reference.mask, dtype=dtype)

@@ -8,7 +8,6 @@ know, so a module with this signature goes to `torch.onnx.export`.
 Shapes: B sequences, T new tokens, S tokens in the cache, H heads, D width of a head, V vocabulary.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from gpt2x.errors import UserError
 from gpt2x.publishing.comparison import Difference, compare, sample_batch
 from gpt2x.publishing.onnx_generation import FILES, OnnxDecoder
+from gpt2x.publishing.onnx_readers import write_configs
 from gpt2x.publishing.reference import Reference
 
 # LayerNormalization came with 17; what came later helps none of these models and shuts out older runtimes.
@@ -35,7 +35,7 @@ _TOTAL_LENGTH = "past_sequence_length + sequence_length"
 
 
 def write_onnx(model: PreTrainedModel, directory: Path, *, dtype: str) -> Path:
-    """Writes `onnx/model.onnx` (or its float16 or int8 sibling) and the configuration that its readers look for.
+    """Writes `onnx/model.onnx` (or its float16 or int8 sibling) and the configurations that its readers look for.
 
     Args:
         model: any causal language model with a key-value cache, in float32.
@@ -55,9 +55,7 @@ def write_onnx(model: PreTrainedModel, directory: Path, *, dtype: str) -> Path:
     if dtype == "int8":
         graph_model = _quantized(graph_model, onnx_file.with_name("float32.onnx"))
     _save(graph_model, onnx_file)
-    model.config.save_pretrained(directory)
-    model.generation_config.save_pretrained(directory)
-    _describe_to_transformers_js(directory)
+    write_configs(model, graph_model.graph, onnx_file)
     return onnx_file
 
 
@@ -255,14 +253,3 @@ def _save(graph_model: onnx_ir.Model, onnx_file: Path) -> None:
 
 def _data_name(onnx_file: Path) -> str:
     return f"{onnx_file.name}_data"
-
-
-def _describe_to_transformers_js(directory: Path) -> None:
-    """Adds to config.json what transformers.js cannot see in the file: the cache's type, and weights beside it."""
-    config_file = directory / "config.json"
-    config = json.loads(config_file.read_text())
-    config["transformers.js_config"] = {"kv_cache_dtype": {"fp16": "float16"}}
-    beside = {name: 1 for name in FILES.values() if (directory / "onnx" / f"{name}_data").exists()}
-    if beside:
-        config["transformers.js_config"]["use_external_data_format"] = beside
-    config_file.write_text(json.dumps(config, indent=2) + "\n")

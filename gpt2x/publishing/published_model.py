@@ -10,14 +10,16 @@ from typing_extensions import TypedDict
 
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
-from gpt2x.models import find_model, is_hub_id
+from gpt2x.locate import find_model, is_hub_id
 
 Shape = TypeVar("Shape")
 ADAPTER_CONFIG = "adapter_config.json"
 _READERS = {
     "gpt2": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
-    "llama": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
-    "qwen3": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
+    "llama": "transformers, vLLM, mistral.rs and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an "
+    "export",
+    "qwen3": "transformers, vLLM, mistral.rs and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an "
+    "export",
     "nanochat": "transformers as it is; ONNX Runtime and transformers.js after an export",
     "gpt2x": "transformers with `trust_remote_code=True`, since its code is in this repository; ONNX Runtime after an "
     "export",
@@ -63,9 +65,7 @@ class PublishedModel:
         Raises:
             UserError: where there is no model, or one of these files is damaged.
         """
-        places = (directory, directory / "final")
-        model_dir = next((place for place in places if (place / ADAPTER_CONFIG).is_file()), None)
-        model_dir = model_dir or Path(find_model(str(directory)))
+        model_dir = Path(find_model(str(directory)))
         adapters = read_adapter_config(model_dir) if os.path.lexists(model_dir / ADAPTER_CONFIG) else None
         settings_file = model_dir / "tokenizer_config.json"
         settings = _read(settings_file, _TokenizerConfig) if os.path.lexists(settings_file) else {}

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpt2x.locate import local_path
+
 DTYPES = {
     "native": ("float32", "bfloat16", "float16"),
     "onnx": ("float32", "float16", "int8"),
@@ -33,7 +35,7 @@ class ExportRecipe:
         """Where the export goes."""
         if self.output is not None:
             return self.output
-        model = Path(self.model)
+        model = local_path(self.model)
         home = model if model.is_dir() else Path("exports") / model.name
         return home / "exports" / self.to if model.is_dir() else home / self.to
 
@@ -48,11 +50,13 @@ class PushRecipe:
     """The repository, USER/NAME; made where it is not there."""
     public: bool = False
     """Whether a new repository is visible to everyone."""
-    license: str = "apache-2.0"
-    """The model's licence, an identifier that the Hub knows."""
+    license: str | None = None
+    """The model's licence, an identifier that the Hub knows; needed where it is public, else it may be left open."""
     time_limit_s: float | None = None
     """Seconds after which the upload is given up; by default ten minutes and one second per megabyte."""
 
     def __post_init__(self) -> None:
+        if self.public and self.license is None:
+            raise ValueError("public needs license, an identifier that the Hub knows: mit, apache-2.0, other ...")
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             raise ValueError(f"time_limit_s ({self.time_limit_s}) must be positive.")

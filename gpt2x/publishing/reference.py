@@ -18,23 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import modeling_gpt2x
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
+from gpt2x.locate import from_pretrained
 from gpt2x.publishing.comparison import model_logits, positions, sample_batch
 from modeling_gpt2x.modeling_gpt2x import AUTO_MAP
-
-# What transformers raises for files that are cut, of another kind, or say what cannot be.
-_UNREADABLE = (
-    *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError),
-    *(SafetensorError, StrictDataclassError),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +57,7 @@ class Reference:
         if not _is_our_form_with_our_code(Path(name_or_path)):
             return cls.of(load_strictly(name_or_path, dtype=torch.float32).eval())
         load_strictly(name_or_path, device_map="meta")
-        ids_BT, mask_BT = sample_batch(AutoConfig.from_pretrained(name_or_path))
+        ids_BT, mask_BT = sample_batch(from_pretrained(AutoConfig, name_or_path))
         return cls(ids=ids_BT, mask=mask_BT, logits=_logits_by_its_own_code(name_or_path, ids_BT, mask_BT))
 
 
@@ -78,23 +71,14 @@ def load_strictly(name_or_path: str, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: where a file is damaged, a tensor is missing or of another shape; it names it.
     """
-    try:
-        config_file = Path(name_or_path) / "config.json"
-        if config_file.exists():
-            read_json(config_file, dict[str, Any])
-        with _quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                name_or_path,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, by name
-                trust_remote_code=False,
-                **options,
-            )
-    except DamagedError as error:
-        raise UserError(f"{error}; copy the model again.") from error
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the model in {name_or_path} cannot be read: {reason}") from error
+    with _quiet():
+        model, found = from_pretrained(
+            AutoModelForCausalLM,
+            name_or_path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+            **options,
+        )
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise UserError(

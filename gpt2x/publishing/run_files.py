@@ -9,6 +9,7 @@ from typing import Any, NotRequired, cast
 
 from typing_extensions import TypedDict
 
+from gpt2x.addresses import without_secrets
 from gpt2x.files import DamagedError, checked, read_json, read_records, read_yaml
 
 
@@ -56,7 +57,7 @@ class RunFiles:
 
 
 def _recipe(file: Path) -> dict[str, Any]:
-    return cast(dict[str, Any], checked(read_yaml(file), _Recipe, where=str(file)))
+    return cast(dict[str, Any], without_secrets(checked(read_yaml(file), _Recipe, where=str(file))))
 
 
 def _stats(file: Path) -> dict[str, Any]:

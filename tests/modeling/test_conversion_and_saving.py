@@ -54,6 +54,26 @@ def test_stock_to_gpt2x_to_stock_is_bit_exact(name: str, tmp_path: Path) -> None
     assert {k: v for k, v in actual.items() if v != expected.get(k)}.keys() <= SAVED_NOT_COMPUTED
 
 
+@pytest.mark.parametrize(
+    ("model", "theta", "scaling"),
+    [
+        (gpt2, None, None),
+        (lambda: llama(rope_theta=5e5), 5e5, None),
+        (
+            STOCK_MODELS["llama with YaRN"],
+            1000.0,
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        ),
+    ],
+)
+def test_rope_is_also_where_transformers_4_and_mistral_rs_look_for_it(
+    model: Callable[[], PreTrainedModel], theta: float | None, scaling: dict | None, tmp_path: Path
+) -> None:
+    gpt2x_like(model()).save_stock(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields.get("rope_theta"), fields.get("rope_scaling")) == (theta, scaling)
+
+
 @pytest.mark.parametrize("name", STOCK_MODELS)
 def test_gpt2x_to_stock_to_gpt2x_keeps_every_option(name: str) -> None:
     config = from_stock_config(STOCK_MODELS[name]().config)

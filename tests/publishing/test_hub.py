@@ -111,6 +111,12 @@ def test_a_refusal_is_one_line_that_says_how_to_retry(hub, run_dir, path, status
         push_run(run_dir, PUSH)
 
 
+def test_the_command_that_tries_again_has_visibility_and_licence(hub, run_dir):
+    hub.faults["repos/create"] = 401
+    with pytest.raises(UserError, match=r"--repo_id user/tiny --public true --license mit` tries again"):
+        push_run(run_dir, Push(repo_id="user/tiny", is_public=True, license="mit"))
+
+
 def test_a_server_that_does_not_answer_is_given_up_after_the_time_limit(hub, run_dir):
     hub.faults["/commit/"] = "hang"
     with pytest.raises(UserError, match=r"user/tiny was not updated: the Hub did not answer within 2 s .*tries again"):
@@ -164,11 +170,11 @@ def lose_a_tensor(model_dir):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (cut_weights, r"model\.safetensors is damaged \(.*header too small\); push a whole model"),
+        (cut_weights, r"final is damaged \(model\.safetensors is cut or damaged \(.*header too small"),
         (lose_a_tensor, r"lacks model\.norm\.weight, one of 1 missing tensors that its config\.json asks for"),
         (
             lambda model_dir: (model_dir / "model.safetensors").unlink(),
-            "cannot be read: .*no file named model.safetens",
+            "no file named model.safetensors",
         ),
         (lambda model_dir: (model_dir / "config.json").write_text("{"), r"config\.json is no JSON"),
     ],

@@ -78,6 +78,12 @@ def test_its_metadata_says_what_the_hub_shows(run_dir):
     }
 
 
+def test_a_licence_that_nobody_gave_is_on_no_card(run_dir):
+    card = card_of(run_dir, license=None)
+    assert "license" not in card.data.to_dict()
+    assert "licen" not in card.content.lower()
+
+
 def test_its_tables_hold_architecture_data_schedule_and_evaluation(run_dir):
     card = card_of(run_dir)
     assert rows(card, "Architecture") | {"layers": "2", "width": "32", "key and value heads": "2"} == rows(

@@ -15,7 +15,7 @@ from published_models import random_model
 from gpt2x.errors import UserError
 from gpt2x.publishing.recipes import ExportRecipe
 from gpt2x.publishing.reference import Reference
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.shards.tokenizer import write_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
@@ -39,7 +39,7 @@ def model():
 def exported(model, tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("onnx") / "llama"
     model.save_pretrained(directory)
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     export = export_model(ExportRecipe(model=str(directory), to="onnx"))
     assert export.difference.largest < 1e-4
     assert export.path == directory / "exports" / "onnx" / "onnx" / "model.onnx"
@@ -80,6 +80,7 @@ def test_what_readers_look_for_lies_beside_it(exported):
     files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
     assert files == {
         "config.json",
+        "genai_config.json",
         "generation_config.json",
         "onnx/model.onnx",
         "tokenizer.json",
@@ -88,6 +89,19 @@ def test_what_readers_look_for_lies_beside_it(exported):
     config = json.loads((exported / "config.json").read_text())
     assert config["model_type"] == "llama"
     assert config["transformers.js_config"] == {"kv_cache_dtype": {"fp16": "float16"}}
+
+
+def test_genai_config_names_the_inputs_outputs_and_cache_that_the_file_has(exported):
+    settings = json.loads((exported / "genai_config.json").read_text())
+    decoder, layers = settings["model"]["decoder"], range(settings["model"]["decoder"]["num_hidden_layers"])
+    session = onnxruntime.InferenceSession(exported / decoder["filename"])
+    for named, values in ((decoder["inputs"], session.get_inputs()), (decoder["outputs"], session.get_outputs())):
+        names = {name % layer if "%d" in name else name for name in named.values() for layer in layers}
+        assert names == {value.name for value in values}
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    heads, width = shapes["past_key_values.1.value"][1::2]
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (heads, width)
+    assert (settings["search"]["max_length"], settings["model"]["eos_token_id"]) == (128, 0)
 
 
 def test_a_tied_head_is_stored_once_and_no_path_of_this_machine_is(exported, model):

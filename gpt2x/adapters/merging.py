@@ -1,0 +1,39 @@
+"""Adapters and their base as one model, for what reads whole models only."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from gpt2x.adapters.files import ADAPTER_CONFIG, save_merged
+from gpt2x.adapters.layers import peft_warnings_ignored
+from gpt2x.errors import UserError
+from gpt2x.models import find_model, load_for_inference
+from gpt2x.shards.tokenizer import load_tokenizer
+
+
+@contextmanager
+def whole_model(directory: str) -> Iterator[str]:
+    """Yields a model's directory or Hub id as it is, and of adapters a temporary one with the model they make.
+
+    Raises:
+        UserError: where the base of adapters is not there, or peft is not installed.
+    """
+    adapter_config = Path(directory) / ADAPTER_CONFIG
+    if not adapter_config.is_file():
+        yield directory
+        return
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UserError(
+            f"{directory} holds adapters, for which peft is needed, not installed; run pip install -e '.[peft]'."
+        ) from error
+    base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    with tempfile.TemporaryDirectory() as merged_dir, peft_warnings_ignored():
+        model = PeftModel.from_pretrained(load_for_inference(find_model(base), dtype=torch.float32), directory)
+        save_merged(model, Path(merged_dir), load_tokenizer(directory))
+        yield merged_dir

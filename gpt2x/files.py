@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -417,6 +418,7 @@ def locked(file: Path, *, waits: bool = False) -> Iterator[SoftFileLease]:
     with unwritable(file), ExitStack() as stack:
         _acquire(kernel, file, lease, patience_s=-1 if waits else 0)
         stack.callback(kernel.release)
+        _remove_nobodys(lease)
         try:
             _acquire(lease, file, lease, patience_s=1.2 * LEASE_S)
         except BusyError:
@@ -432,6 +434,14 @@ def locked(file: Path, *, waits: bool = False) -> Iterator[SoftFileLease]:
         lease.release()
         file.unlink(missing_ok=True)  # before it is free: whoever has it open then looks for the name again
         kernel.release()
+
+
+def _remove_nobodys(lease: SoftFileLease) -> None:
+    """Removes a lease that a power cut has left without its owner's name, once no heartbeat has touched it for long."""
+    file = Path(lease.lock_file)
+    with suppress(FileNotFoundError):
+        if lease.owner is None and time.time() - file.lstat().st_mtime > LEASE_S:
+            file.unlink()
 
 
 def _acquire(lock: FileLock | SoftFileLease, file: Path, lease: SoftFileLease, *, patience_s: float) -> None:

@@ -416,6 +416,14 @@ def test_a_lease_that_names_nobody_ends_like_one_without_a_heartbeat(tmp_path, m
         assert lease.owner.pid == os.getpid()
 
 
+def test_an_old_lease_that_names_nobody_is_not_waited_for(tmp_path, capsys):
+    (tmp_path / "run.lease").touch()
+    os.utime(tmp_path / "run.lease", times=(0, 0))
+    with locked(tmp_path / "run.lock") as lease:
+        assert lease.owner.pid == os.getpid()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_lease_of_another_machine_that_lives_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LEASE_S", 1.0)
     lease = tmp_path / "run.lease"

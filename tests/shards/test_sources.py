@@ -51,8 +51,8 @@ def corpus(corpus_dir) -> CorpusSection:
 @pytest.fixture
 def recipe(recipe):
     """One part after the other in this process; the tokenizer is there."""
-    tokenizer = dataclasses.replace(recipe.tokenizer, vocab_size=270)
-    prepare_tokenizer(tokenizer, recipe.corpus)
+    prepare_tokenizer(dataclasses.replace(recipe.tokenizer, vocab_size=270), recipe.corpus)
+    tokenizer = dataclasses.replace(recipe.tokenizer, vocab_size=None)
     return dataclasses.replace(recipe, tokenizer=tokenizer, num_workers=1)
 
 
@@ -160,6 +160,7 @@ def test_shards_whose_texts_are_not_here_are_taken_with_a_line(recipe, corpus_di
     index = prepare(recipe)
     shutil.rmtree(corpus_dir)
     shutil.rmtree(recipe.tokenizer.path)
+    recipe = dataclasses.replace(recipe, tokenizer=dataclasses.replace(recipe.tokenizer, vocab_size=270))
     assert prepare(recipe) == index
     assert capsys.readouterr().out.endswith("tokens); the texts are not on this machine, and not compared\n")
 
@@ -343,6 +344,7 @@ preparation.prepare({recipe!r})
 
 def test_of_two_that_prepare_the_same_the_second_finds_it_done(recipe, corpus_dir):
     shutil.rmtree(recipe.tokenizer.path)
+    recipe = dataclasses.replace(recipe, tokenizer=dataclasses.replace(recipe.tokenizer, vocab_size=270))
     code = PREPARE.format(root=str(Path(__file__).parents[2]), recipe=recipe)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pair = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]

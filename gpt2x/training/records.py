@@ -60,13 +60,13 @@ def reopen(run: RunDirectory) -> None:
         set_aside(run.stats_file)
 
 
-def refuse_to_start_over(run: RunDirectory, *, damaged: list[str], has_final: bool) -> None:
+def refuse_to_start_over(run: RunDirectory, *, damaged: list[str], damage_of_final: str | None) -> None:
     """Raises UserError where a run without a whole checkpoint has something that a start from nothing would lose.
 
     Args:
         run: the run.
         damaged: a line for each checkpoint that is damaged.
-        has_final: whether its final model is there and whole.
+        damage_of_final: what is wrong with its final model; None where it is whole.
     """
     recorded = [file.name for file in run.record_files if _content(file)]
     lost = [path.name for path in (run.final_dir, run.stats_file) if os.path.lexists(path)]
@@ -74,11 +74,11 @@ def refuse_to_start_over(run: RunDirectory, *, damaged: list[str], has_final: bo
     if not (lost or damaged or were_removed):
         return
     there = ", ".join([*lost, *recorded, *(["damaged checkpoints"] if damaged else [])])
-    way_on = (
-        f"its model in {run.final_dir} is whole: go on from it by --init_from {run.final_dir} --run.name NEW"
-        if has_final
-        else "bring its checkpoints back, or start another run with --run.name NEW"
-    )
+    way_on = "bring its checkpoints back, or start another run with --run.name NEW"
+    if damage_of_final is None:
+        way_on = f"its model in {run.final_dir} is whole: go on from it by --init_from {run.final_dir} --run.name NEW"
+    elif os.path.lexists(run.stats_file):
+        way_on = f"its final/ is damaged ({damage_of_final}) and cannot be made again; {way_on}"
     first = f" ({damaged[0].partition(';')[0]})" if damaged else ""
     raise UserError(
         f"{run.path} has no whole checkpoint to go on from{first}, and what it holds ({there}) is not given up for a "

@@ -1,7 +1,6 @@
 """From a recipe to a job: everything that is made once, before step 1."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,11 +116,7 @@ def _checkpoint_to_resume(run: RunDirectory, budget_size: float) -> tuple[Path |
     )
     newest, _ = newest_checkpoint(run.path) if checkpoint is None else (checkpoint, [])
     if newest is None:
-        refuse_to_start_over(
-            run,
-            damaged=lines,
-            has_final=os.path.lexists(run.final_dir) and damage_of_final(run.final_dir) is None,
-        )
+        refuse_to_start_over(run, damaged=lines, damage_of_final=damage_of_final(run.final_dir))
     elif newest is not checkpoint:
         lines.append(f"{newest} has begun to decay to another budget, and none from before is left; going on from it.")
     return newest, lines

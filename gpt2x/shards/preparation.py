@@ -61,10 +61,14 @@ def prepare(recipe: PreparationRecipe) -> Index:
     if finished := finished_index(plan):
         shutil.rmtree(tasks_dir(recipe.output_dir), ignore_errors=True)
         return finished
+    check_trained_on(recipe.tokenizer, recipe.corpus, as_chat=as_chat)
     missing = [task for task in range(recipe.num_tasks) if not recorded(plan, task)]
     num_workers = min(recipe.num_workers or usable_cores(), len(missing))
     with _progress(recipe, missing) as progress:
         if num_workers > 1:
+            # The tokenizer lies on this machine by now: no worker asks the Hub for it.
+            tokenizer = dataclasses.replace(recipe.tokenizer, path=plan.tokenizer.name_or_path)
+            recipe = dataclasses.replace(recipe, tokenizer=tokenizer)
             run_parts(_work, recipe, missing, num_workers=num_workers, report=progress.report)
         else:
             for task in missing:
@@ -97,17 +101,14 @@ def prepare_tokenizer(
     Raises:
         UserError: where the saved one has another vocabulary size; and what training and loading raise.
     """
-    if section.vocab_size is not None:
-        made_of, directory = training_of(section, corpus, as_chat=as_chat), local_path(section.path)
-        if holds_tokenizer(directory):
-            check_training(directory, made_of)
-        else:
-            directory = place_to_write(section.path, field="tokenizer.path")
-            reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
-            say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
-            with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
-                texts = _training_texts(reading, corpus, as_chat=as_chat)
-                save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
+    if section.vocab_size is not None and not holds_tokenizer(local_path(section.path)):
+        directory = place_to_write(section.path, field="tokenizer.path")
+        reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
+        say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
+        with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
+            texts = _training_texts(reading, corpus, as_chat=as_chat)
+            made_of = training_of(section, corpus, as_chat=as_chat)
+            save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
     tokenizer = load_tokenizer(section.path)
     if section.vocab_size not in (None, vocabulary_size(tokenizer)):
         raise UserError(
@@ -115,6 +116,12 @@ def prepare_tokenizer(
             f"{vocabulary_size(tokenizer)}; set another tokenizer.path, or delete that directory."
         )
     return tokenizer
+
+
+def check_trained_on(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool = False) -> None:
+    """Raises UserError for a tokenizer that is to be trained on a corpus and was trained on another."""
+    if section.vocab_size is not None:
+        check_training(local_path(section.path), training_of(section, corpus, as_chat=as_chat))
 
 
 def _training_texts(reading: Reading, corpus: CorpusSection, *, as_chat: bool) -> Iterator[str]:
@@ -143,6 +150,7 @@ def prepare_task(recipe: PreparationRecipe, task: int, *, report: Report | None 
         raise UserError(f"task ({task}) must be at least 0 and below num_tasks ({recipe.num_tasks}).")
     plan = plan_of(recipe, load_tokenizer(recipe.tokenizer.path))
     if not finished_index(plan) and not recorded(plan, task):
+        check_trained_on(recipe.tokenizer, recipe.corpus, as_chat=recipe.chat is not None)
         _run_task(plan, task, report or (lambda *_: None))
 
 

@@ -123,12 +123,10 @@ def check_training(directory: Path, wanted: Mapping[str, Any]) -> None:
     Raises:
         UserError: with what differs. One that does not say what it was trained on is used, with a line.
     """
-    if not (directory / TRAINING_FILE).exists():
-        return say(f"using the tokenizer in {directory}, which does not say what it was trained on")
     try:
         found = without_secrets(read_json(directory / TRAINING_FILE, dict[str, Any]))
     except DamagedError as error:
-        return say(f"using the tokenizer in {directory}, which does not say what it was trained on: {error}")
+        return say(f"using the tokenizer in {directory}, which does not say what it was trained on ({error})")
     # A record does not list the fields that came after it; they had no effect.
     differing = [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]
     changed = [f"{key} {found[key]!r} -> {wanted[key]!r}" for key in differing]

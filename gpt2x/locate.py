@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from gpt2x.addresses import without_secrets
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
-from gpt2x.manifest import MANIFEST, checkpoints_in, damage_of_model
+from gpt2x.manifest import MANIFEST, damage_of_model, named_checkpoints
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # Folders by whose name nobody means an owner on the Hub, whether they exist yet or not.
@@ -122,7 +122,7 @@ def find_model(name: str) -> str:
 
 def _model_of_run(run_dir: Path) -> Path:
     # The manifest is written last: what a killed save left has none, or still has a temporary name.
-    candidates = [path / "model" for path in reversed(checkpoints_in(run_dir)) if (path / MANIFEST).exists()]
+    candidates = [path / "model" for path in reversed(named_checkpoints(run_dir)) if (path / MANIFEST).exists()]
     if _names_a_model(run_dir / "final"):
         candidates.insert(0, run_dir / "final")
     damaged: list[str] = []

@@ -1,7 +1,7 @@
 """Whether the files of a model are whole, as far as that can be known without loading them.
 
-A checkpoint has a manifest with the size and sha256 of every file, written last. Any other directory of a model has
-the sizes in the headers of its safetensors files, and the names of its shards in their index.
+A checkpoint has a manifest with the size and sha256 of every file, written last. Any directory of a model has the
+sizes in the headers of its safetensors files, and the names of its shards in their index.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from gpt2x.files import DamagedError, read_json
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-([0-9]{6,})")
+_NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,17})")
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
@@ -34,7 +34,7 @@ class _Manifest(TypedDict):
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def checkpoints_in(run_dir: Path) -> list[Path]:
+def named_checkpoints(run_dir: Path) -> list[Path]:
     """Whatever has the name of a checkpoint, oldest first."""
     named = (path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
     return sorted(named, key=step_of)
@@ -47,46 +47,45 @@ def step_of(checkpoint: Path) -> int:
     return int(found[1])
 
 
-def missing_or_cut(checkpoint: Path) -> str | None:
-    """What keeps a directory from being a complete checkpoint, as far as sizes tell; None where nothing does."""
-    files = _facts(checkpoint)
+def missing_or_cut(directory: Path, *, under: str = "") -> str | None:
+    """What keeps a directory from being as its manifest says, as far as sizes tell; None where nothing does.
+
+    Args:
+        directory: of a checkpoint.
+        under: only the files whose names begin so are looked at.
+    """
+    files = _facts(directory)
     if not files:
         return f"its {MANIFEST} is missing or unreadable"
     for name, facts in files.items():
-        file = checkpoint / name
-        if not file.is_file():
+        file = directory / name
+        if name.startswith(under) and not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != facts["size"]:
+        if name.startswith(under) and file.stat().st_size != facts["size"]:
             return f"{name} has {file.stat().st_size} bytes instead of {facts['size']}"
     return None
 
 
-def damage_of_checkpoint(checkpoint: Path, *, under: str = "") -> str | None:
-    """What is wrong with a checkpoint, every byte of it read; None where nothing is.
-
-    Args:
-        checkpoint: its directory.
-        under: reads only the files whose names begin so; of the others the sizes count.
-    """
-    found = missing_or_cut(checkpoint)
-    for name, facts in (_facts(checkpoint) or {}).items():
-        if found is None and name.startswith(under):
-            found = _damage_of_file(checkpoint / name, facts["sha256"], name)
-    return found
+def damage_of(directory: Path, *, under: str = "") -> str | None:
+    """What is wrong with a directory, every byte of it read; None where nothing is. See missing_or_cut."""
+    if (found := missing_or_cut(directory, under=under)) is not None:
+        return found
+    names = [name for name in _facts(directory) if name.startswith(under)]
+    return next(filter(None, (_damage_of_file(directory, name) for name in names)), None)
 
 
-def _facts(checkpoint: Path) -> dict[str, FileFacts] | None:
-    """What the manifest says of each file; None where it is missing or damaged."""
+def _facts(directory: Path) -> dict[str, FileFacts]:
+    """What the manifest says of each file; nothing where it is missing or damaged."""
     try:
-        return read_json(checkpoint / MANIFEST, _Manifest)["files"]
+        return read_json(directory / MANIFEST, _Manifest)["files"]
     except DamagedError:
-        return None
+        return {}
 
 
-def _damage_of_file(file: Path, sha256: str, name: str) -> str | None:
+def _damage_of_file(directory: Path, name: str) -> str | None:
     try:
-        with file.open("rb") as content:
-            is_whole = hashlib.file_digest(content, "sha256").hexdigest() == sha256
+        with (directory / name).open("rb") as content:
+            is_whole = hashlib.file_digest(content, "sha256").hexdigest() == _facts(directory)[name]["sha256"]
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return None if is_whole else f"{name} differs from its manifest"
@@ -98,10 +97,11 @@ def _damage_of_file(file: Path, sha256: str, name: str) -> str | None:
 def damage_of_model(directory: Path) -> str | None:
     """What is wrong with the files of a model's directory; None where nothing is known to be.
 
-    The model of a checkpoint must be what its manifest says, to the last bit.
+    The model of a checkpoint must be what its manifest says, to the last bit; what lies beside it for a resumed run does
+    not matter here. Of another directory with a manifest the weights must be: its settings may have been edited.
     """
     if directory.name == "model" and (directory.parent / MANIFEST).exists():
-        return damage_of_checkpoint(directory.parent, under="model/")
+        return damage_of(directory.parent, under="model/")
     for name in ("config.json", "adapter_config.json"):
         if (directory / name).exists() and (found := _damage_of_json(directory / name)):
             return found
@@ -131,4 +131,7 @@ def _damage_of_weights(directory: Path) -> str | None:
                 pass
         except (SafetensorError, OSError) as error:
             return f"{file.name} is cut or damaged ({error})"
-    return None
+    named = [name for name in _facts(directory) if name.endswith(".safetensors")]
+    if missing := [name for name in named if not (directory / name).is_file()]:
+        return f"{missing[0]} is missing"
+    return next(filter(None, (_damage_of_file(directory, name) for name in named)), None)

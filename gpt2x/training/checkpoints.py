@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt2x.errors import UserError
-from gpt2x.manifest import MANIFEST, checkpoints_in, damage_of_checkpoint, missing_or_cut
+from gpt2x.manifest import MANIFEST, damage_of, missing_or_cut, named_checkpoints
 from gpt2x.shards.files import sync
 from gpt2x.training.sharding import state_in_shards
 
@@ -161,7 +161,7 @@ def _flush_directory(directory: Path) -> None:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first: those whose manifest names files of the right sizes."""
-    return [path for path in checkpoints_in(run_dir) if missing_or_cut(path) is None]
+    return [path for path in named_checkpoints(run_dir) if missing_or_cut(path) is None]
 
 
 def newest_checkpoint(
@@ -177,8 +177,8 @@ def newest_checkpoint(
         Its directory (None where there is none), and a line for each newer one that was passed over.
     """
     passed_over: list[str] = []
-    for checkpoint in reversed(checkpoints_in(run_dir)):
-        damage = damage_of_checkpoint(checkpoint)
+    for checkpoint in reversed(named_checkpoints(run_dir)):
+        damage = damage_of(checkpoint)
         if damage is None and is_wanted(checkpoint):
             return checkpoint, passed_over
         if damage is not None:

@@ -97,8 +97,8 @@ def _damage_of_file(directory: Path, name: str) -> str | None:
 def damage_of_model(directory: Path) -> str | None:
     """What is wrong with the files of a model's directory; None where nothing is known to be.
 
-    The model of a checkpoint must be what its manifest says, to the last bit; what lies beside it for a resumed run does
-    not matter here. Of another directory with a manifest the weights must be: its settings may have been edited.
+    The model of a checkpoint must be what its manifest says, to the last bit; what lies beside it for a resumed run
+    does not matter here. Of another directory with a manifest the weights must be: its settings may have been edited.
     """
     if directory.name == "model" and (directory.parent / MANIFEST).exists():
         return damage_of(directory.parent, under="model/")

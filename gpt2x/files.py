@@ -116,13 +116,15 @@ def write_file(file: Path, content: bytes | Iterable[bytes | memoryview]) -> str
 
 
 @contextmanager
-def whole_directory(target: Path, *, replaces: bool = False) -> Iterator[Path]:
+def whole_directory(target: Path, *, replaces: bool = False, joins: bool = False) -> Iterator[Path]:
     """Yields an empty directory beside `target`, which takes its name when the block has succeeded and all of it is
     on the disk. Its files then have the mode that the umask gives, which safetensors' own have not.
 
     Args:
         target: not there yet, or empty; its parent exists.
         replaces: whether a directory of this name gives way, once its successor is whole on the disk.
+        joins: whether a directory of this name stays and gets the new files one by one, each in place of its
+            predecessor; what else is in it is not touched.
 
     Raises:
         UnwritableError: where it cannot be written, and where something of that name is there; then nothing of it is
@@ -134,7 +136,9 @@ def whole_directory(target: Path, *, replaces: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             _settle(temporary)
-            if replaces and os.path.lexists(target):
+            if joins and target.is_dir():
+                _join(temporary, target)
+            elif replaces and os.path.lexists(target):
                 former = _temporary(target)
                 target.rename(former)
                 temporary.rename(target)
@@ -146,6 +150,16 @@ def whole_directory(target: Path, *, replaces: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _join(made: Path, target: Path) -> None:
+    """Moves the files of a directory to those of another; `config.json`, by which readers find the others, last."""
+    files = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: (file.name == "config.json", file)):
+        make_directory((target / file).parent)
+        (made / file).replace(target / file)
+        sync((target / file).parent)
+    shutil.rmtree(made)
 
 
 def append_line(file: Path, line: bytes) -> None:
@@ -304,7 +318,7 @@ def parse_json(content: bytes, shape: type[Shape], *, where: str) -> Shape:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise DamagedError(f"{where} is no JSON ({error})") from error
-    return _checked(value, shape, where)
+    return checked(value, shape, where=where)
 
 
 def read_yaml(file: Path, *, max_bytes: int = 1_000_000) -> dict[str, Any]:
@@ -318,7 +332,7 @@ def read_yaml(file: Path, *, max_bytes: int = 1_000_000) -> dict[str, Any]:
         value = yaml.load(content, _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DamagedError(f"{file} is no YAML ({' '.join(str(error).split())[:200]})") from error
-    return _checked(value, dict[str, Any], str(file))
+    return checked(value, dict[str, Any], where=str(file))
 
 
 def read_records(
@@ -359,7 +373,12 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape)
 
 
-def _checked(value: Any, shape: type[Shape], where: str) -> Shape:
+def checked(value: Any, shape: type[Shape], *, where: str) -> Shape:
+    """A value that was read, if it has a shape; see read_json.
+
+    Raises:
+        DamagedError: where it has another.
+    """
     try:
         _adapter(cast(Any, shape)).validate_python(value, strict=True)
     except ValidationError as error:

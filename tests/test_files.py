@@ -148,6 +148,27 @@ def test_parents_are_made_durably(tmp_path, monkeypatch):
     assert synced == [tmp_path / "a", tmp_path]
 
 
+def test_files_join_a_directory_that_is_there_config_json_last(tmp_path, monkeypatch):
+    for name in ("config.json", "mine", "onnx/old"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("old")
+    moved, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: moved.append(target.name) or replace(self, target))
+    with whole_directory(tmp_path / "out", joins=True) as made:
+        for name in ("config.json", "onnx/new", "z"):
+            (made / name).parent.mkdir(exist_ok=True)
+            (made / name).write_text("new")
+    assert moved == ["new", "z", "config.json"]
+    assert {path.name: path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
+        "config.json": "new",
+        "mine": "old",
+        "new": "new",
+        "old": "old",
+        "z": "new",
+    }
+    assert names(tmp_path) == ["out"]
+
+
 # --- removing ---
 
 

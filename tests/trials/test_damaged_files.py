@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tests" / "training"), str(ROOT / "tests")]
 
 from forked_runs import ForkedRuns  # noqa: E402
-from gpt2x.locate import find_model  # noqa: E402
 from mutations import mutate, restore  # noqa: E402
 from same_bytes import sums  # noqa: E402
 
 from gpt2x import files  # noqa: E402
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection  # noqa: E402
 from gpt2x.errors import UserError  # noqa: E402
+from gpt2x.locate import find_model  # noqa: E402
 from gpt2x.publishing.published_model import PublishedModel  # noqa: E402
 from gpt2x.publishing.run_files import RunFiles  # noqa: E402
 from gpt2x.reporting import read_metrics  # noqa: E402

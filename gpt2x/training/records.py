@@ -1,4 +1,4 @@
-"""What a run has recorded, cut back to where it goes on from."""
+"""What a run has left so far, cut back to where it goes on from."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from gpt2x.errors import UserError
-from gpt2x.files import DamagedError, parse_json, read_bytes, set_aside, sync, tell_once, write_file
+from gpt2x.files import DamagedError, parse_json, read_bytes, remove_leftovers, set_aside, sync, tell_once, write_file
 from gpt2x.training.run_directory import RunDirectory
 
 
@@ -58,6 +58,14 @@ def reopen(run: RunDirectory) -> None:
         sync(run.path)
     else:
         set_aside(run.stats_file)
+
+
+def sweep(run: RunDirectory) -> None:
+    """Removes what killed writers of the run's own files have left under temporary names."""
+    run.check()
+    for file in (run.config_file, run.final_dir, run.stats_file, run.losses_file, *run.record_files):
+        remove_leftovers(run.path, file.name)
+    remove_leftovers(run.path / "plots")
 
 
 def refuse_to_start_over(run: RunDirectory, *, damaged: list[str], damage_of_final: str | None) -> None:

@@ -68,6 +68,11 @@ class RunDirectory:
         return self.path / "stats.json"
 
     @property
+    def losses_file(self) -> Path:
+        """The recorded training losses in order; written when it is finished."""
+        return self.path / "losses.npy"
+
+    @property
     def final_dir(self) -> Path:
         """The trained model."""
         return self.path / "final"

@@ -23,7 +23,7 @@ from gpt2x.training.hellaswag import open_hellaswag
 from gpt2x.training.job import Job
 from gpt2x.training.optimizer_state import load_optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import make_optimizers
-from gpt2x.training.records import clear, refuse_to_start_over, reopen, truncate_records
+from gpt2x.training.records import clear, refuse_to_start_over, reopen, sweep, truncate_records
 from gpt2x.training.retention import Retention, is_of_this_decay
 from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.saving import CheckpointSaver
@@ -166,6 +166,7 @@ def _check_optimizer(checkpoint: Path, saved: str, name: str) -> None:
 
 def _settle_records(run: RunDirectory, checkpoint: Path | None, progress: Progress, *, is_spent: bool) -> None:
     """Nothing recorded may be later than the weights, or what is about to be made again."""
+    sweep(run)
     if not is_spent:
         reopen(run)
     if checkpoint is None:

@@ -196,6 +196,16 @@ def test_what_others_have_put_into_final_is_kept_when_the_run_is_extended(run, t
     assert not (run[1] / "final.kept-2").exists()
 
 
+def test_what_killed_writers_left_goes_and_what_others_have_put_there_stays(recipe, pretrain, start):
+    stopped = pretrain(recipe, stop_after=3)
+    for name in ("final.tmp-0123abcd", "onnx.tmp-0123abcd", "notes"):
+        (stopped.path / name).mkdir()
+    (stopped.path / "stats.json.tmp-0123abcd").touch()
+    start(recipe)
+    names = {path.name for path in stopped.path.iterdir()}
+    assert names == {"checkpoints", "config.yaml", "metrics.jsonl", "onnx.tmp-0123abcd", "notes"}
+
+
 # --- config.yaml -----------------------------------------------------------------------------------------------------
 
 

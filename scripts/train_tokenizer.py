@@ -3,12 +3,20 @@
 python scripts/train_tokenizer.py --tokenizer tokenization/python-bpe.yaml
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import TokenizerRecipe
 from gpt2x.errors import exit_on_user_error
+
+
+def corpus_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments that say which corpus it is."""
+    words = list(argv)
+    pairs = [words[place : place + (1 if "=" in word else 2)] for place, word in enumerate(words)]
+    return [word for pair in pairs if pair[0].startswith(("--corpus", "--config")) for word in pair]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,9 +33,11 @@ def main(argv: Sequence[str]) -> None:
 
     # --- 3. What was made, and how to go on ---
     print(f"tokenizer of {vocabulary_size(tokenizer):,} ids: {recipe.tokenizer.path}")
+    path = shlex.quote(recipe.tokenizer.path)
+    same_corpus = "".join(f"{shlex.quote(word)} " for word in corpus_arguments(argv))
     print(
-        f"make token shards with it: python scripts/prepare_data.py "
-        f"--tokenizer.path {recipe.tokenizer.path} --tokenizer.vocab_size null --output_dir DIRECTORY"
+        f"make token shards with it: python scripts/prepare_data.py {same_corpus}--tokenizer.path {path} "
+        f"--tokenizer.vocab_size null --output_dir DIRECTORY"
     )
 
 

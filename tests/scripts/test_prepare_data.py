@@ -61,8 +61,9 @@ def test_a_tokenizer_trained_first_is_the_one_that_preparing_uses(run, tmp_path,
     assert printed.startswith("tokenizer of 280 ids: tokenizer\n")
     saved = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
     *_, command = printed.strip().split("\n")[1].partition("scripts/")
-    script, *arguments = command.replace("DIRECTORY", "shards").split()
-    assert run(script, *corpus, *arguments)[0] == 0
+    script, *arguments = shlex.split(command.replace("DIRECTORY", "shards"))
+    assert run(script, *arguments)[0] == 0
+    assert load_index(tmp_path / "shards").recipe["paths"] == [f"{tmp_path}/*.txt"]
     assert (tmp_path / "shards" / "tokenizer" / "tokenizer.json").read_bytes() == saved
 
 

@@ -328,6 +328,7 @@ def test_a_task_that_does_not_exist_is_refused(recipe, task):
 def test_finished_data_counts_whatever_the_number_of_tasks_and_fields_that_came_later(recipe):
     index = prepare(recipe)
     content = json.loads((recipe.output_dir / "index.json").read_text())
+    del content["sha256"]
     for later in ("dataset", "streaming", "data_files", "document_separator", "num_tasks"):
         del content["recipe"][later]
     (recipe.output_dir / "index.json").write_text(json.dumps(content))

@@ -199,6 +199,14 @@ def test_the_record_names_files_alike_wherever_python_is_installed(tmp_path, mon
             assert found == {"abc.py": library / "abc.py", "json/decoder.py": library / "json" / "decoder.py"}
 
 
+def test_a_file_whose_name_is_not_utf_8_is_recorded(recipe, corpus_dir):
+    (corpus_dir / "2.jsonl").rename(os.fsdecode(os.fsencode(corpus_dir) + b"/\xff.jsonl"))
+    index = prepare(recipe)
+    assert prepared_texts(recipe.output_dir) == whole_texts(corpus_dir)
+    assert prepare(recipe) == index
+    assert any(file["name"].endswith(r"/\xff.jsonl") for file in sources.read_record(recipe.output_dir)["files"])
+
+
 def test_local_files_of_a_dataset_are_compared(recipe, corpus_dir, monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     corpus = CorpusSection(

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_FLOOR := .venv-floor
+VENV_NEWEST := .venv-newest
 PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 # `accelerate launch` lists each of its defaults as a warning, which says nothing about the run.
 LAUNCH := HF_HUB_OFFLINE=1 ACCELERATE_LOG_LEVEL=error $(VENV)/bin/accelerate launch --quiet
@@ -9,7 +10,7 @@ LAUNCH := HF_HUB_OFFLINE=1 ACCELERATE_LOG_LEVEL=error $(VENV)/bin/accelerate lau
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test trials test-floor lint clean
+.PHONY: help install pretrain test trials test-floor test-newest lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,13 +29,16 @@ trials: $(VENV)/installed  ## run the long tests: kills, soaks, real clients
 test-floor: $(VENV_FLOOR)/installed  ## run the tests on the oldest torch and transformers supported
 	@$(VENV_FLOOR)/bin/python -m pytest
 
+test-newest: $(VENV_NEWEST)/installed  ## run the tests of the model on the newest transformers supported
+	@$(VENV_NEWEST)/bin/python -m pytest tests/modeling
+
 lint: $(VENV)/installed  ## check style and types: ruff, mypy
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
 clean:  ## remove environments and caches, never runs/ or data/
-	rm -rf $(VENV) $(VENV_FLOOR) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV_FLOOR) $(VENV_NEWEST) .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched last, so an installation that was cut off is taken up again.
@@ -44,6 +48,9 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 # Downloads the registry's build of the old torch, also where a CPU build of the new one is at hand.
 $(VENV_FLOOR)/installed: setup.cfg pyproject.toml tests/constraints-floor.txt
 	$(call make_environment,$(VENV_FLOOR),tests/constraints-floor.txt)
+
+$(VENV_NEWEST)/installed: setup.cfg pyproject.toml tests/constraints-newest.txt
+	$(call make_environment,$(VENV_NEWEST),tests/constraints-newest.txt)
 
 define make_environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

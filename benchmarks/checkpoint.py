@@ -32,9 +32,10 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from benchmarks.contest import interleave, print_table
-from gpt2x.training.checkpoints import optimizer_tensors, parameter_names
 from gpt2x.training.devices import keep_freed_memory, usable_cores
+from gpt2x.training.optimizer_state import optimizer_tensors, parameter_names
 from gpt2x.training.retention import Retention
+from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.saving import CheckpointSaver, State
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
@@ -47,7 +48,7 @@ Save = Callable[[int], None]
 def own_save(model: GPT2XForCausalLM, optimizer: AdamW, directory: Path) -> tuple[Save, CheckpointSaver]:
     """gpt2x's way to save, and what does it."""
     saver = CheckpointSaver(
-        directory,
+        RunDirectory(directory),
         lambda target, weights: model.save_stock(target, state_dict=weights),
         retention=Retention(newest=1),
     )
@@ -58,7 +59,12 @@ def own_save(model: GPT2XForCausalLM, optimizer: AdamW, directory: Path) -> tupl
         return State(model=model.state_dict().items(), optimizer=tensors.items(), trainer={"step": step})
 
     saver.reserve(state(0))
-    return lambda step: saver.save(state(step)), saver
+
+    def save(step: int) -> None:
+        saver.confirm(step)
+        saver.save(state(step))
+
+    return save, saver
 
 
 def peer_save(model: PreTrainedModel, optimizer: AdamW, directory: Path, *, is_safe: bool) -> Save:

@@ -9,6 +9,7 @@ from typing import NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from gpt2x.addresses import without_secrets
 from gpt2x.config import BUDGETS
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -22,7 +23,7 @@ class RecipeParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints one line with the complaint and the remedy and exits with 2."""
-        line = _plain_union_complaint(" ".join(str(message).split()))
+        line = without_secrets(_plain_union_complaint(" ".join(str(message).split())))
         print(f"{self.prog}: error: {line}{self._nearest(line)}", file=sys.stderr)
         sys.exit(2)
 

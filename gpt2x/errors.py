@@ -4,13 +4,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gpt2x.addresses import without_secrets
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a recipe, a file, a token.
 
-    Its message is one line that names the value, the rule it broke and the remedy. Scripts print it without a
-    traceback and exit with 1; every other exception is a bug of ours and keeps its traceback.
+    Its message is one line that names the value, the rule it broke and the remedy; of an address without its secrets.
+    Scripts print it without a traceback and exit with 1; every other exception is a bug of ours and keeps its
+    traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 @contextmanager

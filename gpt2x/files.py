@@ -16,14 +16,16 @@ import shutil
 import stat
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
+from io import BufferedReader
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from filelock import FileLock, SoftFileLease, Timeout
+from filelock import FileLock, LeaseSettingsMismatch, SoftFileLease, Timeout
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 from safetensors import SafetensorError
@@ -35,6 +37,8 @@ Shape = TypeVar("Shape")
 MAX_BYTES = 64_000_000
 # How long a lease without a heartbeat keeps other machines out; all of them must know the same number.
 LEASE_S = 30.0
+# A wait that is over before is not worth a line.
+SILENT_S = 1.0
 _TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{8}")
 
 
@@ -112,13 +116,15 @@ def write_file(file: Path, content: bytes | Iterable[bytes | memoryview]) -> str
 
 
 @contextmanager
-def whole_directory(target: Path, *, replaces: bool = False) -> Iterator[Path]:
+def whole_directory(target: Path, *, replaces: bool = False, joins: bool = False) -> Iterator[Path]:
     """Yields an empty directory beside `target`, which takes its name when the block has succeeded and all of it is
     on the disk. Its files then have the mode that the umask gives, which safetensors' own have not.
 
     Args:
         target: not there yet, or empty; its parent exists.
         replaces: whether a directory of this name gives way, once its successor is whole on the disk.
+        joins: whether a directory of this name stays and gets the new files one by one, each in place of its
+            predecessor; what else is in it is not touched.
 
     Raises:
         UnwritableError: where it cannot be written, and where something of that name is there; then nothing of it is
@@ -130,7 +136,9 @@ def whole_directory(target: Path, *, replaces: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             _settle(temporary)
-            if replaces and os.path.lexists(target):
+            if joins and target.is_dir():
+                _join(temporary, target)
+            elif replaces and os.path.lexists(target):
                 former = _temporary(target)
                 target.rename(former)
                 temporary.rename(target)
@@ -142,6 +150,28 @@ def whole_directory(target: Path, *, replaces: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _join(made: Path, target: Path) -> None:
+    """Moves the files of a directory to those of another; `config.json`, by which readers find the others, last."""
+    files = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: (file.name == "config.json", file)):
+        make_directory((target / file).parent)
+        (made / file).replace(target / file)
+        sync((target / file).parent)
+    shutil.rmtree(made)
+
+
+def append_line(file: Path, line: bytes) -> None:
+    """Appends to a regular file, in one piece so that a kill tears the last line at most; see sync.
+
+    Raises:
+        UnwritableError: where it cannot be written.
+    """
+    with unwritable(file), open(file, "ab", opener=_without_waiting) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise UnwritableError(file, "it is no regular file")
+        stream.write(line + b"\n")
 
 
 def sync(path: Path) -> None:
@@ -157,6 +187,10 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)  # a FIFO would wait for who opens its other end
+
+
 def _settle(directory: Path) -> None:
     """Brings everything in a directory that was just made to the disk, with the mode that the umask gives."""
     file_mode = stat.S_IMODE(directory.stat().st_mode) & 0o666  # mkdir has applied the umask
@@ -169,7 +203,11 @@ def _settle(directory: Path) -> None:
 
 # --- removing --------------------------------------------------------------------------------------------------------
 
-_not_removed: set[Path] = set()
+
+@lru_cache(maxsize=1000)
+def tell_once(text: str) -> None:
+    """Says on stderr what is no reason to end anything; the same text only once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def discard(path: Path) -> None:
@@ -181,19 +219,33 @@ def discard(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        if path not in _not_removed:
-            _not_removed.add(path)
-            print(f"{path} could not be removed ({error.strerror}); delete it yourself.", file=sys.stderr)
+        tell_once(f"{path} could not be removed ({error.strerror}); delete it yourself.")
 
 
 def retire(path: Path) -> None:
-    """Removes a directory of ours so that a kill leaves it whole or nothing of its name."""
+    """Removes a directory of ours so that a kill, or a parent that may not be written to, leaves it whole or nothing
+    of its name."""
     former = _temporary(path)
     try:
         path.rename(former)
-    except OSError:
-        former = path
-    discard(former)
+    except OSError as error:
+        tell_once(f"{path} could not be removed ({error.strerror}); delete it yourself.")
+    else:
+        discard(former)
+
+
+def set_aside(path: Path) -> Path:
+    """Gives what may be somebody's another name, `….kept-1` or the next that is free, and returns it.
+
+    Raises:
+        UnwritableError: where it cannot be renamed.
+    """
+    names = (path.with_name(f"{path.name}.kept-{number}") for number in count(1))
+    kept = next(name for name in names if not os.path.lexists(name))
+    with unwritable(path):
+        path.rename(kept)
+        sync(path.parent)
+    return kept
 
 
 def remove_leftovers(directory: Path, name: str = "*") -> None:
@@ -222,15 +274,25 @@ def read_bytes(file: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     Raises:
         DamagedError: where there is none, or a larger one.
     """
+    with opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > max_bytes:
+            raise DamagedError(f"{file} has {size:,} bytes, more than {max_bytes:,}")
+        return stream.read()
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[BufferedReader]:
+    """A regular file, open for reading; never waits, whatever lies there.
+
+    Raises:
+        DamagedError: where there is none, and where the block cannot read it.
+    """
     try:
-        # Without O_NONBLOCK a FIFO would wait for its writer.
-        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
+        with open(file, "rb", opener=_without_waiting) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise DamagedError(f"{file} is no regular file")
-            if status.st_size > max_bytes:
-                raise DamagedError(f"{file} has {status.st_size:,} bytes, more than {max_bytes:,}")
-            return stream.read()
+            yield stream
     except OSError as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise DamagedError(f"{file} {reason}") from error
@@ -256,7 +318,7 @@ def parse_json(content: bytes, shape: type[Shape], *, where: str) -> Shape:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise DamagedError(f"{where} is no JSON ({error})") from error
-    return _checked(value, shape, where)
+    return checked(value, shape, where=where)
 
 
 def read_yaml(file: Path, *, max_bytes: int = 1_000_000) -> dict[str, Any]:
@@ -270,12 +332,19 @@ def read_yaml(file: Path, *, max_bytes: int = 1_000_000) -> dict[str, Any]:
         value = yaml.load(content, _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DamagedError(f"{file} is no YAML ({' '.join(str(error).split())[:200]})") from error
-    return _checked(value, dict[str, Any], str(file))
+    return checked(value, dict[str, Any], where=str(file))
 
 
-def read_records(file: Path, shape: type[Shape]) -> Iterator[Shape]:
+def read_records(
+    file: Path, shape: type[Shape], *, tell: Callable[[str], None] = lambda _reason: None
+) -> Iterator[Shape]:
     """The lines of a file that is appended to, one JSON value each, without those that are not of this shape: a
     killed run may tear one. A file that is missing has none.
+
+    Args:
+        file: where it is.
+        shape: what each line must be; see read_json.
+        tell: is told of each line that is passed over.
 
     Raises:
         DamagedError: where something else than a regular file has its name.
@@ -286,8 +355,8 @@ def read_records(file: Path, shape: type[Shape]) -> Iterator[Shape]:
         try:
             if line.strip():
                 yield parse_json(line, shape, where=f"{file}:{number}")
-        except DamagedError:
-            continue
+        except DamagedError as error:
+            tell(str(error))
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -304,7 +373,12 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape)
 
 
-def _checked(value: Any, shape: type[Shape], where: str) -> Shape:
+def checked(value: Any, shape: type[Shape], *, where: str) -> Shape:
+    """A value that was read, if it has a shape; see read_json.
+
+    Raises:
+        DamagedError: where it has another.
+    """
     try:
         _adapter(cast(Any, shape)).validate_python(value, strict=True)
     except ValidationError as error:
@@ -327,7 +401,7 @@ def locked(file: Path, *, waits: bool = False) -> Iterator[SoftFileLease]:
 
     Args:
         file: of the lock, in a directory that exists. Beside it lies the lease, `….lease`, which names the owner.
-        waits: whether to wait for a living owner, however long that takes.
+        waits: whether to wait for a living owner, however long that takes; after a moment it is said for whom.
 
     Returns:
         The lease: its `compromise` is set where this process stood still for so long that another machine took over.
@@ -337,23 +411,42 @@ def locked(file: Path, *, waits: bool = False) -> Iterator[SoftFileLease]:
             which this waits LEASE_S at most.
         UnwritableError: where the file cannot be made.
     """
-    kernel, lease = FileLock(file), SoftFileLease(file.with_suffix(".lease"), lease_duration=LEASE_S)
-    with unwritable(file):
+    # Whichever thread ends what has the lock gives it free.
+    kernel = FileLock(file, thread_local=False)
+    lease = SoftFileLease(file.with_suffix(".lease"), lease_duration=LEASE_S, thread_local=False)
+    with unwritable(file), ExitStack() as stack:
+        _acquire(kernel, file, lease, patience_s=-1 if waits else 0)
+        stack.callback(kernel.release)
         try:
-            kernel.acquire(timeout=-1 if waits else 0)
-        except Timeout:
-            raise BusyError(_owner(lease)) from None
-        try:
-            lease.acquire(timeout=-1 if waits else 1.2 * LEASE_S)
-        except Timeout:
-            kernel.release()
-            raise BusyError(_owner(lease)) from None
+            _acquire(lease, file, lease, patience_s=1.2 * LEASE_S)
+        except BusyError:
+            if lease.owner is None:  # what a power cut has left of it, of which nobody gives a sign of life
+                Path(lease.lock_file).unlink(missing_ok=True)
+            elif not waits:
+                raise
+            _acquire(lease, file, lease, patience_s=-1 if waits else 0)
+        stack.pop_all()
     try:
         yield lease
     finally:
         lease.release()
         file.unlink(missing_ok=True)  # before it is free: whoever has it open then looks for the name again
         kernel.release()
+
+
+def _acquire(lock: FileLock | SoftFileLease, file: Path, lease: SoftFileLease, *, patience_s: float) -> None:
+    """Waits so long, -1 for ever, and says for whom where that takes more than a moment."""
+    try:
+        if patience_s:
+            with suppress(Timeout):
+                lock.acquire(timeout=SILENT_S)
+        if not lock.is_locked:
+            if patience_s:
+                limit = "" if patience_s < 0 else f", for a sign of life, {patience_s:.0f} s at most"
+                print(f"waiting for {_owner(lease)}, which has {file}{limit}", file=sys.stderr, flush=True)
+            lock.acquire(timeout=patience_s)
+    except (Timeout, LeaseSettingsMismatch):
+        raise BusyError(_owner(lease)) from None
 
 
 def _owner(lease: SoftFileLease) -> str:

@@ -1,18 +1,19 @@
 """Models by recipe: made, continued, loaded and saved."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import FinetuneRecipe, ModelSection, Recipe, TrainingRecipe
 from gpt2x.errors import UserError
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.locate import base_of, find_model, from_pretrained, one_line_of
+from gpt2x.shards.tokenizer import write_tokenizer
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
 
@@ -35,8 +36,10 @@ def make_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> Pr
             assert isinstance(recipe, Recipe)
             model = GPT2XForCausalLM(make_config(recipe.model, tokenizer))
         else:
-            model = GPT2XForCausalLM.from_pretrained(origin, dtype=torch.float32)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # the latter two for files that are damaged
+            model = from_pretrained(GPT2XForCausalLM, origin, dtype=torch.float32)
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(" ".join(str(error).split())) from error
     if isinstance(recipe, FinetuneRecipe) and origin is not None:
         check_tokenizer(origin, tokenizer)
@@ -87,7 +90,7 @@ def save_model(
     Returns:
         The model_type that was written.
     """
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     try:
         written = stock_model_type(model.config)
     except ValueError:
@@ -111,7 +114,7 @@ def load_weights(model: PreTrainedModel, directory: Path) -> None:
     Raises:
         UserError: where the shape is another.
     """
-    saved = GPT2XForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    saved = from_pretrained(GPT2XForCausalLM, directory, dtype=torch.float32)
     try:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:
@@ -121,42 +124,25 @@ def load_weights(model: PreTrainedModel, directory: Path) -> None:
         ) from error
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name is that of a model on the Hub, and no path of this machine."""
-    path = Path(name)
-    return len(path.parts) == 2 and not path.is_absolute() and not path.exists()
+def load_for_inference(name_or_path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Any causal language model that transformers loads without remote code, gpt2x's own included.
 
-
-def find_model(name_or_path: str) -> str:
-    """The directory of the model that a path means: itself, or a run's final model or newest checkpoint.
+    Args:
+        name_or_path: of a model, or of adapters, which are put on their base; as find_model gives it.
+        dtype: of the weights.
 
     Raises:
-        UserError: where the path is a directory without a model.
+        UserError: where it cannot be loaded.
     """
     directory = Path(name_or_path)
-    if not directory.is_dir():
-        if not is_hub_id(name_or_path):
-            found = "is a file" if directory.exists() else "does not exist"
-            raise UserError(f"{name_or_path} {found}; give a model's directory, a run's, or a Hub id NAME/MODEL.")
-        return name_or_path
-    # The manifest is written last: what a killed save left has none, or still has a temporary name.
-    whole = [path.parent for path in directory.glob("checkpoints/step-*/manifest.json")]
-    steps = {int(path.name[5:]): path / "model" for path in whole if path.name[5:].isdecimal()}
-    checkpoints = [steps[step] for step in sorted(steps, reverse=True)]
-    for candidate in (directory, directory / "model", directory / "final", *checkpoints):
-        if any((candidate / name).is_file() for name in ("config.json", "adapter_config.json")):
-            return str(candidate)
-    raise UserError(
-        f"{directory} holds no model: no config.json in it, in final/ or in checkpoints/; train one first."
-    )
-
-
-def load_for_inference(name_or_path: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Any causal language model that transformers loads without remote code, gpt2x's own included."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).eval()
-    except (ValueError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    if not (directory / "adapter_config.json").is_file():
+        return from_pretrained(AutoModelForCausalLM, name_or_path, dtype=dtype).eval()
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"{name_or_path} holds adapters and needs peft, not installed; run pip install -e '.[peft]'.")
+    model = from_pretrained(AutoModelForCausalLM, base_of(directory), dtype=dtype)
+    with one_line_of(name_or_path):
+        model.load_adapter(name_or_path)
+    return model.eval()
 
 
 def num_parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -1,11 +1,11 @@
 """A model and the tokenizer of its data: whether they belong together, and room for new tokens."""
 
-from pathlib import Path
-
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.errors import UserError
+from gpt2x.locate import find_tokenizer, holds_tokenizer
+from gpt2x.shards.loaded_tokenizer import open_tokenizer
 from gpt2x.shards.tokenizer import vocabulary_size
 
 
@@ -19,12 +19,10 @@ def check_tokenizer(directory: str, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         UserError: names a token that differs.
     """
-    if Path(directory).is_dir() and not (Path(directory) / "tokenizer_config.json").is_file():
-        return  # from the model's type alone transformers would make one that knows nothing
-    try:
-        own = AutoTokenizer.from_pretrained(directory).get_vocab()
-    except (OSError, ValueError):
+    found = find_tokenizer(directory)
+    if not holds_tokenizer(found):
         return
+    own = open_tokenizer(found).get_vocab()
     ids = tokenizer.get_vocab()
     differ = [token for token, number in own.items() if ids.get(token) != number]
     if differ:

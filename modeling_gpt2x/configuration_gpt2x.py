@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     FilledInt = Any
@@ -18,6 +20,9 @@ else:
     # May be given as None; whoever reads the config finds the value that None stands for.
     FilledInt = int | None
     FilledNames = list[str] | None
+
+# The newest transformers that the tests run on: tests/constraints-newest.txt in gpt2x's repository.
+NEWEST_TESTED = "5.24"
 
 CHOICES = {
     "position_embedding": ("learned", "rope"),
@@ -95,7 +100,7 @@ class GPT2XConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2x"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
@@ -304,5 +309,23 @@ def _nearest(name: Any, names: Iterable[str]) -> str:
     matches = difflib.get_close_matches(str(name), list(names), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
+
+def warn_of_untested(version: str) -> None:
+    """Says, once per process, that nobody has tried this version of transformers with GPT2X.
+
+    In the log and not as a Python warning: who turns warnings into errors can still import the model.
+    """
+    if _minor(version) > _minor(NEWEST_TESTED):
+        logging.get_logger("transformers").warning_once(
+            f"GPT2X is tested with transformers up to {NEWEST_TESTED}, and this is {version}; "
+            f"if a result looks wrong, compare it with that of transformers {NEWEST_TESTED}."
+        )
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+warn_of_untested(transformers.__version__)
 
 __all__ = ["GPT2XConfig"]

@@ -19,6 +19,8 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
+from .cache_gpt2x import CACHE_NAME
+
 MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
@@ -26,12 +28,12 @@ def make_attention_masks(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | dict | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.Tensor | None,
 ) -> dict[str, Any]:
     """One mask per layer type, in the form the attention implementation wants; `None` is plainly causal.
 
-    `past_key_values` and `position_ids` must be the caller's own, before any default is filled in. Positions that
+    `cache` and `position_ids` must be the caller's own, before any default is filled in. Positions that
     restart within a row are packed documents which must not see each other: with or without an attention_mask, with
     or without a cache. Where the caller gives neither positions nor a mask nor a cache nothing is looked at, so that
     plain batches need no mask and compile into one graph.
@@ -40,7 +42,7 @@ def make_attention_masks(
         config: of the model.
         inputs_embeds: (B, T, C).
         attention_mask: (B, S), 1 for tokens and 0 for padding; masks already made are returned as they are.
-        past_key_values: the cache before this pass.
+        cache: the keys and values before this pass.
         position_ids: (B, T) or (1, T).
     """
     if isinstance(attention_mask, dict):
@@ -49,14 +51,14 @@ def make_attention_masks(
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
+        CACHE_NAME: cache,
     }
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
     if make_mask is flash_attention_mask:
         mask_kwargs["position_ids"] = position_ids  # flash attention finds the documents by itself
     elif make_mask is not None:
-        mask_kwargs["and_mask_function"] = _same_document(inputs_embeds, attention_mask, past_key_values, position_ids)
-    is_plain = position_ids is None and attention_mask is None and past_key_values is None
+        mask_kwargs["and_mask_function"] = _same_document(inputs_embeds, attention_mask, cache, position_ids)
+    is_plain = position_ids is None and attention_mask is None and cache is None
     masks = {}
     for layer_type in sorted(set(config.layer_types)):
         window = config.sliding_window if layer_type == "sliding_attention" else None
@@ -70,7 +72,7 @@ def make_attention_masks(
 def _same_document(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.Tensor | None,
 ) -> Callable | None:
     """The mask function that keeps packed documents apart; `None` if no row holds more than one.
@@ -81,10 +83,10 @@ def _same_document(
     is_compiling = is_torchdynamo_compiling()
     if position_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
         return None
-    if is_compiling and past_key_values is not None:
+    if is_compiling and cache is not None:
         return None
     B, T = inputs_embeds.shape[:2]
-    num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    num_past = 0 if cache is None else int(cache.get_seq_length())
     is_token_BS = _token_flags(attention_mask, (B, num_past + T), inputs_embeds.device)
     start_BT, rank_BS = document_starts(position_ids.expand(B, -1), is_token_BS)
     if not is_compiling and not (start_BT > 0).any():

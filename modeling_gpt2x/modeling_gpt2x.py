@@ -38,7 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_gpt2x import grow_in_place
+from .cache_gpt2x import CACHE_NAME, CACHE_NAMES, grow_in_place, take_cache
 from .configuration_gpt2x import GPT2XConfig
 from .conversion_gpt2x import (
     STOCK_CLASSES,
@@ -214,7 +214,6 @@ class GPT2XAttention(nn.Module):
         x_BTC: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = x_BTC.shape
@@ -227,8 +226,9 @@ class GPT2XAttention(nn.Module):
             q_BTHD, k_BTKD = rotate(q_BTHD, *position_embeddings), rotate(k_BTKD, *position_embeddings)
 
         q_BHTD, k_BKSD, v_BKSD = q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
-        if past_key_values is not None:
-            k_BKSD, v_BKSD = past_key_values.update(k_BKSD, v_BKSD, self.layer_idx)
+        cache = kwargs.pop(CACHE_NAME, None)
+        if cache is not None:
+            k_BKSD, v_BKSD = cache.update(k_BKSD, v_BKSD, self.layer_idx, kwargs=kwargs)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -278,7 +278,7 @@ class GPT2XPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["GPT2XDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -332,7 +332,7 @@ class GPT2XPreTrainedModel(PreTrainedModel):
         """Loads the stock class and hands its converted weights to a GPT2X model, both on the CPU."""
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         stock, loading = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, **hub_kwargs
+            name_or_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **hub_kwargs
         )
         if loading["unexpected_keys"]:
             raise ValueError(
@@ -397,23 +397,24 @@ class GPT2XModel(GPT2XPreTrainedModel):
             attention_mask: (B, S), 1 for tokens and 0 for padding; or a mask already made, (B, 1, T, S).
             position_ids: (B, T) or (1, T), restarting at each document of a packed row; `None` counts on from the
                 cache.
-            past_key_values: the keys and values of the S - T positions before.
+            past_key_values: the keys and values of the S - T positions before; `cache` is the same by its newer name.
             inputs_embeds: (B, T, C) in place of `input_ids`.
             use_cache: whether to return a cache.
 
         Raises:
-            ValueError: if both or none of `input_ids` and `inputs_embeds` are given, or if there are fewer learned
-                positions than tokens.
+            ValueError: if both or none of `input_ids` and `inputs_embeds` are given, both names of the cache, or fewer
+                learned positions than tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward takes exactly one of input_ids and inputs_embeds; give one of them.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        masks = make_attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = take_cache(past_key_values, kwargs)
+        masks = make_attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
-        x_BTC, position_embeddings = self._embed_positions(inputs_embeds, position_ids, past_key_values)
+        x_BTC, position_embeddings = self._embed_positions(inputs_embeds, position_ids, cache)
         x_BTC = F.dropout(x_BTC, self.config.embedding_dropout, self.training)
         for layer, layer_type in zip(self.layers, self.config.layer_types):
             x_BTC = layer(
@@ -421,14 +422,14 @@ class GPT2XModel(GPT2XPreTrainedModel):
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTC), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTC), **{CACHE_NAME: cache})
 
     def _embed_positions(
-        self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None, past_key_values: Cache | None
+        self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Adds learned positions to the embeddings, or computes cosines and sines once for all layers."""
         if position_ids is None:
@@ -438,7 +439,7 @@ class GPT2XModel(GPT2XPreTrainedModel):
                     f"The sequence has {T} tokens but max_position_embeddings is {num_learned}; shorten it, or use "
                     "position_embedding='rope'."
                 )
-            num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            num_past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(T, device=x_BTC.device) + num_past).unsqueeze(0)
         position_embeddings = None
         if self.config.position_embedding == "learned":
@@ -506,6 +507,7 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if `return_logits` is `False` and there are no labels.
         """
+        past_key_values = take_cache(past_key_values, kwargs)
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         if has_labels and use_cache is None and past_key_values is None:
             use_cache = False
@@ -529,21 +531,24 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        for name in CACHE_NAMES:
+            if name in kwargs:
+                kwargs[CACHE_NAME] = kwargs.pop(name)
         with packed_linears(self):
             return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if given is None and self.device.type == "cpu":
-            grow_in_place(model_kwargs.get("past_key_values"))
+            grow_in_place(model_kwargs.get(CACHE_NAME))
 
     def save_stock(
         self,

@@ -10,11 +10,13 @@ import sys
 from gpt2x.command_line import parse_recipe
 from gpt2x.config.evaluation import HellaSwagRecipe
 from gpt2x.errors import exit_on_user_error
+from gpt2x.locate import find_model
 
 
 def main(recipe: HellaSwagRecipe) -> None:
     """Prints the scores as a table and records them with the run."""
-    import torch
+    directory = find_model(recipe.model)
+    import torch  # seconds, which a name that is wrong need not wait for
     from accelerate import Accelerator
     from transformers.utils import logging
 
@@ -23,12 +25,11 @@ def main(recipe: HellaSwagRecipe) -> None:
     from gpt2x.evaluation.quantization import num_bytes, quantize_int8
     from gpt2x.evaluation.results import record_results
     from gpt2x.evaluation.side_by_side import keep_freed_memory
-    from gpt2x.models import find_model, load_for_inference
+    from gpt2x.models import load_for_inference
     from gpt2x.shards.tokenizer import load_tokenizer
 
     # 1. The items, before the model is loaded for nothing
     logging.disable_progress_bar()
-    directory = find_model(recipe.model)
     items = load_hellaswag(recipe.data, num_items=recipe.num_items)
     tokenizer = load_tokenizer(directory)
 

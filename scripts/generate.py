@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import GenerationRecipe
 from gpt2x.errors import UserError, exit_on_user_error
+from gpt2x.locate import find_model
 
 
 def main(recipe: GenerationRecipe) -> None:
@@ -18,17 +19,17 @@ def main(recipe: GenerationRecipe) -> None:
     if recipe.chat and recipe.prompt is not None and not recipe.prompt.strip():
         raise UserError("prompt is blank; give a text, or leave it out to be asked.")
 
-    import torch
+    directory = find_model(recipe.model)
+    import torch  # seconds, which a name that is wrong need not wait for
     from transformers.utils import logging
 
     from gpt2x.evaluation import stream_text
     from gpt2x.evaluation.chat import chat
-    from gpt2x.models import find_model, load_for_inference
+    from gpt2x.models import load_for_inference
     from gpt2x.shards.tokenizer import load_tokenizer
 
     # 1. The model
     logging.disable_progress_bar()
-    directory = find_model(recipe.model)
     model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype))
     tokenizer = load_tokenizer(directory)
 

@@ -21,12 +21,17 @@ def main(argv: Sequence[str]) -> None:
     # --- 2. Token files to token shards; what is finished is left alone ---
     with exit_on_user_error():
         index = import_tokens(recipe)
+        found = statistics(index)
 
     # --- 3. What was made, and how to go on ---
-    print(statistics(index))
+    print(found)
     print(f"token shards and their tokenizer: {index.directory}")
     print(f"train on them: python scripts/pretrain.py --data.path {index.directory}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("stopped; the same command begins again", file=sys.stderr)
+        sys.exit(130)

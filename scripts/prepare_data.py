@@ -2,6 +2,10 @@
 
 python scripts/prepare_data.py --config configuration/data/python-stdlib.yaml
 
+Texts of one's own, and no recipe:
+python scripts/prepare_data.py --corpus.kind files --corpus.paths '["texts"]' \\
+  --tokenizer.path data/mine/tokenizer --tokenizer.vocab_size 8192 --output_dir data/mine
+
 Conversations of one's own, whose columns are known by their names; shows one, and what of it is learned:
 python scripts/prepare_data.py --config configuration/data/smol-smoltalk-chat.yaml --corpus.kind files \\
   --corpus.dataset null --corpus.paths '["chats.jsonl"]' --corpus.validation_fraction 0.1 --output_dir data/chats
@@ -31,10 +35,16 @@ class PreparationCommand(PreparationRecipe):
     finishes."""
 
 
+def names_a_corpus(argv: Sequence[str]) -> bool:
+    """Whether the corpus is the user's own; then tokenizer and output_dir must be as well."""
+    return any(argument.startswith("--corpus") for argument in argv)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the preparation that a command line describes."""
     # --- 1. The recipe. What imports transformers waits until it is known to be right ---
-    command, _ = parse_recipe(PreparationCommand, argv, script="prepare_data.py", default_config=DEFAULT_CONFIG)
+    default = None if names_a_corpus(argv) else DEFAULT_CONFIG
+    command, _ = parse_recipe(PreparationCommand, argv, script="prepare_data.py", default_config=default)
     fields = dict(vars(command))
     task = fields.pop("task")
     recipe = PreparationRecipe(**fields)
@@ -50,17 +60,19 @@ def main(argv: Sequence[str]) -> None:
             print(f"task {task} of {recipe.num_tasks} is finished; without --task this command finishes the rest")
             return
         index = prepare(recipe)
+        found = statistics(index)
         shown = preview(index, load_tokenizer(index.tokenizer_dir)) if recipe.chat is not None else None
+        longest = longest_document(index)
 
     # --- 3. What was made, and how to go on ---
-    print(statistics(index))
+    print(found)
     if shown is not None:
         print(shown)
     print(f"token shards and their tokenizer: {index.directory}")
     script, length = "pretrain.py", ""
     if recipe.chat is not None:
         script = "finetune.py --init_from MODEL"
-        length = f" --data.sequence_length {recipe.chat.max_length or longest_document(index)}"
+        length = f" --data.sequence_length {recipe.chat.max_length or longest}"
     print(f"train on them: python scripts/{script} --data.path {index.directory}{length}")
 
 

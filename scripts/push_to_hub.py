@@ -5,10 +5,10 @@ of the environment's HF_TOKEN or of `hf auth login`.
 """
 
 import sys
-from pathlib import Path
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.errors import exit_on_user_error
+from gpt2x.locate import local_path
 from gpt2x.publishing.recipes import PushRecipe
 
 
@@ -22,7 +22,7 @@ def main(recipe: PushRecipe) -> None:
         license=recipe.license,
         time_limit_s=recipe.time_limit_s,
     )
-    print(push_run(Path(recipe.model), push))
+    print(push_run(local_path(recipe.model), push))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,16 @@ import sys
 from gpt2x.command_line import parse_recipe
 from gpt2x.config.evaluation import LmEvalRecipe
 from gpt2x.errors import exit_on_user_error
+from gpt2x.locate import find_model
 
 
 def main(recipe: LmEvalRecipe) -> None:
     """Prints every figure of every task and records them with the run."""
-    from transformers.utils import logging
+    directory = find_model(recipe.model)
+    from transformers.utils import logging  # seconds, which a name that is wrong need not wait for
 
     from gpt2x.evaluation.lm_eval import run_lm_eval
     from gpt2x.evaluation.results import record_results
-    from gpt2x.models import find_model
 
     logging.disable_progress_bar()
     results = run_lm_eval(recipe)
@@ -29,9 +30,7 @@ def main(recipe: LmEvalRecipe) -> None:
                 if isinstance(figure, float)
                 else f"{task:30s} {name:24s} {figure}"
             )
-    stats_file = record_results(
-        find_model(recipe.model), {f"lm_eval/{task}": found for task, found in results.items()}
-    )
+    stats_file = record_results(directory, {f"lm_eval/{task}": found for task, found in results.items()})
     if stats_file is not None:
         print(f"recorded in {stats_file}")
 

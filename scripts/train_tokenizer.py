@@ -16,11 +16,12 @@ def main(argv: Sequence[str]) -> None:
     # --- 1. The recipe. What imports transformers waits until it is known to be right ---
     recipe, _ = parse_recipe(TokenizerRecipe, argv, script="train_tokenizer.py")
     from gpt2x.shards.preparation import prepare_tokenizer
-    from gpt2x.shards.tokenizer import vocabulary_size
+    from gpt2x.shards.tokenizer import check_trained_on, vocabulary_size
 
-    # --- 2. The tokenizer; a saved one of this size is left alone ---
+    # --- 2. The tokenizer; a saved one of this size and corpus is left alone ---
     with exit_on_user_error():
         tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+        check_trained_on(recipe.tokenizer, recipe.corpus)
 
     # --- 3. What was made, and how to go on ---
     print(f"tokenizer of {vocabulary_size(tokenizer):,} ids: {recipe.tokenizer.path}")

@@ -32,6 +32,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket.socket, name, _only_to_this_machine(getattr(socket.socket, name)))
 
 
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process says once, it says once in every test."""
+    from gpt2x import locate
+
+    monkeypatch.setattr(locate, "_said", set())
+
+
 def _only_to_this_machine(connect: Any) -> Any:
     def guarded(connecting: socket.socket, address: Any) -> Any:
         if connecting.family != socket.AF_UNIX and not str(address[0]).startswith(LOOPBACK):

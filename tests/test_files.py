@@ -18,6 +18,7 @@ from gpt2x.files import (
     BusyError,
     DamagedError,
     UnwritableError,
+    append_line,
     discard,
     locked,
     make_directory,
@@ -27,6 +28,7 @@ from gpt2x.files import (
     read_yaml,
     remove_leftovers,
     retire,
+    set_aside,
     whole_directory,
     write_file,
 )
@@ -146,6 +148,27 @@ def test_parents_are_made_durably(tmp_path, monkeypatch):
     assert synced == [tmp_path / "a", tmp_path]
 
 
+def test_files_join_a_directory_that_is_there_config_json_last(tmp_path, monkeypatch):
+    for name in ("config.json", "mine", "onnx/old"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("old")
+    moved, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: moved.append(target.name) or replace(self, target))
+    with whole_directory(tmp_path / "out", joins=True) as made:
+        for name in ("config.json", "onnx/new", "z"):
+            (made / name).parent.mkdir(exist_ok=True)
+            (made / name).write_text("new")
+    assert moved == ["new", "z", "config.json"]
+    assert {path.name: path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
+        "config.json": "new",
+        "mine": "old",
+        "new": "new",
+        "old": "old",
+        "z": "new",
+    }
+    assert names(tmp_path) == ["out"]
+
+
 # --- removing ---
 
 
@@ -180,6 +203,36 @@ def test_a_retired_directory_has_lost_its_name_before_its_content(tmp_path, monk
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("step.tmp-")
     assert names(left) == ["a"]
+
+
+def test_a_directory_in_a_parent_that_may_not_be_written_to_stays_whole(tmp_path, monkeypatch, capsys):
+    def refuse(path, target):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "a").write_text("")
+    monkeypatch.setattr(Path, "rename", refuse)
+    retire(tmp_path / "step")
+    assert names(tmp_path / "step") == ["a"]
+    assert "step could not be removed (Permission denied)" in capsys.readouterr().err
+
+
+def test_what_is_set_aside_gets_the_next_name_that_is_free(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "final").mkdir()
+        assert set_aside(tmp_path / "final") == tmp_path / f"final.kept-{number}"
+    assert names(tmp_path) == ["final.kept-1", "final.kept-2"]
+
+
+def test_a_line_is_appended_to_a_regular_file_and_to_nothing_else(tmp_path):
+    append_line(tmp_path / "a", b"1")
+    append_line(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"1\n2\n"
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/null")
+    for name in ("fifo", "device"):
+        with pytest.raises(UnwritableError, match=rf"{name} could not be written \((it is no regular|No such device)"):
+            append_line(tmp_path / name, b"1")
 
 
 # --- reading ---
@@ -260,6 +313,9 @@ def test_torn_records_are_passed_over(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"size": 1}\n\n{"size": "2"}\n{"si\xff\n{"size": 4}\n{"size": 5')
     assert list(read_records(tmp_path / "a.jsonl", Facts)) == [{"size": 1}, {"size": 4}]
     assert list(read_records(tmp_path / "none.jsonl", Facts)) == []
+    told = []
+    assert len(list(read_records(tmp_path / "a.jsonl", Facts, tell=told.append))) == 2
+    assert [reason.split(" ")[0][-2:] for reason in told] == [":3", ":4", ":6"]
 
 
 # --- locks ---
@@ -317,15 +373,47 @@ def test_who_waits_gets_the_lock_afterwards(tmp_path):
     assert order == ["first", "second"]
 
 
-def test_a_lease_of_another_machine_ends_with_its_heartbeat(tmp_path, monkeypatch):
+def test_who_waits_says_for_whom(tmp_path, holder, monkeypatch, capsys):
+    monkeypatch.setattr(files, "SILENT_S", 0.5)
+    threading.Timer(0.9, lambda: (holder.kill(), holder.wait())).start()
+    with locked(tmp_path / "run.lock", waits=True):
+        pass
+    where = f"process {holder.pid} on {socket.gethostname()}, which has {tmp_path}/run.lock"
+    assert capsys.readouterr().err == f"waiting for {where}\n"
+
+
+def test_another_thread_may_give_a_lock_free(tmp_path):
+    lock = locked(tmp_path / "run.lock")
+    lock.__enter__()
+    thread = threading.Thread(target=lock.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    with locked(tmp_path / "run.lock"):
+        pass
+
+
+def test_a_lease_of_another_machine_ends_with_its_heartbeat_which_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "LEASE_S", 1.0)
     with locked(tmp_path / "run.lock"):
         record = (tmp_path / "run.lease").read_text()
     foreign = record.replace(socket.gethostname(), "elsewhere")
     assert foreign != record
     (tmp_path / "run.lease").write_text(foreign)
+    monkeypatch.setattr(files, "SILENT_S", 0.1)
     with locked(tmp_path / "run.lock"):
         assert socket.gethostname() in (tmp_path / "run.lease").read_text()
+    who = f"process {os.getpid()} on elsewhere, which has {tmp_path}/run.lock"
+    assert capsys.readouterr().err == f"waiting for {who}, for a sign of life, 1 s at most\n"
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_lease_that_names_nobody_ends_like_one_without_a_heartbeat(tmp_path, monkeypatch, make):
+    """As a power cut may leave it."""
+    monkeypatch.setattr(files, "LEASE_S", 0.2)
+    monkeypatch.setattr(files, "SILENT_S", 0.1)
+    make(tmp_path / "run.lease")
+    with locked(tmp_path / "run.lock") as lease:
+        assert lease.owner.pid == os.getpid()
 
 
 def test_a_lease_of_another_machine_that_lives_is_respected(tmp_path, monkeypatch):

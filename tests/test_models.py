@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 from gpt2x.config import DataSection, ModelSection, Recipe, RunSection, TrainSection
 from gpt2x.errors import UserError
 from gpt2x.models import (
-    find_model,
     flops_per_token,
     load_for_inference,
     load_weights,
@@ -95,57 +94,9 @@ def test_saved_weights_come_back_bit_for_bit(tokenizer, tmp_path, options):
     assert tensors == {name: id(parameter) for name, parameter in model.named_parameters()}
 
 
-def make_directory(path, *, whole=True):
-    path.mkdir(parents=True)
-    (path / "config.json").write_text("{}")
-    if whole and path.name == "model":
-        (path.parent / "manifest.json").write_text("{}")
-    return str(path)
-
-
-def test_the_model_of_a_run_is_the_final_one_or_that_of_the_newest_whole_checkpoint(tmp_path):
-    checkpoints = tmp_path / "checkpoints"
-    make_directory(checkpoints / "step-999999" / "model")
-    newest = make_directory(checkpoints / "step-1000000" / "model")
-    make_directory(checkpoints / "step-1000010" / "model", whole=False)
-    make_directory(checkpoints / "step-1000020.tmp-01234567" / "model")
-    assert find_model(str(tmp_path)) == newest
-    final = make_directory(tmp_path / "final")
-    assert find_model(str(tmp_path)) == final
-    assert find_model(final) == final
-
-
-def test_a_checkpoint_is_its_model(tmp_path):
-    model = make_directory(tmp_path / "step-000010" / "model")
-    assert find_model(str(tmp_path / "step-000010")) == model
-
-
-def test_a_name_of_the_hub_is_left_as_it_is():
-    assert find_model("openai-community/gpt2") == "openai-community/gpt2"
-
-
-@pytest.mark.parametrize("name", ["nowhere", "/no/where", "runs/no/where"])
-def test_a_directory_that_is_not_there_is_refused(name):
-    message = f"{name} does not exist; give a model's directory, a run's, or a Hub id NAME/MODEL."
-    with pytest.raises(UserError, match=message):
-        find_model(name)
-
-
-def test_a_file_is_no_model_whatever_its_name_looks_like(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_directory(tmp_path / "runs")
-    (tmp_path / "runs" / "model.gguf").write_text("")
-    with pytest.raises(UserError, match=r"^runs/model.gguf is a file; give a model's directory, a run's, or a Hub id"):
-        find_model("runs/model.gguf")
-
-
-def test_a_directory_without_a_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no model: no config.json in it, in final/ or in checkpoints/; train"):
-        find_model(str(tmp_path))
-
-
 def test_a_directory_of_something_else_is_refused_in_one_line(tmp_path):
-    make_directory(tmp_path / "final")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="final") as refused:
         load_for_inference(str(tmp_path / "final"), dtype=torch.float32)
     assert "\n" not in str(refused.value)

@@ -1,12 +1,12 @@
 """The stock model that adapters are added to."""
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import FinetuneRecipe
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, refuse_adapters
+from gpt2x.locate import find_model, from_pretrained
+from gpt2x.models import refuse_adapters
 from gpt2x.shards.tokenizer import vocabulary_size
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 
@@ -21,15 +21,8 @@ def load_base(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> Pre
         UserError: where it is no whole stock model, or does not fit the tokenizer or the sequence length.
     """
     origin = find_model(recipe.init_from)
-    try:
-        _check_form(origin)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            origin, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    except UserError:
-        raise
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # the latter two for files that are damaged
-        raise UserError(" ".join(str(error).split())) from error
+    _check_form(origin)
+    model, loading = from_pretrained(AutoModelForCausalLM, origin, dtype=torch.float32, output_loading_info=True)
     if loading["missing_keys"]:
         missing = min(loading["missing_keys"])
         raise UserError(f"init_from ({origin}) has no weights for {missing}; give the directory of a whole model.")
@@ -42,7 +35,7 @@ def load_base(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> Pre
 
 def _check_form(origin: str) -> None:
     refuse_adapters(origin)
-    config = AutoConfig.from_pretrained(origin, trust_remote_code=False)
+    config = from_pretrained(AutoConfig, origin)
     if config.model_type not in MODEL_TYPES:
         raise UserError(
             f"init_from ({origin}) is of the type {config.model_type}, and adapters are for the stock forms "

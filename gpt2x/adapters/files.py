@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt2x.adapters.layers import adapter_weights
 from gpt2x.errors import UserError
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.shards.tokenizer import write_tokenizer
 from modeling_gpt2x import save_config
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # peft's for the only adapter of a model
+_known_bases: WeakKeyDictionary["PeftModel", str] = WeakKeyDictionary()
 
 
 def save_adapters(
@@ -42,10 +44,11 @@ def save_adapters(
     Returns:
         The model_type of the base.
     """
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     tensors = dict(adapter_weights(model) if weights is None else weights)
-    metadata = {"format": "pt", "base_fingerprint": _base_fingerprint(model)}
+    metadata = {"format": "pt", "base_sha256": _base_sha256(model)}
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata=metadata)
+    _sort_metadata(directory / ADAPTER_WEIGHTS)
     base = _lora_config(model).base_model_name_or_path
     # A relative path would be looked for wherever peft is started.
     base = str(Path(base).resolve()) if base is not None and Path(base).is_dir() else base
@@ -54,6 +57,18 @@ def save_adapters(
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     (directory / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return model.config.model_type
+
+
+def _sort_metadata(file: Path) -> None:
+    """Makes the same adapters the same bytes: safetensors writes two metadata in an order that changes by chance."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        stream.seek(8)
+        stream.write(text)
 
 
 def load_adapters(model: "PeftModel", directory: Path) -> None:
@@ -71,9 +86,7 @@ def load_adapters(model: "PeftModel", directory: Path) -> None:
                 f"{_shape(here)} here; set lora.rank and lora.target_modules back, or start a new run with "
                 f"--run.name NAME."
             )
-    with safe_open(directory / ADAPTER_WEIGHTS, "pt") as file:
-        fingerprint = (file.metadata() or {}).get("base_fingerprint")
-    if fingerprint != _base_fingerprint(model):
+    if not _is_base_of(directory / ADAPTER_WEIGHTS, model):
         raise UserError(
             f"init_from ({_lora_config(model).base_model_name_or_path}) is not what the adapters of {directory} were "
             f"trained on; give the model that they belong to, or start a new run with --run.name NAME."
@@ -87,13 +100,40 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else " x ".join(map(str, shape))
 
 
-def _base_fingerprint(model: "PeftModel") -> str:
-    """The sha256 of the beginning of every frozen parameter: another step of the same run differs in all of them."""
+def _is_base_of(adapters: Path, model: "PeftModel") -> bool:
+    """Whether a file of adapters names the base that the model has."""
+    with safe_open(adapters, "pt") as file:
+        metadata = file.metadata() or {}
+    if "base_sha256" in metadata:
+        return metadata["base_sha256"] == _base_sha256(model)
+    return metadata.get("base_fingerprint") == _beginnings_sha256(model)
+
+
+def _base_sha256(model: "PeftModel") -> str:
+    """The sha256 of every number of the base, its frozen parameters.
+
+    The first call for a model reads all of it, a gigabyte in one to two seconds (a billion parameters: four to eight),
+    tensor by tensor through host memory where it is on a GPU. What is frozen is not read again at later saves.
+    """
+    if model not in _known_bases:
+        digest = hashlib.sha256()
+        for parameter in _base_parameters(model):
+            digest.update(f"{tuple(parameter.shape)}".encode())
+            digest.update(parameter.flatten().cpu().view(torch.uint8).numpy().data)
+        _known_bases[model] = digest.hexdigest()
+    return _known_bases[model]
+
+
+def _beginnings_sha256(model: "PeftModel") -> str:
+    """What adapters of gpt2x before ``base_sha256`` say of their base: the first 1,024 numbers of every parameter."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            digest.update(parameter.detach().flatten()[:1024].cpu().numpy().tobytes())
+    for parameter in _base_parameters(model):
+        digest.update(parameter.flatten()[:1024].cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _base_parameters(model: "PeftModel") -> Iterator[Tensor]:
+    return (parameter.detach() for parameter in model.parameters() if not parameter.requires_grad)
 
 
 def _lora_config(model: "PeftModel") -> "LoraConfig":
@@ -106,7 +146,7 @@ def save_merged(model: "PeftModel", directory: Path, tokenizer: PreTrainedTokeni
     Returns:
         Its model_type.
     """
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     base = model.get_base_model()
     base.save_pretrained(directory, state_dict=merged_weights(model))
     save_config(base.config, directory)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2x.addresses import without_secrets
 from gpt2x.batches.order import permute, round_keys
 from gpt2x.batches.sequences import Sequences
 from gpt2x.batches.source import Source
@@ -309,7 +310,7 @@ class StreamSource(Source):
 def _definition(section: StreamSection, fingerprint: str) -> dict[str, Any]:
     """What determines the shards and the eras, as JSON gives it back."""
     definition = {
-        "corpus": asdict(section.corpus),
+        "corpus": without_secrets(asdict(section.corpus)),
         "tokenizer_fingerprint": fingerprint,
         "tokens_per_shard": section.tokens_per_shard,
         "shards_per_era": section.shards_per_era,

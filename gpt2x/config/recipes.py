@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from gpt2x.addresses import without_secrets
 from gpt2x.config.data import DataSection, PreparationRecipe, TokenizerRecipe
 from gpt2x.config.finetuning import LoraSection
 from gpt2x.config.hub import HubSection
@@ -81,8 +82,11 @@ class FinetuneRecipe(TrainingRecipe):
 
 
 def to_yaml(recipe: TrainingRecipe | PreparationRecipe | TokenizerRecipe) -> str:
-    """The recipe with every field written out, as YAML that parse_recipe reads back to the same recipe."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False)
+    """The recipe with every field written out, as YAML that parse_recipe reads back to the same recipe.
+
+    Only what opens an address, a password or a signature, is left out.
+    """
+    return yaml.safe_dump(without_secrets(_plain(dataclasses.asdict(recipe))), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:

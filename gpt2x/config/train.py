@@ -7,6 +7,8 @@ from typing import Literal
 
 from gpt2x.config.checks import check_positive
 
+# Beside which file systems that allow 255 have room for what is appended to names.
+MAX_NAME = 200
 BUDGETS = ("max_steps", "max_tokens", "max_time_s", "num_train_epochs")
 
 
@@ -22,16 +24,18 @@ class RunSection:
     """Seed of the initial weights, of the data order and of dropout."""
     report_to: list[str] = field(default_factory=list)
     """Trackers of accelerate to report to: tensorboard, wandb, trackio, ..."""
-    force_lock: bool = False
-    """Take over the directory from a process on another machine, of which nobody here can know that it is dead."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed ({self.seed}) must be at least 0 and below 2**32, as numpy wants it.")
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
+        if self.name is None:
+            return
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name) or self.name in (".", ".."):
             raise ValueError(
                 f"run.name ({self.name!r}) must be one path component of letters, digits, '.', '_' and '-'."
             )
+        if len(self.name) > MAX_NAME:
+            raise ValueError(f"run.name has {len(self.name)} characters, and {MAX_NAME} at most; shorten it.")
 
 
 @dataclass(frozen=True, kw_only=True)

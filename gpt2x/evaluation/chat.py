@@ -15,6 +15,7 @@ from gpt2x.errors import UserError
 from gpt2x.evaluation.samples import sampling_arguments
 from gpt2x.shards.chat_layouts import Message
 from gpt2x.shards.chat_template import ChatEncoder
+from modeling_gpt2x.cache_gpt2x import CACHE_NAME
 
 
 def chat(
@@ -104,7 +105,7 @@ class Conversation:
         ids, cache = self._next_ids(messages)
         self._cache = None  # until it is whole again
         output = self._generate(ids, cache, streamer, is_interrupted)
-        self.ids, self._cache = output.sequences[0].tolist(), output.past_key_values
+        self.ids, self._cache = output.sequences[0].tolist(), output[CACHE_NAME]
         self._skeleton = self._encoder.prompt(_without_answers(messages))
         answer = self._tokenizer.decode(
             self.ids[len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -173,7 +174,6 @@ class Conversation:
         return self._model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            past_key_values=cache,
             max_new_tokens=min(self._options.max_new_tokens, room),
             **sampling_arguments(self._options),
             eos_token_id=self._stops,
@@ -181,6 +181,7 @@ class Conversation:
             stopping_criteria=StoppingCriteriaList([_Interruption(is_interrupted)]),
             streamer=streamer,
             return_dict_in_generate=True,
+            **{CACHE_NAME: cache},
         )
 
 

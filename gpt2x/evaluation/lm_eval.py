@@ -7,7 +7,8 @@ import torch
 
 from gpt2x.config.evaluation import LmEvalRecipe
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, load_for_inference
+from gpt2x.locate import find_model
+from gpt2x.models import load_for_inference
 from gpt2x.shards.tokenizer import load_tokenizer
 
 

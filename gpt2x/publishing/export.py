@@ -8,11 +8,13 @@ import torch
 
 from gpt2x.adapters import whole_model
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, load_for_inference
+from gpt2x.locate import find_model, local_path
+from gpt2x.models import load_for_inference
 from gpt2x.publishing.comparison import Difference
-from gpt2x.publishing.files import size_bytes, whole_or_nothing
+from gpt2x.publishing.files import check_output, size_bytes, whole_or_nothing
 from gpt2x.publishing.recipes import ExportRecipe
-from gpt2x.shards.tokenizer import load_tokenizer, save_tokenizer
+from gpt2x.publishing.reference import Reference
+from gpt2x.shards.tokenizer import load_tokenizer, write_tokenizer
 
 _NEEDED = {"native": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
 # Model types that transformers.js loads by name.
@@ -37,12 +39,14 @@ def export_model(recipe: ExportRecipe) -> Export:
     """Exports a model; adapters are merged into their base.
 
     Raises:
-        UserError: where there is no model, where the form cannot hold it, where the result computes something else,
-            and where a library that the form needs is not installed.
+        UserError: where there is no whole model, where the form cannot hold it, where the result computes something
+            else, where it cannot be written, and where a library that the form needs is not installed.
     """
     _check_installed(recipe.to)
     exporters = {"native": _export_native, "onnx": _export_onnx, "gguf": _export_gguf}
-    with whole_model(find_model(recipe.model)) as directory:
+    found = find_model(recipe.model)
+    check_output(recipe.output_dir, source=found)
+    with whole_model(found) as directory:
         return exporters[recipe.to](recipe, directory)
 
 
@@ -55,10 +59,11 @@ def _check_installed(form: str) -> None:
 def _export_native(recipe: ExportRecipe, directory: str) -> Export:
     from gpt2x.publishing.native import check_native, load_native, write_native
 
+    reference = Reference.read(directory)
     with whole_or_nothing(recipe.output_dir) as partial:
-        save_tokenizer(load_tokenizer(directory), partial)
+        write_tokenizer(load_tokenizer(directory), partial)
         write_native(load_native(directory), partial, dtype=recipe.dtype)
-        difference = check_native(partial, load_native(directory), dtype=recipe.dtype)
+        difference = check_native(partial, reference, dtype=recipe.dtype)
         num_bytes = size_bytes(partial, "*.safetensors")
     return Export(path=recipe.output_dir, num_bytes=num_bytes, difference=difference)
 
@@ -66,11 +71,12 @@ def _export_native(recipe: ExportRecipe, directory: str) -> Export:
 def _export_onnx(recipe: ExportRecipe, directory: str) -> Export:
     from gpt2x.publishing.onnx import check_onnx, write_onnx
 
+    reference = Reference.read(directory)
     with whole_or_nothing(recipe.output_dir) as partial:
-        save_tokenizer(load_tokenizer(directory), partial)
+        write_tokenizer(load_tokenizer(directory), partial)
         model = load_for_inference(directory, dtype=torch.float32)
         onnx_file = write_onnx(model, partial, dtype=recipe.dtype)
-        difference = check_onnx(partial, load_for_inference(directory, dtype=torch.float32), dtype=recipe.dtype)
+        difference = check_onnx(partial, reference, dtype=recipe.dtype)
         num_bytes = size_bytes(partial, f"onnx/{onnx_file.name}*")
     model_type = model.config.model_type
     note = None
@@ -83,20 +89,21 @@ def _export_onnx(recipe: ExportRecipe, directory: str) -> Export:
 def _export_gguf(recipe: ExportRecipe, directory: str) -> Export:
     from gpt2x.publishing.gguf import check_expressible, check_gguf, write_gguf
 
+    reference = Reference.read(directory)
     model = load_for_inference(directory, dtype=torch.float32)
     check_expressible(model.config)
     name = model_name(recipe.model)
     with whole_or_nothing(recipe.output_dir) as partial:
         gguf_file = partial / f"{name}-{recipe.dtype}.gguf"
         write_gguf(model, load_tokenizer(directory), gguf_file, dtype=recipe.dtype, name=name)
-        difference = check_gguf(gguf_file, model, dtype=recipe.dtype)
+        difference = check_gguf(gguf_file, model, reference, dtype=recipe.dtype)
     path = recipe.output_dir / gguf_file.name
     return Export(path=path, num_bytes=path.stat().st_size, difference=difference)
 
 
 def model_name(model: str) -> str:
     """What to call a model: a run's name for its directory and those inside it, else the last part of the path."""
-    path = Path(model).resolve() if Path(model).exists() else Path(model)
+    path = local_path(model).resolve() if local_path(model).exists() else Path(model)
     while path.name in ("final", "model", "checkpoints") or path.parent.name == "checkpoints":
         path = path.parent
     return path.name

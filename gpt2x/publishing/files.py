@@ -1,45 +1,93 @@
-"""Exports appear whole or not at all."""
+"""Exports appear whole or not at all, and take nothing's place but that of an export of the same model."""
 
-import shutil
+import glob
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gpt2x.errors import UserError
+from gpt2x.files import (
+    DamagedError,
+    locked,
+    make_directory,
+    read_json,
+    remove_leftovers,
+    unwritable,
+    whole_directory,
+)
+
+# In which the configs of two precisions of one model may differ.
+_INCIDENTAL = {"dtype", "torch_dtype", "transformers_version", "transformers.js_config", "_name_or_path"}
 
 
 @contextmanager
 def whole_or_nothing(output_dir: Path) -> Iterator[Path]:
-    """Yields an empty directory beside `output_dir`; when the block has succeeded, its files move there.
+    """Yields an empty directory beside `output_dir`; when the block has succeeded, its files are there, durably.
 
     A new directory appears by one rename. Into one that exists (another precision of the same model) the files are
-    moved one by one, each replacing its predecessor at once, the last in name order first: `onnx/` before the
-    `config.json` that names it. What a killed export leaves is a directory named `….partial`, which the next one
-    replaces.
+    moved one by one, `config.json` last. Of two exports to one place the second waits. What a killed one leaves has a
+    temporary name, and the next one to this place removes it.
 
     Raises:
-        UserError: where `output_dir` is a file.
+        UserError: where `output_dir` is something else than an export of this model, or cannot be written.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output ({output_dir}) must be a directory, but is a file; give another by --output.")
-    partial = output_dir.with_name(f"{output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _move(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    place = Path(os.path.realpath(output_dir))
+    check_output(output_dir)
+    make_directory(place.parent)
+    with locked(place.with_name(f".{place.name}.export.lock"), waits=True):
+        remove_leftovers(place.parent, glob.escape(place.name))
+        with whole_directory(place, joins=True) as partial:
+            yield partial
+            check_output(output_dir)
+            _check_same_model(output_dir, partial)
 
 
-def _move(partial: Path, output_dir: Path) -> None:
-    if not output_dir.exists():
-        partial.rename(output_dir)
+def check_output(output_dir: Path, *, source: str | None = None) -> None:
+    """Raises a UserError where an export cannot go to a place, since it is the model itself, a file, or something that
+    is no export."""
+    with unwritable(output_dir):
+        if not output_dir.exists():
+            return
+        if not output_dir.is_dir():
+            raise UserError(f"output ({output_dir}) must be a directory, but is a file; give another by --output.")
+        if source is not None and os.path.realpath(source) == os.path.realpath(output_dir):
+            raise UserError(f"output ({output_dir}) is the model that is exported; give another by --output.")
+        held = sorted(path.name for path in output_dir.iterdir())
+    if held and not _is_export(output_dir):
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        raise UserError(
+            f"output ({output_dir}) is no export: it holds {', '.join(held[:3])}{more}; give another by --output."
+        )
+
+
+def _is_export(directory: Path) -> bool:
+    """Whether a directory looks like an export, and not like the model of a run, which has gpt2x's form too."""
+    place = Path(os.path.realpath(directory))
+    of_a_run = {"final": "config.yaml", "model": "manifest.json"}
+    if place.name in of_a_run and os.path.lexists(place.parent / of_a_run[place.name]):
+        return False
+    is_native = (place / "config.json").is_file() and (place / "modeling_gpt2x.py").is_file()
+    return is_native or any(place.glob("onnx/*.onnx")) or any(place.glob("*.gguf"))
+
+
+def _check_same_model(output_dir: Path, partial: Path) -> None:
+    files = (output_dir / "config.json", partial / "config.json")
+    if not all(os.path.lexists(file) for file in files):  # GGUF files name their model themselves
         return
-    for file in sorted((path for path in partial.rglob("*") if path.is_file()), reverse=True):
-        target = output_dir / file.relative_to(partial)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
+    try:
+        there, new = (read_json(file, dict[str, Any]) for file in files)
+    except DamagedError as error:
+        raise UserError(f"{error}; delete it, or give another directory by --output.") from error
+    names = sorted((there.keys() | new.keys()) - _INCIDENTAL)
+    different = [name for name in names if there.get(name) != new.get(name)]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"output ({output_dir}) holds an export of another model ({name} {there.get(name)!r}, not "
+            f"{new.get(name)!r}); delete it, or give another by --output."
+        )
 
 
 def size_bytes(directory: Path, pattern: str = "**/*") -> int:

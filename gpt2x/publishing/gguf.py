@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt2x.errors import UserError
-from gpt2x.publishing.comparison import Difference, compare, model_logits, sample_batch
+from gpt2x.locate import from_pretrained
+from gpt2x.publishing.comparison import Difference, compare, model_logits
 from gpt2x.publishing.gguf_tokenizer import add_tokenizer
+from gpt2x.publishing.reference import Reference
 
 TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -133,11 +135,15 @@ def _add_shape(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
 
 # --------------------------------------------------------------------------------------------------------- tensors
 def tensors(model: PreTrainedModel) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """The weights under GGUF's names and in its layouts, float32; a tied head is left out."""
+    """The weights under GGUF's names and in its layouts, float32; a tied head is left out.
+
+    Tied is what is one tensor: a file with a head of its own keeps it, whatever its config says.
+    """
     config = model.config
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     names = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and is_tied:
             continue
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
@@ -179,8 +185,9 @@ def _type_of(name: str, tensor: NDArray[np.float32], wanted: gguf.GGMLQuantizati
 
 
 # --------------------------------------------------------------------------------------------------------- the check
-def check_gguf(gguf_file: Path, model: PreTrainedModel, *, dtype: str) -> Difference:
-    """Reads the file back, tensor by tensor by gguf's own reader, and as a whole by transformers' loader.
+def check_gguf(gguf_file: Path, model: PreTrainedModel, reference: Reference, *, dtype: str) -> Difference:
+    """Reads the file back, tensor by tensor by gguf's own reader, and as a whole by transformers' loader, which is
+    compared with what the model's own files say.
 
     Raises:
         UserError: where a tensor or the logits differ by more than rounding.
@@ -196,9 +203,8 @@ def check_gguf(gguf_file: Path, model: PreTrainedModel, *, dtype: str) -> Differ
         if not distance <= tolerance:
             raise UserError(f"{name} differs by {distance:.2g} in the {dtype} export; export as float32.")
     # transformers reads neither Qwen3's head_dim nor GPT-2's n_positions from the file, so it is told the config.
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, config=model.config, dtype=torch.float32
+    loaded = from_pretrained(
+        AutoModelForCausalLM, gguf_file.parent, gguf_file=gguf_file.name, config=model.config, dtype=torch.float32
     )
-    ids_BT, mask_BT = sample_batch(model)
-    logits_BTV, expected_BTV = (model_logits(each.eval(), ids_BT, mask_BT) for each in (loaded, model))
-    return compare(logits_BTV, expected_BTV, mask_BT, dtype=dtype)
+    logits_BTV = model_logits(loaded.eval(), reference.ids, reference.mask)
+    return compare(logits_BTV, reference.logits, reference.mask, dtype=dtype)

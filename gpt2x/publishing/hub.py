@@ -1,6 +1,7 @@
 """A model and its card on the Hub."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, is_hub_id
+from gpt2x.locate import does_not_exist, find_model, is_hub_id
 from gpt2x.publishing.model_card import model_card
+from gpt2x.publishing.published_model import ADAPTER_CONFIG, read_adapter_config
+from gpt2x.publishing.reference import load_strictly
 from gpt2x.publishing.run_files import RunFiles
 
 # What lies in a model's directory without being part of the model.
@@ -57,7 +60,8 @@ def push_run(directory: Path, push: Push) -> str:
         The repository's address.
 
     Raises:
-        UserError: one line that says what went wrong and how to try again; nothing is half uploaded.
+        UserError: one line that says what went wrong and how to try again; nothing is half uploaded, and of a damaged
+            model nothing at all.
     """
     _check_repo_id(push.repo_id)
     if get_token() is None:
@@ -75,32 +79,36 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     """The files of a model, and of the run it came from the plots: path in the repository -> file.
 
     Raises:
-        UserError: where there is no model.
+        UserError: where there is no model, or a damaged one.
     """
+    if not directory.is_dir():  # a Hub id is nothing to push
+        raise does_not_exist(str(directory), "the directory of a run or of a model")
     model_dir = Path(find_model(str(directory)))
-    if not model_dir.is_dir():
-        raise UserError(f"{directory} does not exist; give the directory of a run or of a model.")
-    _check_base(model_dir / "adapter_config.json")
     files = {}
     for file in sorted(path for path in model_dir.rglob("*") if path.is_file()):
         parts = file.relative_to(model_dir).parts
         is_left_out = parts[0] in _LEFT_OUT or any(part.startswith((".", "__")) for part in parts[:-1])
         if not is_left_out and not file.name.startswith(".") and file.suffix not in (".tmp", ".partial"):
             files["/".join(parts)] = file
+    _check_whole(model_dir)
     for plot in RunFiles.of(directory).plots:
         files[f"plots/{plot.name}"] = plot
     return files
 
 
-def _check_base(adapter_config: Path) -> None:
-    """Adapters name the model they belong to, which others must be able to load."""
-    if adapter_config.is_file():
-        base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+def _check_whole(model_dir: Path) -> None:
+    """Raises a UserError where others could not load a model, as far as headers tell: it lacks a tensor or has one of
+    another shape, or they are adapters of a model that only this machine has."""
+    is_adapter, is_onnx = os.path.lexists(model_dir / ADAPTER_CONFIG), any(model_dir.glob("onnx/*.onnx"))
+    if is_adapter:
+        base = read_adapter_config(model_dir)["base_model_name_or_path"]
         if not is_hub_id(base):
             raise UserError(
-                f"the adapters of {adapter_config.parent} belong to {base}, which is no Hub id; push that "
+                f"the adapters of {model_dir} belong to {base}, which is no Hub id; push that "
                 f"model and train on its Hub id, or merge them by lora.merge true."
             )
+    elif any(model_dir.glob("*.safetensors")) or not is_onnx:
+        load_strictly(str(model_dir), device_map="meta")
 
 
 def _check_repo_id(repo_id: str) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from gpt2x.publishing.published_model import PublishedModel, is_hub_id
+from gpt2x.locate import is_hub_id
+from gpt2x.publishing.published_model import PublishedModel
 from gpt2x.publishing.run_files import RunFiles
 
 _ARCHITECTURE = {
@@ -151,7 +152,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     for key, value in section.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
             for number, item in enumerate(value):
                 yield from _flat(item, f"{prefix}{key}.{item.get('name') or number}.")
         elif value not in (None, [], {}):

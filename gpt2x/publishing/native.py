@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
-from gpt2x.errors import UserError
-from gpt2x.publishing.comparison import Difference, compare, model_logits, sample_batch
+from gpt2x.locate import from_pretrained
+from gpt2x.publishing.comparison import Difference, compare, model_logits
+from gpt2x.publishing.reference import Reference
 from modeling_gpt2x import GPT2XForCausalLM
 
 
@@ -16,10 +16,7 @@ def load_native(name_or_path: str) -> GPT2XForCausalLM:
     Raises:
         UserError: where it is neither.
     """
-    try:
-        return GPT2XForCausalLM.from_pretrained(name_or_path, dtype=torch.float32).eval()
-    except (ValueError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    return from_pretrained(GPT2XForCausalLM, name_or_path, dtype=torch.float32).eval()
 
 
 def write_native(model: GPT2XForCausalLM, directory: Path, *, dtype: str) -> None:
@@ -27,13 +24,12 @@ def write_native(model: GPT2XForCausalLM, directory: Path, *, dtype: str) -> Non
     model.to(getattr(torch, dtype)).save_pretrained(directory)
 
 
-def check_native(directory: Path, model: PreTrainedModel, *, dtype: str) -> Difference:
-    """Loads what was written, in float32, and compares it with the model it came from.
+def check_native(directory: Path, reference: Reference, *, dtype: str) -> Difference:
+    """Loads what was written, in float32, and compares it with what the model's own files say.
 
     Raises:
         UserError: where the logits differ by more than rounding.
     """
-    loaded = GPT2XForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids_BT, mask_BT = sample_batch(model)
-    logits_BTV, expected_BTV = (model_logits(each, ids_BT, mask_BT) for each in (loaded, model))
-    return compare(logits_BTV, expected_BTV, mask_BT, dtype=dtype)
+    loaded = from_pretrained(GPT2XForCausalLM, directory, dtype=torch.float32).eval()
+    logits_BTV = model_logits(loaded, reference.ids, reference.mask)
+    return compare(logits_BTV, reference.logits, reference.mask, dtype=dtype)

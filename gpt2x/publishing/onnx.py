@@ -22,9 +22,10 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from gpt2x.errors import UserError
-from gpt2x.publishing.comparison import Difference, compare, model_logits, sample_batch
+from gpt2x.publishing.comparison import Difference, compare, sample_batch
 from gpt2x.publishing.onnx_generation import FILES, OnnxDecoder
 from gpt2x.publishing.onnx_readers import write_configs
+from gpt2x.publishing.reference import Reference
 
 # LayerNormalization came with 17; what came later helps none of these models and shuts out older runtimes.
 OPSET = 18
@@ -58,15 +59,16 @@ def write_onnx(model: PreTrainedModel, directory: Path, *, dtype: str) -> Path:
     return onnx_file
 
 
-def check_onnx(directory: Path, model: PreTrainedModel, *, dtype: str) -> Difference:
-    """Runs the written file on ONNX Runtime, by a prompt and single steps from its cache, against the torch model.
+def check_onnx(directory: Path, reference: Reference, *, dtype: str) -> Difference:
+    """Runs the written file on ONNX Runtime, by a prompt and single steps from its cache, and compares it with what
+    the model's own files say.
 
     Raises:
         UserError: where the logits differ by more than rounding.
     """
-    ids_BT, mask_BT = sample_batch(model)
-    logits_BTV = _stepped_logits(OnnxDecoder(directory, dtype=dtype), ids_BT.numpy(), mask_BT.numpy())
-    return compare(logits_BTV, model_logits(model, ids_BT, mask_BT), mask_BT, dtype=dtype)
+    ids_BT, mask_BT = reference.ids.numpy(), reference.mask.numpy()
+    logits_BTV = _stepped_logits(OnnxDecoder(directory, dtype=dtype), ids_BT, mask_BT)
+    return compare(logits_BTV, reference.logits, reference.mask, dtype=dtype)
 
 
 def _stepped_logits(
@@ -156,7 +158,7 @@ def _example(model: PreTrainedModel) -> tuple[tuple, tuple]:
     No axis has length 1, and no two have the same: torch.export would take them for constants, or for one axis. A
     row of padding keeps the mask in the graph.
     """
-    ids_BT, mask_BT = sample_batch(model, num_tokens=7)
+    ids_BT, mask_BT = sample_batch(model.config, num_tokens=7)
     with torch.no_grad():
         past = _tensors(model(input_ids=ids_BT[:, :4], use_cache=True).past_key_values)
     position_ids = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, 4:]

@@ -1,23 +1,41 @@
-"""Text from an ONNX export, by ONNX Runtime, numpy and tokenizers only: torch is not needed.
+"""Text from an ONNX export, by ONNX Runtime, numpy and tokenizers: neither torch nor transformers is needed.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from tokenizers import Tokenizer
+from typing_extensions import TypedDict
 
 from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, read_bytes, read_json
 
 Cache = dict[str, onnxruntime.OrtValue]
 FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
+_UNREADABLE = (
+    onnxruntime_errors.NoSuchFile,
+    onnxruntime_errors.InvalidProtobuf,
+    onnxruntime_errors.InvalidArgument,
+    onnxruntime_errors.InvalidGraph,
+    onnxruntime_errors.NotImplemented,
+    onnxruntime_errors.Fail,
+    onnxruntime_errors.RuntimeException,
+)
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class _Config(TypedDict):
+    max_position_embeddings: NotRequired[int | None]
+    n_positions: NotRequired[int | None]
+    eos_token_id: NotRequired[int | list[int] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +70,29 @@ class OnnxDecoder:
             num_threads: threads of ONNX Runtime; 0 for all cores.
 
         Raises:
-            UserError: where the directory has no such file.
+            UserError: where the directory has no such file, or a damaged one.
         """
         model_file = directory / "onnx" / FILES[dtype]
         if not model_file.is_file():
             raise UserError(f"{model_file} does not exist; python scripts/export.py MODEL --to onnx writes it.")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
-        self._session = onnxruntime.InferenceSession(model_file, options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(model_file, options, providers=["CPUExecutionProvider"])
+            config = read_json(directory / "config.json", _Config)
+            max_length = config.get("max_position_embeddings") or config.get("n_positions")
+            if max_length is None:
+                raise DamagedError(f"{directory / 'config.json'} has no max_position_embeddings")
+            tokenizer_file = directory / "tokenizer.json"
+            self.tokenizer = Tokenizer.from_buffer(read_bytes(tokenizer_file)) if tokenizer_file.exists() else None
+        except (*_UNREADABLE, DamagedError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the export in {directory} is damaged: {reason}; export again.") from error
         self._cache_inputs = [value for value in self._session.get_inputs() if value.name.startswith("past_")]
         self._outputs = [value.name for value in self._session.get_outputs()]
-        config = json.loads((directory / "config.json").read_text())
-        self.max_length: int = config.get("max_position_embeddings") or config["n_positions"]
+        self.max_length: int = max_length
         eos = config.get("eos_token_id")
         self.eos_token_ids: list[int] = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        tokenizer_file = directory / "tokenizer.json"
-        self.tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.is_file() else None
 
     def empty_cache(self, batch_size: int) -> Cache:
         """The cache before the first token: keys and values of length 0."""

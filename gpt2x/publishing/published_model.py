@@ -1,14 +1,19 @@
 """What the files of a model say to those who use it: who reads it, how to load it, how to chat with it."""
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypeVar, cast
 
-from gpt2x.models import find_model, is_hub_id
+from typing_extensions import TypedDict
 
-_ADAPTER_CONFIG = "adapter_config.json"
+from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, read_json
+from gpt2x.locate import find_model, is_hub_id
+
+Shape = TypeVar("Shape")
+ADAPTER_CONFIG = "adapter_config.json"
 _READERS = {
     "gpt2": "transformers, vLLM and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an export",
     "llama": "transformers, vLLM, mistral.rs and PEFT as it is; llama.cpp, ONNX Runtime and transformers.js after an "
@@ -19,6 +24,25 @@ _READERS = {
     "gpt2x": "transformers with `trust_remote_code=True`, since its code is in this repository; ONNX Runtime after an "
     "export",
 }
+
+
+class _ModelConfig(TypedDict):
+    model_type: str
+    architectures: NotRequired[list[str] | None]
+
+
+class AdapterConfig(TypedDict):
+    """What is looked at in PEFT's adapter_config.json."""
+
+    base_model_name_or_path: str
+
+
+class _Token(TypedDict):
+    content: str
+
+
+class _TokenizerConfig(TypedDict):
+    eos_token: NotRequired[str | _Token | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +63,16 @@ class PublishedModel:
         """Reads the files in a directory of a run or of a model.
 
         Raises:
-            UserError: where there is no model.
+            UserError: where there is no model, or one of these files is damaged.
         """
-        places = (directory, directory / "final")
-        model_dir = next((place for place in places if (place / _ADAPTER_CONFIG).is_file()), None)
-        model_dir = model_dir or Path(find_model(str(directory)))
-        adapters = _read(model_dir / _ADAPTER_CONFIG)
-        settings = _read(model_dir / "tokenizer_config.json")
+        model_dir = Path(find_model(str(directory)))
+        adapters = read_adapter_config(model_dir) if os.path.lexists(model_dir / ADAPTER_CONFIG) else None
+        settings_file = model_dir / "tokenizer_config.json"
+        settings = _read(settings_file, _TokenizerConfig) if os.path.lexists(settings_file) else {}
         end = settings.get("eos_token")
         return cls(
-            config=_base_config(adapters) if adapters else _read(model_dir / "config.json"),
-            adapters=adapters or None,
+            config=_base_config(adapters) if adapters else _read(model_dir / "config.json", _ModelConfig),
+            adapters=cast(Mapping[str, Any], adapters),
             is_chat=(model_dir / "chat_template.jinja").is_file() or bool(settings.get("chat_template")),
             end_of_turn=end["content"] if isinstance(end, dict) else end,
         )
@@ -105,13 +128,25 @@ class PublishedModel:
         )
 
 
-def _base_config(adapters: Mapping[str, Any]) -> dict[str, Any]:
+def read_adapter_config(directory: Path) -> AdapterConfig:
+    """The adapter_config.json of a directory.
+
+    Raises:
+        UserError: where it is damaged.
+    """
+    return _read(directory / ADAPTER_CONFIG, AdapterConfig)
+
+
+def _base_config(adapters: AdapterConfig) -> Mapping[str, Any]:
     base = Path(adapters["base_model_name_or_path"])
-    return _read(Path(find_model(str(base))) / "config.json") if base.is_dir() else {}
+    return _read(Path(find_model(str(base))) / "config.json", _ModelConfig) if base.is_dir() else {}
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _read(file: Path, shape: type[Shape]) -> Shape:
+    try:
+        return read_json(file, shape)
+    except DamagedError as error:
+        raise UserError(f"{error}; copy the model again.") from error
 
 
 def _python(*lines: str) -> str:

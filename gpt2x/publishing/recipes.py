@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpt2x.locate import local_path
+
 DTYPES = {
     "native": ("float32", "bfloat16", "float16"),
     "onnx": ("float32", "float16", "int8"),
@@ -33,7 +35,7 @@ class ExportRecipe:
         """Where the export goes."""
         if self.output is not None:
             return self.output
-        model = Path(self.model)
+        model = local_path(self.model)
         home = model if model.is_dir() else Path("exports") / model.name
         return home / "exports" / self.to if model.is_dir() else home / self.to
 

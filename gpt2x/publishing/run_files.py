@@ -1,13 +1,28 @@
 """What a run's directory says of its model."""
 
-import json
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, cast
 
-import yaml
+from typing_extensions import TypedDict
 
-from gpt2x.reporting import read_metrics
+from gpt2x.addresses import without_secrets
+from gpt2x.files import DamagedError, checked, read_json, read_records, read_yaml
+
+
+class _Recipe(TypedDict):
+    data: NotRequired[dict[str, Any]]
+    train: NotRequired[dict[str, Any]]
+    optimizer: NotRequired[dict[str, Any]]
+    init_from: NotRequired[str | None]
+
+
+class _Stats(TypedDict):
+    versions: NotRequired[dict[str, Any]]
+    evaluation: NotRequired[dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,21 +40,45 @@ class RunFiles:
 
     @classmethod
     def of(cls, directory: Path) -> "RunFiles":
-        """Reads a run's directory, or the run that a directory of a model (`final/`, a checkpoint) belongs to."""
-        run_dir = next((path for path in _homes(directory.resolve()) if (path / "config.yaml").is_file()), None)
+        """Reads a run's directory, or the run that a directory of a model (`final/`, a checkpoint) belongs to.
+
+        A file that is damaged counts as empty, and a line says so: the model does not depend on it.
+        """
+        homes = _homes(directory.resolve())
+        run_dir = next((path for path in homes if os.path.lexists(path / "config.yaml")), None)
         if run_dir is None:
             return cls(recipe={}, stats={}, last_values={}, plots=[])
-        stats_file = run_dir / "stats.json"
-        last_values: dict[str, Any] = {}
-        if (run_dir / "metrics.jsonl").is_file():
-            for record in read_metrics(run_dir):
-                last_values |= {key: value for key, value in record.items() if value is not None}
         return cls(
-            recipe=yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")),
-            stats=json.loads(stats_file.read_text()) if stats_file.is_file() else {},
-            last_values=last_values,
+            recipe=_or_empty(_recipe, run_dir / "config.yaml"),
+            stats=_or_empty(_stats, run_dir / "stats.json"),
+            last_values=_or_empty(_last_values, run_dir / "metrics.jsonl"),
             plots=sorted((run_dir / "plots").glob("*.png")),
         )
+
+
+def _recipe(file: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], without_secrets(checked(read_yaml(file), _Recipe, where=str(file))))
+
+
+def _stats(file: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], read_json(file, _Stats))
+
+
+def _last_values(file: Path) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for record in read_records(file, dict[str, Any]):
+        values |= {key: value for key, value in record.items() if value is not None}
+    return values
+
+
+def _or_empty(read: Callable[[Path], dict[str, Any]], file: Path) -> dict[str, Any]:
+    if not os.path.lexists(file):
+        return {}
+    try:
+        return read(file)
+    except DamagedError as error:
+        print(f"passed over: {error}", file=sys.stderr)
+        return {}
 
 
 def _homes(directory: Path) -> list[Path]:

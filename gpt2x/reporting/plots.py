@@ -1,5 +1,6 @@
 """Draws what a run recorded: one PNG per quantity, over optimizer steps."""
 
+import io
 import itertools
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, PercentFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
+from gpt2x.files import make_directory, write_file
 from gpt2x.reporting.metrics import column, read_metrics
 
 BLUE, ORANGE, GREY = "#2f6db3", "#d9662b", "#5f6b76"
@@ -106,11 +108,11 @@ def write_plots(run_dir: Path) -> list[Path]:
     """Draws every plot that the run has records for into `run_dir/plots/` and returns the files.
 
     Raises:
-        UserError: where the run has no readable metrics.jsonl.
+        UserError: where the run has no readable metrics.jsonl, or the plots cannot be written.
     """
     metrics = read_metrics(run_dir)
     plots_dir = run_dir / "plots"
-    plots_dir.mkdir(exist_ok=True)
+    make_directory(plots_dir)
     drawn = [plot for plot in PLOTS if any(len(column(metrics, curve.key)[0]) for curve in plot.curves)]
     return [_write(draw(plot, metrics, run_dir.resolve().name), plots_dir / f"{plot.name}.png") for plot in drawn]
 
@@ -202,8 +204,7 @@ def _dress(axes: Axes) -> None:
 
 
 def _write(figure: Figure, plot_file: Path) -> Path:
-    """Saves under a temporary name first, so that a reader never meets half a picture."""
-    unfinished = plot_file.with_name(f"{plot_file.name}.tmp")
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(plot_file)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_file(plot_file, picture.getvalue())
     return plot_file

@@ -2,10 +2,9 @@
 
 import codecs
 import hashlib
-import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,13 +15,11 @@ from datasets import Dataset, IterableDataset
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
 from gpt2x.shards.chat_layouts import Layout, find_layout
+from gpt2x.shards.corpus_files import source_files
 from gpt2x.shards.cutting import CHARACTERS_PER_PIECE, chunks_of, cut
 from gpt2x.shards.docstrings import conversations
 from gpt2x.shards.rows import Advance, Row, open_dataset, open_rows, text_of
-from gpt2x.shards.text_files import LongFile, OpenedFile, columns_of, kind_of, matching_files, rows_of, size_of
-
-# Tests are long tables of cases and would be a third of the corpus; the packages are not the library's.
-NOT_LIBRARY_SOURCES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+from gpt2x.shards.text_files import LongFile, OpenedFile, columns_of, kind_of, rows_of, size_of
 
 
 class Piece(NamedTuple):
@@ -43,6 +40,8 @@ class Share:
 
     task: int = 0
     num_tasks: int = 1
+    revision: str | None = None
+    """The commit of a dataset of the Hub that all tasks read; by default the newest."""
 
 
 WHOLE = Share()
@@ -147,7 +146,15 @@ def _chunks(file: Path, advance: Advance) -> Iterator[str]:
     decoder.decode(b"", final=True)
 
 
-def open_corpus(corpus: CorpusSection, advance: Advance, *, share: Share = WHOLE, as_chat: bool = False) -> Reading:
+def open_corpus(
+    corpus: CorpusSection,
+    advance: Advance,
+    *,
+    share: Share = WHOLE,
+    as_chat: bool = False,
+    files: Mapping[str, Path] | None = None,
+    read: Callable[[Path], None] = lambda _: None,
+) -> Reading:
     """Finds out what a task has to read. It is told which part, and finds it without reading the others if it can.
 
     The files are dealt out in turn where there are enough for every task, a dataset's own shards likewise; else each
@@ -158,20 +165,32 @@ def open_corpus(corpus: CorpusSection, advance: Advance, *, share: Share = WHOLE
         advance: told how much of Reading.size has been read since it was told before.
         share: which part.
         as_chat: whether the rows are conversations; the first row of the whole corpus says in which layout.
+        files: those of the corpus, as source_files finds them.
+        read: told of each file that was read to its end.
 
     Raises:
         UserError: for a path that matches no file, an unknown kind of file, a dataset that cannot be opened; and for
             rows in no layout of conversations.
     """
+    files = source_files(corpus) if files is None else files
     if corpus.kind == "dataset":
-        return _open_dataset(corpus, advance, share, as_chat=as_chat)
-    files = _files(corpus)
-    layout = _layout_of(files, corpus) if as_chat else None
-    if len(files) >= share.num_tasks:
-        files = files[share.task :: share.num_tasks]
-        return Reading(_rows(files, corpus, advance, layout), size_of(files), "B", layout)
-    every = islice(_rows(files, corpus, advance, layout), share.task, None, share.num_tasks)
-    return Reading(every, size_of(files), "B", layout)
+        reading = _open_dataset(corpus, advance, share, as_chat=as_chat)
+        return reading._replace(rows=_told_at_the_end(reading.rows, files, read))
+    every = list(files.values())
+    layout = _layout_of(every, corpus) if as_chat else None
+    if len(every) >= share.num_tasks:
+        own = every[share.task :: share.num_tasks]
+        return Reading(_rows(own, corpus, advance, layout, read), size_of(own), "B", layout)
+    rows = islice(_rows(every, corpus, advance, layout, read), share.task, None, share.num_tasks)
+    return Reading(rows, size_of(every), "B", layout)
+
+
+def _told_at_the_end(
+    rows: Iterator[Row | LongFile], files: Mapping[str, Path], read: Callable[[Path], None]
+) -> Iterator[Row | LongFile]:
+    yield from rows
+    for file in files.values():
+        read(file)
 
 
 def _layout_of(files: list[Path], corpus: CorpusSection) -> Layout | None:
@@ -188,20 +207,24 @@ def _layout_of(files: list[Path], corpus: CorpusSection) -> Layout | None:
 
 
 def size_to_read(
-    corpus: CorpusSection, tasks: Sequence[int], *, num_tasks: int, as_chat: bool = False
+    corpus: CorpusSection, tasks: Sequence[int], *, num_tasks: int, files: Mapping[str, Path], as_chat: bool = False
 ) -> tuple[int | None, str]:
     """How much these tasks have to read in all, None where nobody knows; and its unit."""
     if corpus.kind == "dataset":
         reading = _open_dataset(corpus, lambda _: None, Share(task=tasks[0], num_tasks=num_tasks), as_chat=as_chat)
         return reading.size and reading.size * len(tasks), reading.unit
-    files = _files(corpus)
-    if len(files) < num_tasks:
-        return size_of(files) * len(tasks), "B"
-    return sum(size_of(files[task::num_tasks]) for task in tasks), "B"
+    every = list(files.values())
+    if len(every) < num_tasks:
+        return size_of(every) * len(tasks), "B"
+    return sum(size_of(every[task::num_tasks]) for task in tasks), "B"
 
 
 def _rows(
-    files: list[Path], corpus: CorpusSection, advance: Advance, layout: Layout | None
+    files: list[Path],
+    corpus: CorpusSection,
+    advance: Advance,
+    layout: Layout | None,
+    read: Callable[[Path], None],
 ) -> Iterator[Row | LongFile]:
     for file in files:
         if corpus.kind == "python_docstrings":
@@ -209,6 +232,7 @@ def _rows(
             advance(file.stat().st_size)
         else:
             yield from rows_of(file, corpus, advance, layout=layout)
+        read(file)
 
 
 def _docstring_rows(file: Path) -> Iterator[Row]:
@@ -218,28 +242,10 @@ def _docstring_rows(file: Path) -> Iterator[Row]:
         yield Row(name, lambda _dropped, columns=columns: columns)  # type: ignore[misc]
 
 
-def _files(corpus: CorpusSection) -> list[Path]:
-    if corpus.kind == "files":
-        return matching_files(corpus.paths)
-    if corpus.kind in ("python_stdlib", "python_docstrings"):
-        return _python_files(Path(sysconfig.get_path("stdlib")), NOT_LIBRARY_SOURCES)
-    roots = sorted({Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")})
-    return [file for root in roots for file in _python_files(root, frozenset({"__pycache__"}))]
-
-
-def _python_files(root: Path, left_out: frozenset[str]) -> list[Path]:
-    found = []
-    for directory, subdirectories, names in os.walk(root):
-        # In place, so that site-packages is not even walked through.
-        subdirectories[:] = [name for name in subdirectories if name not in left_out]
-        found += [Path(directory, name) for name in names if name.endswith(".py")]
-    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
-
-
 def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share, *, as_chat: bool) -> Reading:
-    task, num_tasks = share.task, share.num_tasks
+    task, num_tasks, revision = share.task, share.num_tasks, share.revision
     try:
-        rows, layout = _opened_as_chat(corpus) if as_chat else (open_rows(corpus), None)
+        rows, layout = _opened_as_chat(corpus, revision) if as_chat else (open_rows(corpus, revision=revision), None)
     except ConnectionError as error:
         raise UserError(f"corpus.dataset ({corpus.dataset}): {error}; try again when it can be reached.") from None
     if isinstance(rows, Dataset):
@@ -256,8 +262,8 @@ def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share, *, as_c
     return Reading(islice(every, task, None, num_tasks), num_rows, "rows", layout)
 
 
-def _opened_as_chat(corpus: CorpusSection) -> tuple[Dataset | IterableDataset, Layout | None]:
-    rows, columns = open_dataset(corpus)
+def _opened_as_chat(corpus: CorpusSection, revision: str | None) -> tuple[Dataset | IterableDataset, Layout | None]:
+    rows, columns = open_dataset(corpus, revision=revision)
     return rows, find_layout(columns, f"corpus.dataset ({corpus.dataset})") if columns else None
 
 

@@ -6,19 +6,19 @@ is written and opened here rather than through the library, because the library 
 promise the order of its metadata, and a preparation that is run again must give the same bytes.
 """
 
-import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, opened, parse_json, write_file
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
@@ -31,39 +31,26 @@ MAX_HEADER_BYTES = 1_000_000
 TOKENS_PER_CHUNK = 2**22
 
 
+class _Array(TypedDict):
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+_Header = TypedDict(
+    "_Header",
+    {
+        "__metadata__": NotRequired[dict[str, str]],
+        "tokens": _Array,
+        "documents": _Array,
+        "targets": NotRequired[_Array],
+    },
+)
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The narrowest dtype of a shard that holds every id below vocab_size."""
     return DTYPES["U16"] if vocab_size <= 2**16 else DTYPES["U32"]
-
-
-def write_durably(file: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Writes a file so that a crash leaves either all of it or nothing under its name.
-
-    Returns:
-        The sha256 of the content, in hexadecimal.
-    """
-    partial, digest = file.with_name(file.name + ".tmp"), hashlib.sha256()
-    try:
-        with partial.open("wb") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
-                digest.update(chunk)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)  # what has failed half-way
-    sync(file.parent)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_shard(
@@ -99,7 +86,7 @@ def write_shard(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     buffers = [np.ascontiguousarray(array).data.cast("B") for array in arrays.values()]
-    return write_durably(file, [struct.pack("<Q", len(text)), text, *buffers])
+    return write_file(file, [struct.pack("<Q", len(text)), text, *buffers])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,36 +165,41 @@ def open_shard(file: Path) -> Shard:
     return Shard(file=file, tokens=tokens, bounds=starts, targets=targets, metadata=header.get("__metadata__", {}))
 
 
-def _array_names(header: dict) -> list[str]:
+def _array_names(header: _Header) -> list[str]:
     return ["tokens", "documents", *(["targets"] if "targets" in header else [])]
 
 
-def _read_header(file: Path) -> tuple[dict, int]:
+def _read_header(file: Path) -> tuple[_Header, int]:
     """The header of a safetensors file and where its arrays begin; the file's size is checked against it."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing; {REMEDY}.")
-    found = file.stat().st_size
-    with file.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
-        if length > min(found - 8, MAX_HEADER_BYTES):
-            raise UserError(f"{file}: its {found} bytes end inside the header, or it is no token shard; {REMEDY}.")
-        try:
-            header = json.loads(stream.read(length))
-            expected = 8 + length + max(int(header[name]["data_offsets"][1]) for name in _array_names(header))
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f"{file}: its header is not that of a token shard; {REMEDY}.") from None
+    try:
+        with opened(file) as stream:
+            found = os.fstat(stream.fileno()).st_size
+            length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
+            if length > min(found - 8, MAX_HEADER_BYTES):
+                raise UserError(f"{file}: its {found} bytes end inside the header, or it is no token shard; {REMEDY}.")
+            content = stream.read(length)
+    except DamagedError as error:
+        raise UserError(f"{error}; {REMEDY}.") from None
+    try:
+        header = parse_json(content, _Header, where=str(file))
+        expected = 8 + length + max(_offsets(header, name)[1] for name in _array_names(header))
+    except (DamagedError, ValueError):
+        raise UserError(f"{file}: its header is not that of a token shard; {REMEDY}.") from None
     if found != expected:
         raise UserError(f"{file}: expected {expected} bytes, found {found}; {REMEDY}.")
     return header, 8 + length
 
 
-def _mapped(file: Path, header: dict, name: str, data_start: int) -> np.ndarray:
-    try:
-        dtype, (size,), (start, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
-        fits = size > 0 and start >= 0 and end - start == size * DTYPES[dtype].itemsize
-    except (ValueError, KeyError, TypeError):
-        fits = False
-    if not fits:
-        raise UserError(f"{file}: {header.get(name)} does not describe an array of {name}; {REMEDY}.")
+def _offsets(header: _Header, name: str) -> tuple[int, int]:
+    start, end = header[name]["data_offsets"]  # type: ignore[literal-required]
+    return start, end
+
+
+def _mapped(file: Path, header: _Header, name: str, data_start: int) -> np.ndarray:
+    array: _Array = header[name]  # type: ignore[literal-required]
+    dtype, (start, end) = DTYPES.get(array["dtype"]), _offsets(header, name)
+    size = array["shape"][0] if len(array["shape"]) == 1 else 0
+    if dtype is None or size <= 0 or start < 0 or end - start != size * dtype.itemsize:
+        raise UserError(f"{file}: {array} does not describe an array of {name}; {REMEDY}.")
     # np.asarray: slices of a memmap object cost three times those of an array.
-    return np.asarray(np.memmap(file, DTYPES[dtype], mode="r", offset=data_start + start, shape=(size,)))
+    return np.asarray(np.memmap(file, dtype, mode="r", offset=data_start + start, shape=(size,)))

@@ -86,7 +86,9 @@ class ForeignTokens:
     def num_bytes(self, split: str) -> int:
         """UTF-8 bytes of a split's documents, without the ends of text; counted once, then remembered."""
         of = {"content": self.split_fingerprint(split), "tokenizer": self.tokenizer_fingerprint}
-        return remembered("num_bytes", of, lambda: {"num_bytes": self._count_bytes(split)})["num_bytes"]
+        return remembered("num_bytes", of, lambda: {"num_bytes": self._count_bytes(split)}, shape=dict[str, int])[
+            "num_bytes"
+        ]
 
     def _count_bytes(self, split: str) -> int:
         count = byte_counter(self._tokenizer)

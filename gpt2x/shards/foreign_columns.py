@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub.utils import WeakFileLock
 
 from gpt2x.errors import UserError
-from gpt2x.shards.files import token_dtype, write_durably
+from gpt2x.files import UnwritableError, locked, make_directory, write_file
+from gpt2x.shards.files import token_dtype
 from gpt2x.shards.scan import cache_dir, identity
 
 COLUMN = "input_ids"
@@ -87,18 +87,23 @@ def _cached(file: Path, vocab_size: int, columns: Iterator[pa.Array]) -> tuple[n
     # The vocabulary is part of the key, since the ids are checked against it on their way.
     of = json.dumps({**identity(file), "dtype": dtype.str, "vocab_size": vocab_size}, sort_keys=True)
     cached = cache_dir() / f"tokens-{hashlib.sha256(of.encode()).hexdigest()[:32]}.bin"
-    if not cached.is_file():
+    if not _is_whole(cached, dtype):
         try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(cached.with_suffix(".lock")):
-                if not cached.is_file():
-                    write_durably(cached, _checked_ids(file, columns, vocab_size))
-        except OSError as error:
+            make_directory(cached.parent)
+            with locked(cached.with_suffix(".lock"), waits=True):
+                if not _is_whole(cached, dtype):
+                    write_file(cached, _checked_ids(file, columns, vocab_size))
+        except UnwritableError as error:
             raise UserError(
-                f"{file} is not mappable, and its ids cannot be written to '{cached.parent}' ({error.strerror}); let "
+                f"{file} is not mappable, and its ids cannot be written to '{cached.parent}' ({error.reason}); let "
                 f"HF_HOME name a directory with room for them, or make shards by scripts/import_tokens.py elsewhere."
             ) from None
     return np.asarray(np.memmap(cached, dtype, mode="r")), cached
+
+
+def _is_whole(cached: Path, dtype: np.dtype) -> bool:
+    """As far as its size tells; what it holds is compared when it is scanned."""
+    return cached.is_file() and cached.stat().st_size > 0 and cached.stat().st_size % dtype.itemsize == 0
 
 
 def _checked_ids(file: Path, columns: Iterator[pa.Array], vocab_size: int) -> Iterator[memoryview]:

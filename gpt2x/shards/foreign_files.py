@@ -1,11 +1,12 @@
 """Which files a path means, and which of them are held out."""
 
 import glob
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, read_json
 from gpt2x.shards.foreign_formats import SUFFIXES, format_of
 
 HELD_OUT = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE)
@@ -83,8 +84,8 @@ def _saved_files(directory: Path) -> list[Path]:
 
 def _listed(file: Path, key: str) -> list:
     try:
-        listed = json.loads(file.read_bytes())[key]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = read_json(file, dict[str, Any]).get(key)
+    except DamagedError:
         listed = None
     if not isinstance(listed, list):
         raise UserError(f"{file} is missing or lists no {key}; save the dataset again by save_to_disk.")

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,23 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.errors import UserError
+from gpt2x.files import discard, make_directory
+from gpt2x.locate import local_path
 from gpt2x.shards.files import Shard, token_dtype, write_shard
 from gpt2x.shards.foreign_bytes import byte_counter
 from gpt2x.shards.import_recipe import ImportRecipe
 from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index, write_index
+from gpt2x.shards.records import alone_in
+from gpt2x.shards.sources import date_of
 from gpt2x.shards.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from gpt2x.shards.tokens import TokenSet, open_tokens
 
 
 def import_tokens(recipe: ImportRecipe) -> Index:
-    """Rewrites token files as token shards; what is finished is left alone, what was killed begins again.
+    """Rewrites token files as token shards; what was killed begins again.
+
+    What is finished is left alone, which one line says. Of two processes that import into a directory, the second
+    waits.
 
     The tokens stay the same, but for an end of text after a last document that lacks one. Memory: one shard of each
     split and the longest document, which is everything in files without an end of text.
@@ -29,8 +35,11 @@ def import_tokens(recipe: ImportRecipe) -> Index:
     """
     source = open_tokens(recipe.path, validation_path=recipe.validation_path, tokenizer=recipe.tokenizer)
     made_of = _made_of(recipe, source)
-    if finished := _finished(recipe, made_of):
-        return finished
+    with alone_in(recipe.output_dir):
+        return _finished(recipe, made_of) or _import(recipe, source, made_of)
+
+
+def _import(recipe: ImportRecipe, source: TokenSet, made_of: dict[str, Any]) -> Index:
     tokenizer = load_tokenizer(recipe.tokenizer)
     writers = {split: _SplitWriter(recipe, tokenizer, split) for split in SPLITS}
     for split, ids in _assigned_documents(recipe, source):
@@ -45,8 +54,8 @@ def import_tokens(recipe: ImportRecipe) -> Index:
         eos_token_id=tokenizer.eos_token_id,
         recipe=made_of,
     )
-    if Path(recipe.tokenizer).resolve() != index.tokenizer_dir.resolve():
-        save_tokenizer(tokenizer, index.tokenizer_dir)
+    if local_path(recipe.tokenizer).resolve() != index.tokenizer_dir.resolve():
+        save_tokenizer(tokenizer, index.tokenizer_dir, replaces=True)
     write_index(index)
     return index
 
@@ -66,9 +75,9 @@ class _SplitWriter:
         self.count_bytes: Callable[[Shard], int] = byte_counter(tokenizer)
         self.documents: list[np.ndarray] = []
         self.num_tokens, self.entries = 0, list[ShardEntry]()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         for file in self.directory.glob("tokens_part_*.safetensors*"):  # of an import that was killed
-            file.unlink()
+            discard(file)
 
     def add(self, ids: np.ndarray) -> None:
         """Takes a document, its end of text included."""
@@ -162,6 +171,9 @@ def _finished(recipe: ImportRecipe, made_of: dict[str, Any]) -> Index | None:
             f"'{recipe.output_dir}' holds data of another import or preparation (other {', '.join(changed)}); set "
             f"another output_dir, or delete that directory."
         )
+    num_tokens = sum(index.total(split, "num_tokens") for split in SPLITS)
+    date = date_of(recipe.output_dir / INDEX_FILE)
+    print(f"{recipe.output_dir}: already imported on {date} ({num_tokens:,} tokens)", flush=True)
     return index
 
 

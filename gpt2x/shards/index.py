@@ -3,14 +3,18 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from gpt2x.errors import UserError
-from gpt2x.shards.files import REMEDY, Shard, open_shard, write_durably
+from gpt2x.files import DamagedError, parse_json, read_bytes, write_file
+from gpt2x.shards.files import REMEDY, Shard, open_shard
 from gpt2x.shards.scan import Scan, scan_all
 
 FORMAT_VERSION = 1
@@ -32,6 +36,34 @@ class ShardEntry:
     """UTF-8 bytes of the documents; of what is learned of conversations."""
     sha256: str
     """Of the file, in hexadecimal."""
+
+
+class ShardEntryContent(TypedDict):
+    """A ShardEntry in a file."""
+
+    file: str
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    sha256: str
+
+
+class _Splits(TypedDict):
+    train: list[ShardEntryContent]
+    validation: list[ShardEntryContent]
+
+
+class _Version(TypedDict):
+    format_version: int
+
+
+class _Content(_Version):
+    splits: _Splits
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eos_token_id: int
+    recipe: dict[str, Any]
+    dropped: NotRequired[dict[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +167,7 @@ def write_index(index: Index) -> None:
     """Writes index.json."""
     content: dict[str, Any] = {"format_version": FORMAT_VERSION, **dataclasses.asdict(index)}
     del content["directory"]
-    write_durably(index.directory / INDEX_FILE, [(json.dumps(content, indent=1, sort_keys=True) + "\n").encode()])
+    write_file(index.directory / INDEX_FILE, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def load_index(directory: Path) -> Index:
@@ -145,20 +177,37 @@ def load_index(directory: Path) -> Index:
         UserError: where it is missing, broken, of another format version, or names a file outside its directory.
     """
     file = directory / INDEX_FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise UserError(f"'{directory}' holds no token shards ({INDEX_FILE}); make them by scripts/prepare_data.py.")
     try:
-        content = json.loads(file.read_bytes())
-        if content.pop("format_version") != FORMAT_VERSION:
+        text = read_bytes(file)
+        if parse_json(text, _Version, where=str(file))["format_version"] != FORMAT_VERSION:
             raise UserError(f"{file} is not of format version {FORMAT_VERSION}; prepare the data again.")
-        splits = content.pop("splits")
-        entries = {split: tuple(ShardEntry(**entry) for entry in splits[split]) for split in SPLITS}
-        index = Index(directory=directory, splits=entries, **content)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{file} is broken; delete it and prepare the data again.") from None
-    for split in SPLITS:
-        _check_names(file, [entry.file for entry in entries[split]])
-    return index
+        content = parse_json(text, _Content, where=str(file))
+    except DamagedError as error:
+        raise UserError(f"{error}; delete it and prepare the data again.") from None
+    splits = {"train": content["splits"]["train"], "validation": content["splits"]["validation"]}
+    for entries in splits.values():
+        _check_names(file, [entry["file"] for entry in entries])
+    return Index(
+        directory=directory,
+        splits={split: tuple(entry_of(entry) for entry in entries) for split, entries in splits.items()},
+        tokenizer_fingerprint=content["tokenizer_fingerprint"],
+        vocab_size=content["vocab_size"],
+        eos_token_id=content["eos_token_id"],
+        recipe=content["recipe"],
+        dropped=content.get("dropped", {}),
+    )
+
+
+def content_of(entry: ShardEntry) -> ShardEntryContent:
+    """The entry as it stands in a file."""
+    return ShardEntryContent(**dataclasses.asdict(entry))  # type: ignore[typeddict-item]
+
+
+def entry_of(content: ShardEntryContent) -> ShardEntry:
+    """What content_of gave, without keys that a later version may have added."""
+    return ShardEntry(**{field.name: content[field.name] for field in dataclasses.fields(ShardEntry)})  # type: ignore[literal-required]
 
 
 def _check_names(index_file: Path, names: Sequence[str]) -> None:

@@ -6,76 +6,102 @@ arrays and a loop run the same function.
 """
 
 import dataclasses
-import shutil
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from itertools import count
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack, suppress
 
-import numpy as np
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
-from gpt2x.shards.chats import read_chats, spoken_text, write_chats
-from gpt2x.shards.corpus import Piece, Reading, Share, open_corpus, read_pieces, size_to_read
-from gpt2x.shards.cutting import can_be_cut
-from gpt2x.shards.encoding import encoded
-from gpt2x.shards.index import SPLITS, Index, ShardEntry, write_index
+from gpt2x.files import UnwritableError, discard, locked, make_directory, remove_leftovers
+from gpt2x.locate import holds_tokenizer, local_path, place_to_write, say
+from gpt2x.shards.chats import read_chats, spoken_text
+from gpt2x.shards.corpus import Reading, open_corpus, read_pieces, size_to_read
+from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, entry_of, write_index
 from gpt2x.shards.progress import ProgressBar, Report
 from gpt2x.shards.records import (
     Plan,
+    Sources,
+    TaskRecord,
+    alone_in,
+    describe_finished,
     finished_index,
-    forget_other_preparations,
     plan_of,
+    planned_sources,
+    record_of,
     recorded,
     tasks_dir,
-    write_record,
 )
+from gpt2x.shards.scan import cache_dir
+from gpt2x.shards.sources import read_record, with_sha256, write_record
+from gpt2x.shards.tasks import prepare_task, run_task
 from gpt2x.shards.tokenizer import (
-    is_saved,
+    check_trained_on,
     load_tokenizer,
     save_tokenizer,
-    text_encoder,
     train_tokenizer,
+    training_of,
     vocabulary_size,
 )
 from gpt2x.shards.workers import run_parts, usable_cores
-from gpt2x.shards.writer import ShardWriter
 
 
-def prepare(recipe: PreparationRecipe) -> Index:
+def prepare(recipe: PreparationRecipe, *, is_quiet: bool = False) -> Index:
     """Makes the token shards of a recipe: the tokenizer where it is to be trained, every task, the index.
 
-    What is finished is left alone. The shards do not depend on the number of workers.
+    What is finished is left alone, which one line says. The shards do not depend on the number of workers. Of two
+    processes that prepare the same, the second waits, and then finds it done.
+
+    Args:
+        recipe: what to prepare.
+        is_quiet: whether nothing is said of what is finished.
 
     Raises:
+        OtherDataError: for an output_dir with data of another recipe, or of texts that have changed since.
         UserError: what the steps raise.
     """
-    as_chat = recipe.chat is not None
-    plan = plan_of(recipe, prepare_tokenizer(recipe.tokenizer, recipe.corpus, as_chat=as_chat))
-    if finished := finished_index(plan):
-        shutil.rmtree(tasks_dir(recipe.output_dir), ignore_errors=True)
-        return finished
-    missing = [task for task in range(recipe.num_tasks) if not recorded(plan, task)]
-    num_workers = min(recipe.num_workers or usable_cores(), len(missing))
-    with _progress(recipe, missing) as progress:
-        if num_workers > 1:
-            run_parts(_work, recipe, missing, num_workers=num_workers, report=progress.report)
-        else:
-            for task in missing:
-                _run_task(plan, task, progress.report)
-    return _finalize(plan)
+    plan = plan_of(recipe, _tokenizer_of(recipe))
+    with alone_in(recipe.output_dir):
+        if finished := finished_index(plan):
+            if not is_quiet:
+                print(describe_finished(finished, recipe.corpus), flush=True)
+            discard(tasks_dir(recipe.output_dir))
+            return finished
+        check_trained_on(recipe.tokenizer, recipe.corpus, as_chat=recipe.chat is not None)
+        sources = planned_sources(plan)
+        missing = [task for task in range(recipe.num_tasks) if not recorded(plan, sources, task)]
+        num_workers = min(recipe.num_workers or usable_cores(), len(missing))
+        with _progress(recipe, missing, sources) as progress:
+            if num_workers > 1:
+                # The tokenizer lies on this machine by now: no worker asks the Hub for it.
+                tokenizer = dataclasses.replace(recipe.tokenizer, path=plan.tokenizer.name_or_path)
+                recipe = dataclasses.replace(recipe, tokenizer=tokenizer)
+                run_parts(_work, recipe, missing, num_workers=num_workers, report=progress.report)
+            else:
+                for task in missing:
+                    run_task(plan, task, progress.report)
+        return _finalize(plan)
 
 
-def _progress(recipe: PreparationRecipe, tasks: list[int]) -> ProgressBar:
+def _tokenizer_of(recipe: PreparationRecipe) -> PreTrainedTokenizerFast:
+    """The recipe's; for finished shards their own copy, where the recipe's is not on this machine and nothing says
+    that it is another one."""
+    section, own = recipe.tokenizer, recipe.output_dir / "tokenizer"
+    record = read_record(recipe.output_dir)
+    is_another = record is not None and record["tokenizer"] != section.path
+    has_own = (recipe.output_dir / INDEX_FILE).is_file() and holds_tokenizer(own)
+    if has_own and not (holds_tokenizer(local_path(section.path)) or is_another):
+        section = dataclasses.replace(section, path=str(own))
+    return prepare_tokenizer(section, recipe.corpus, as_chat=recipe.chat is not None)
+
+
+def _progress(recipe: PreparationRecipe, tasks: list[int], sources: Sources) -> ProgressBar:
     if not tasks:
         return ProgressBar("tokenizing", total=0, unit="B")
     as_chat = recipe.chat is not None
-    size, unit = size_to_read(recipe.corpus, tasks, num_tasks=recipe.num_tasks, as_chat=as_chat)
+    size, unit = size_to_read(recipe.corpus, tasks, num_tasks=recipe.num_tasks, files=sources.files, as_chat=as_chat)
     return ProgressBar("tokenizing", total=size, unit=unit)
 
 
@@ -89,18 +115,31 @@ def prepare_tokenizer(
     """Loads the tokenizer, after training it on the corpus' training documents where vocab_size asks for that.
 
     Args:
-        section: where it is, and whether it is trained.
+        section: where it is, and whether it is trained; by one process at a time.
         corpus: what it is trained on.
         as_chat: whether the corpus' rows are conversations; then it is trained on what is said in them.
 
     Raises:
         UserError: where the saved one has another vocabulary size; and what training and loading raise.
     """
-    if section.vocab_size is not None and not is_saved(section.path):
+    with ExitStack() as stack:
+        if section.vocab_size is not None and not holds_tokenizer(local_path(section.path)):
+            key = hashlib.sha256(str(local_path(section.path).resolve()).encode()).hexdigest()[:32]
+            with suppress(UnwritableError):  # then two would train the same, and one would complain
+                make_directory(cache_dir())
+                stack.enter_context(locked(cache_dir() / f"tokenizer-{key}.lock", waits=True))
+        return _prepare_tokenizer(section, corpus, as_chat=as_chat)
+
+
+def _prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool) -> PreTrainedTokenizerFast:
+    if section.vocab_size is not None and not holds_tokenizer(local_path(section.path)):
+        directory = place_to_write(section.path, field="tokenizer.path")
         reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
+        say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
         with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
             texts = _training_texts(reading, corpus, as_chat=as_chat)
-            save_tokenizer(train_tokenizer(texts, section), Path(section.path))
+            made_of = training_of(section, corpus, as_chat=as_chat)
+            save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
     tokenizer = load_tokenizer(section.path)
     if section.vocab_size not in (None, vocabulary_size(tokenizer)):
         raise UserError(
@@ -118,75 +157,6 @@ def _training_texts(reading: Reading, corpus: CorpusSection, *, as_chat: bool) -
     return (piece.text for piece in pieces if not piece.is_validation)
 
 
-def prepare_task(recipe: PreparationRecipe, task: int, *, report: Report | None = None) -> None:
-    """Tokenizes a task's share of the corpus into shards and records them; does nothing where that is done.
-
-    The shards of task t are numbered t, t + num_tasks, ..., so tasks need not know of each other. A shard ends before
-    the document that would make it longer than tokens_per_shard. Memory: some batches of text and their encodings.
-
-    Args:
-        recipe: names the number of tasks.
-        task: below it.
-        report: told how far the task is.
-
-    Raises:
-        UserError: for a corpus or tokenizer that cannot be read, and an output_dir with data of another recipe.
-    """
-    if not 0 <= task < recipe.num_tasks:
-        raise UserError(f"task ({task}) must be at least 0 and below num_tasks ({recipe.num_tasks}).")
-    plan = plan_of(recipe, load_tokenizer(recipe.tokenizer.path))
-    if not finished_index(plan) and not recorded(plan, task):
-        _run_task(plan, task, report or (lambda *_: None))
-
-
-def _run_task(plan: Plan, task: int, report: Report) -> None:
-    forget_other_preparations(plan)
-    with ExitStack() as stack:
-        numbers = {split: count(task, plan.recipe.num_tasks) for split in SPLITS}
-        writers = {split: stack.enter_context(ShardWriter(plan, split, numbers[split])) for split in SPLITS}
-        dropped = _tokenize(plan, task, writers, report)
-        splits = {split: [dataclasses.asdict(entry) for entry in writers[split].finish()] for split in SPLITS}
-    write_record(plan, task, {"splits": splits, "dropped": dict(dropped)})
-
-
-def _tokenize(plan: Plan, task: int, writers: dict[str, ShardWriter], report: Report) -> Counter[str]:
-    """Reads, encodes and writes a task's documents; returns how many were left out, by reason."""
-    dropped: Counter[str] = Counter()
-    unreported = 0
-
-    def advance(read: int) -> None:
-        nonlocal unreported
-        unreported += read
-
-    share, as_chat = Share(task=task, num_tasks=plan.recipe.num_tasks), plan.recipe.chat is not None
-    reading = open_corpus(plan.recipe.corpus, advance, share=share, as_chat=as_chat)
-    write = write_chats if as_chat else _write_documents
-    for num_tokens in write(plan, reading, writers, dropped=dropped):
-        report(unreported, num_tokens)
-        unreported = 0
-    report(unreported, 0)
-    return dropped
-
-
-def _write_documents(
-    plan: Plan, reading: Reading, writers: dict[str, ShardWriter], *, dropped: Counter[str]
-) -> Iterator[int]:
-    """Encodes and writes documents; tells after each batch how many tokens it came to."""
-    encoder = text_encoder(plan.tokenizer)
-    pieces = read_pieces(reading, plan.recipe.corpus, dropped=dropped, cuts=can_be_cut(encoder))
-    for batch, encodings in encoded(pieces, encoder):
-        yield sum(_write(piece, encoding, writers) for piece, encoding in zip(batch, encodings, strict=True))
-
-
-def _write(piece: Piece, encoding: Encoding, writers: dict[str, ShardWriter]) -> int:
-    writer = writers["validation" if piece.is_validation else "train"]
-    ids = np.array(encoding.ids, np.uint32)
-    writer.add(piece.name, ids, len(piece.text.encode()))
-    if piece.is_last:
-        writer.end_document()
-    return ids.size + piece.is_last
-
-
 def finalize(recipe: PreparationRecipe) -> Index:
     """Collects the tasks' records into the index.
 
@@ -195,12 +165,15 @@ def finalize(recipe: PreparationRecipe) -> Index:
             output_dir with data of another recipe.
     """
     plan = plan_of(recipe, load_tokenizer(recipe.tokenizer.path))
-    return finished_index(plan) or _finalize(plan)
+    with alone_in(recipe.output_dir):
+        return finished_index(plan) or _finalize(plan)
 
 
 def _finalize(plan: Plan) -> Index:
-    records = _all_records(plan)
-    splits = {split: _in_order(ShardEntry(**e) for r in records for e in r["splits"][split]) for split in SPLITS}
+    """Writes what the records come to, the index last: where it is, the rest is on the disk."""
+    sources = planned_sources(plan)
+    records = _all_records(plan, sources)
+    splits = {split: _in_order(entry_of(e) for r in records for e in r["splits"][split]) for split in SPLITS}
     _check_split(plan.recipe, {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS})
     index = Index(
         directory=plan.output_dir,
@@ -211,17 +184,20 @@ def _finalize(plan: Plan) -> Index:
         recipe=plan.made_of,
         dropped=dict(sum((Counter(record["dropped"]) for record in records), Counter())),
     )
-    if Path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
-        save_tokenizer(plan.tokenizer, index.tokenizer_dir)
+    if local_path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
+        save_tokenizer(plan.tokenizer, index.tokenizer_dir, replaces=True)
     _remove_unlisted_shards(index)
+    sha256 = {name: value for record in records for name, value in record["sha256"].items()}
+    files = [with_sha256(file, sha256) for file in sources.found]
+    write_record(plan.output_dir, record_of(plan, files, revision=sources.revision))
     write_index(index)
-    shutil.rmtree(tasks_dir(plan.output_dir))
+    discard(tasks_dir(plan.output_dir))
     return index
 
 
-def _all_records(plan: Plan) -> list[dict[str, Any]]:
+def _all_records(plan: Plan, sources: Sources) -> list[TaskRecord]:
     num_tasks = plan.recipe.num_tasks
-    found = {task: recorded(plan, task) for task in range(num_tasks)}
+    found = {task: recorded(plan, sources, task) for task in range(num_tasks)}
     missing = [task for task, record in found.items() if record is None]
     if missing:
         raise UserError(f"tasks {missing} of {num_tasks} are not finished in '{plan.output_dir}'; run them first.")
@@ -230,11 +206,12 @@ def _all_records(plan: Plan) -> list[dict[str, Any]]:
 
 def _remove_unlisted_shards(index: Index) -> None:
     """What preparations that never came to an end have left."""
+    remove_leftovers(index.directory, "*.json")
     for split in SPLITS:
         listed = {entry.file for entry in index.splits[split]}
         for file in (index.directory / split).glob("tokens_part_*.safetensors*"):
             if file.name not in listed:
-                file.unlink()
+                discard(file)
 
 
 def _in_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:

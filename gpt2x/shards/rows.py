@@ -31,17 +31,18 @@ class Row(NamedTuple):
     """Gives the columns; or None after counting why there are none."""
 
 
-def open_rows(corpus: CorpusSection) -> Dataset | IterableDataset:
+def open_rows(corpus: CorpusSection, *, revision: str | None = None) -> Dataset | IterableDataset:
     """Opens the split of a dataset; reads at most its first row. Code that comes with a dataset is never run.
 
     Args:
         corpus: of kind dataset.
+        revision: the commit of a dataset of the Hub; by default the newest.
 
     Raises:
         UserError: where there is no such dataset, configuration, split or column, and for files that cannot be read.
         ConnectionError: where the dataset is elsewhere and cannot be reached; trying again may help.
     """
-    rows, found = open_dataset(corpus)
+    rows, found = open_dataset(corpus, revision=revision)
     if found and corpus.text_column not in found:
         raise UserError(
             f"corpus.dataset ({corpus.dataset}) has no column {corpus.text_column!r}, only: {', '.join(found)}; "
@@ -50,7 +51,7 @@ def open_rows(corpus: CorpusSection) -> Dataset | IterableDataset:
     return rows
 
 
-def open_dataset(corpus: CorpusSection) -> tuple[Dataset | IterableDataset, list[str]]:
+def open_dataset(corpus: CorpusSection, *, revision: str | None = None) -> tuple[Dataset | IterableDataset, list[str]]:
     """Opens the split of a dataset as open_rows does, and finds its columns: none where it has no row to tell them.
 
     Raises:
@@ -67,6 +68,7 @@ def open_dataset(corpus: CorpusSection) -> tuple[Dataset | IterableDataset, list
             data_files=corpus.data_files or None,
             split=corpus.dataset_split,
             streaming=corpus.streaming,
+            revision=revision,
         )
         return rows, rows.column_names or list(next(iter(rows.take(1)), {}))
     except (FileNotFoundError, ValueError, DatasetGenerationError) as error:

@@ -2,24 +2,39 @@
 
 Answers lie as small JSON files under Hugging Face's cache directory. Any number of processes may ask: one looks, the
 others wait for its answer. Where nothing can be kept there, each looks for itself.
+
+A file is known by its path, size and time of last change, which a bit that flips on the disk leaves as they are. So
+the pass also takes a sha256 of every block, and whoever comes later compares some blocks, drawn anew each time, with
+what they were: of up to SAMPLE_BYTES in all, each of them. Deleting the answers lets everything be read again.
 """
 
 import hashlib
 import json
-import os
+import random
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from huggingface_hub import constants
-from huggingface_hub.utils import WeakFileLock
+from typing_extensions import TypedDict
+
+from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, UnwritableError, locked, make_directory, opened, read_json, write_file
 
 CHUNK_BYTES = 2**23
 LARGE_BYTES = 2**30
+BLOCK_BYTES = 2**22
+# What is compared at every start; takes fifty milliseconds where it is in the page cache.
+SAMPLE_BYTES = 2**26
+# A file of a terabyte has a quarter of a million blocks of 20 bytes.
+MAX_ANSWER_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +47,18 @@ class Scan:
     """Below zero only where the dtype allows it and the file is wrong."""
     largest_id: int
     """Of the tokens."""
+    blocks: list[str]
+    """The beginning of the sha256 of each BLOCK_BYTES of the file, in hexadecimal."""
+
+
+class _ScanAnswer(TypedDict):
+    sha256: str
+    smallest_id: int
+    largest_id: int
+    blocks: list[str]
+
+
+Answer = TypeVar("Answer")
 
 
 def cache_dir() -> Path:
@@ -50,43 +77,51 @@ def scan_all(mapped: Sequence[tuple[Path, np.ndarray]]) -> Iterator[Scan]:
 
     Args:
         mapped: files, each with the tokens, (num_tokens,), that are memory-mapped from it.
+
+    Raises:
+        UserError: for a file that is known, and of which a block is not what it was; see the module.
     """
-    unknown = [file for file, tokens in mapped if _kept("scan", _read_as(file, tokens)) is None]
+    known = {file: found for file, tokens in mapped if (found := _kept("scan", _read_as(file, tokens), _ScanAnswer))}
+    unknown = [file for file, _ in mapped if file not in known]
     size = sum(file.stat().st_size for file in unknown)
     if size >= LARGE_BYTES:
         print(f"{unknown[0].parent}: checking what is new there, once ({size / 1e9:.1f} GB)", file=sys.stderr)
+    _compare_some_blocks({file: found["blocks"] for file, found in known.items()})
     for file, tokens in mapped:
-        yield _remembered_scan(file, tokens)
+        yield Scan(**known[file]) if file in known else _remembered_scan(file, tokens)
 
 
-def remembered(question: str, of: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def remembered(question: str, of: Mapping[str, Any], compute: Callable[[], Answer], *, shape: type[Answer]) -> Answer:
     """The answer of compute, which is called only where nobody has kept it.
 
     Args:
         question: what is asked; a part of a file name.
         of: everything that the answer depends on, as JSON gives it back.
         compute: gives the answer, also as JSON gives it back.
+        shape: of the answer: a TypedDict without optional keys.
     """
-    answer, file = _kept(question, of), _place(question, of)
+    answer, file = _kept(question, of, shape), _place(question, of)
     if answer is not None:
         return answer
-    lock_file = file.with_suffix(".lock")
     with ExitStack() as stack:
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(WeakFileLock(lock_file))
-        answer = _kept(question, of)  # of the process that was faster
+        with suppress(UnwritableError):  # then each looks for itself
+            make_directory(file.parent)
+            stack.enter_context(locked(file.with_suffix(".lock"), waits=True))
+        answer = _kept(question, of, shape)  # of the process that was faster
         if answer is None:
             answer = compute()
-            with suppress(OSError):
-                _keep(file, {"of": of, "answer": answer})
-        with suppress(OSError):
-            lock_file.unlink()  # whoever comes later finds the answer
+            with suppress(UnwritableError):
+                write_file(file, json.dumps({"of": of, "answer": answer}).encode())
     return answer
 
 
 def _remembered_scan(file: Path, tokens: np.ndarray) -> Scan:
-    return Scan(**remembered("scan", _read_as(file, tokens), lambda: asdict(_scan(file, tokens))))
+    found = remembered("scan", _read_as(file, tokens), lambda: _answer(_scan(file, tokens)), shape=_ScanAnswer)
+    return Scan(**found)
+
+
+def _answer(scan: Scan) -> _ScanAnswer:
+    return _ScanAnswer(**asdict(scan))  # type: ignore[typeddict-item]
 
 
 def _read_as(file: Path, tokens: np.ndarray) -> dict[str, str | int]:
@@ -98,31 +133,59 @@ def _place(question: str, of: Mapping[str, Any]) -> Path:
     return cache_dir() / f"{question}-{key}.json"
 
 
-def _kept(question: str, of: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The answer, or None where there is none, or not of that."""
+def _kept(question: str, of: Mapping[str, Any], shape: type[Answer]) -> Answer | None:
+    """The answer, or None where there is none, a damaged one, or not of that."""
     try:
-        content = json.loads(_place(question, of).read_bytes())
-        return content["answer"] if content["of"] == of else None
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_json(_place(question, of), _content_shape(cast(Any, shape)), max_bytes=MAX_ANSWER_BYTES)
+    except DamagedError:
         return None
+    return content["answer"] if content["of"] == of else None
 
 
-def _keep(file: Path, content: dict[str, Any]) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content))
-    partial.replace(file)
+@lru_cache
+def _content_shape(shape: Any) -> Any:
+    return TypedDict("_Content", {"of": dict[str, Any], "answer": shape})  # type: ignore[operator]
 
 
 def _scan(file: Path, tokens: np.ndarray) -> Scan:
     size, digest, buffer = file.stat().st_size, hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    smallest, largest, start = int(tokens[0]), int(tokens[0]), 0
+    smallest, largest, start, blocks = int(tokens[0]), int(tokens[0]), 0, list[str]()
     # The ids of about the same chunk, while it is in the page cache: the disk is read once.
     step = -(-tokens.size * CHUNK_BYTES // size)
-    with file.open("rb", buffering=0) as stream:
+    with file.open("rb") as stream:  # buffered, so that only the last chunk is shorter
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
+            blocks += [_block(buffer[at : min(at + BLOCK_BYTES, count)]) for at in range(0, count, BLOCK_BYTES)]
             part = tokens[start : start + step]
             start += step
             if part.size:
                 smallest, largest = min(smallest, int(part.min())), max(largest, int(part.max()))
-    return Scan(sha256=digest.hexdigest(), smallest_id=smallest, largest_id=largest)
+    return Scan(sha256=digest.hexdigest(), smallest_id=smallest, largest_id=largest, blocks=blocks)
+
+
+def _block(content: memoryview | bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _compare_some_blocks(known: Mapping[Path, Sequence[str]]) -> None:
+    """Other blocks in every process and at every start, as many as SAMPLE_BYTES hold."""
+    files, ends = list(known), list(accumulate(len(blocks) for blocks in known.values()))
+    total = ends[-1] if ends else 0
+    for chosen in sorted(random.SystemRandom().sample(range(total), min(total, SAMPLE_BYTES // BLOCK_BYTES))):
+        file = files[bisect_right(ends, chosen)]
+        _compare_block(file, chosen - ends[bisect_right(ends, chosen)] + len(known[file]), known[file])
+
+
+def _compare_block(file: Path, number: int, blocks: Sequence[str]) -> None:
+    try:
+        with opened(file) as stream:
+            stream.seek(number * BLOCK_BYTES)
+            found = _block(stream.read(BLOCK_BYTES))
+    except DamagedError as error:
+        raise UserError(f"{error}; copy the file again.") from None
+    if found != blocks[number]:
+        raise UserError(
+            f"{file}: its content has changed, though neither its size nor its time has: what stands from byte "
+            f"{number * BLOCK_BYTES:,} on is not what was read there before; copy the file again, or delete it and "
+            f"make it again."
+        )

@@ -1,15 +1,38 @@
-"""Tokenizers: training a byte-level BPE, saving, loading, and the fingerprint of what determines ids."""
+"""Tokenizers: training a byte-level BPE, saving, and the fingerprint of what determines ids."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from gpt2x.config import TokenizerSection
+from gpt2x.addresses import without_secrets
+from gpt2x.config import CorpusSection, TokenizerSection
 from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, make_directory, read_json, whole_directory, write_file
+from gpt2x.locate import local_path, say
+from gpt2x.shards.loaded_tokenizer import is_saved, load_tokenizer
+
+# Beside a tokenizer that was trained here: on what.
+TRAINING_FILE = "training.json"
+
+__all__ = [
+    "TRAINING_FILE",
+    "check_training",
+    "is_saved",
+    "load_tokenizer",
+    "save_tokenizer",
+    "text_encoder",
+    "tokenizer_fingerprint",
+    "train_tokenizer",
+    "training_of",
+    "vocabulary_size",
+    "write_tokenizer",
+]
 
 
 def train_tokenizer(texts: Iterable[str], section: TokenizerSection) -> PreTrainedTokenizerFast:
@@ -50,18 +73,36 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection) -> PreTrain
     )
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Saves a tokenizer so that AutoTokenizer.from_pretrained(path) loads it without network.
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerFast,
+    path: Path,
+    *,
+    trained_on: Mapping[str, Any] | None = None,
+    replaces: bool = False,
+) -> None:
+    """Saves a tokenizer, whole or not at all, so that AutoTokenizer.from_pretrained(path) loads it without network.
 
-    The files are moved into path one by one, tokenizer.json last: where it is, the tokenizer is whole.
+    Args:
+        tokenizer: what to save.
+        path: its directory; the parents are made.
+        trained_on: what to write down beside it, see check_training.
+        replaces: whether an older one, which must be ours, gives way.
+
+    Raises:
+        UserError: where it cannot be written, and where something else is there.
     """
-    partial = path.with_name(path.name + ".tmp")
-    tokenizer.save_pretrained(partial)
-    _suit_other_readers(partial / "tokenizer_config.json", chat_template=tokenizer.chat_template)
-    path.mkdir(parents=True, exist_ok=True)
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == "tokenizer.json"):
-        file.replace(path / file.name)
-    partial.rmdir()
+    make_directory(path.parent)
+    with whole_directory(path, replaces=replaces) as directory:
+        write_tokenizer(tokenizer, directory)
+        if trained_on is not None:
+            write_file(directory / TRAINING_FILE, (json.dumps(trained_on, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Writes a tokenizer into a directory that is being made, beside a model for example."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
+    _suit_other_readers(directory / "tokenizer_config.json", chat_template=tokenizer.chat_template)
 
 
 def _suit_other_readers(config_file: Path, *, chat_template: str | None) -> None:
@@ -78,31 +119,40 @@ def _suit_other_readers(config_file: Path, *, chat_template: str | None) -> None
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer from a directory or the Hub.
+def training_of(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool) -> dict[str, Any]:
+    """What a trained tokenizer depends on beside its size, as JSON gives it back."""
+    return {
+        **{f"corpus.{key}": value for key, value in without_secrets(dataclasses.asdict(corpus)).items()},
+        "tokenizer.eos_token": section.eos_token,
+        "chat": as_chat,
+    }
+
+
+def check_training(directory: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuses a tokenizer that was trained on something else than a recipe says: on what is now held out, perhaps.
 
     Raises:
-        UserError: where there is none, where it has no fast implementation, and where it has no end of text.
+        UserError: with what differs. One that does not say what it was trained on is used, with a line.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        found = without_secrets(read_json(directory / TRAINING_FILE, dict[str, Any]))
+    except DamagedError as error:
+        return say(f"using the tokenizer in {directory}, which does not say what it was trained on ({error})")
+    # A record does not list the fields that came after it; they had no effect.
+    differing = [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]
+    changed = [f"{key} {found[key]!r} -> {wanted[key]!r}" for key in differing]
+    if changed:
         raise UserError(
-            f"'{path}' holds no tokenizer ({reason}); train one by scripts/train_tokenizer.py or correct the path."
-        ) from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f"'{path}': {type(tokenizer).__name__} has no fast implementation; use one with a tokenizer.json."
+            f"the tokenizer in {directory} was trained by another recipe ({', '.join(changed)}); delete that "
+            f"directory to train it again, set another tokenizer.path, or use it as it is by tokenizer.vocab_size "
+            f"null."
         )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"'{path}' has no end-of-text token; set eos_token in its tokenizer_config.json.")
-    return tokenizer
 
 
-def is_saved(path: str | Path) -> bool:
-    """Whether a directory holds a tokenizer."""
-    return (Path(path) / "tokenizer.json").is_file()
+def check_trained_on(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool = False) -> None:
+    """Raises UserError for a tokenizer that is to be trained on a corpus and was trained on another."""
+    if section.vocab_size is not None:
+        check_training(local_path(section.path), training_of(section, corpus, as_chat=as_chat))
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -4,12 +4,14 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from gpt2x.errors import UserError
+from gpt2x.files import make_directory, unwritable
 from gpt2x.shards.files import DTYPES, token_dtype, write_shard
 from gpt2x.shards.index import ShardEntry
 from gpt2x.shards.records import Plan
@@ -20,28 +22,33 @@ class Spool:
 
     def __init__(self, directory: Path, dtype: np.dtype) -> None:
         self.directory, self.dtype = directory, dtype
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 (closed by close)
+        with unwritable(directory):
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 (closed by close)
 
     def write(self, values: np.ndarray) -> None:
         """Appends values, which the dtype must hold."""
-        self._file.write(values.astype(self.dtype, copy=False).data)
+        with unwritable(self.directory):
+            self._file.write(values.astype(self.dtype, copy=False).data)
 
     def beginning(self, size: int) -> np.ndarray:
         """The first so many values, (size,), as a memory map: they need not fit into memory."""
-        self._file.flush()
+        with unwritable(self.directory):
+            self._file.flush()
         return np.memmap(self._file, self.dtype, mode="r", shape=(size,))
 
     def forget_beginning(self, size: int) -> None:
         """Keeps what stands after the first so many values."""
-        following = tempfile.TemporaryFile(dir=self.directory)  # noqa: SIM115 (closed by close)
-        self._file.seek(size * self.dtype.itemsize)
-        shutil.copyfileobj(self._file, following)
-        self._file.close()
+        with unwritable(self.directory):
+            following = tempfile.TemporaryFile(dir=self.directory)  # noqa: SIM115 (closed by close)
+            self._file.seek(size * self.dtype.itemsize)
+            shutil.copyfileobj(self._file, following)
+        self.close()
         self._file = following
 
     def close(self) -> None:
-        """Removes the file."""
-        self._file.close()
+        """Removes the file. What could not be written to it has been told, and is not needed any more."""
+        with suppress(OSError):
+            self._file.close()
 
 
 class ShardWriter:
@@ -53,7 +60,7 @@ class ShardWriter:
 
     def __init__(self, plan: Plan, split: str, numbers: Iterable[int]) -> None:
         self.directory = plan.output_dir / split
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         self.numbers = iter(numbers)
         self.tokens_per_shard = plan.recipe.tokens_per_shard
         self.vocab_size, self.eos_token_id = plan.vocab_size, plan.tokenizer.eos_token_id

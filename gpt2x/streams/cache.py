@@ -1,7 +1,6 @@
 """The cache of a stream as its readers see it: what the ledger says, the shards that are there, and waiting."""
 
 import hashlib
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import StreamSection
 from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, discard, opened
 from gpt2x.shards.files import Shard, open_shard
 from gpt2x.shards.tokenizer import is_saved, load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from gpt2x.streams.cutting import Vocabulary
@@ -22,6 +22,7 @@ from gpt2x.streams.ledger import (
     changes,
     failure_file,
     ledger_file,
+    read_failure,
     read_ledger,
     shard_file,
     validation_file,
@@ -176,29 +177,29 @@ class StreamCache:
 
     def _failure(self) -> str | None:
         """Why the stream is broken for good, if it is."""
-        file = failure_file(self.directory)
         try:
-            written_at, content = file.stat().st_mtime, file.read_bytes()
-        except FileNotFoundError:
+            written_at = failure_file(self.directory).stat().st_mtime
+        except OSError:
             return None
         is_old = written_at < self._created_at and time.time() < self._created_at + OLD_FAILURE_S
-        return None if is_old else json.loads(content)["message"]
+        return None if is_old else read_failure(self.directory)
 
 
 def _keep_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Saves the tokenizer for the filler, which does not load transformers."""
     wanted = tokenizer_fingerprint(tokenizer)
     if not is_saved(directory) or tokenizer_fingerprint(load_tokenizer(directory)) != wanted:
-        save_tokenizer(tokenizer, directory)
+        save_tokenizer(tokenizer, directory, replaces=True)
 
 
 def _opened(file: Path, sha256: str) -> Shard | None:
     """The shard with this content, or None; a file with another content is deleted."""
     try:
-        with file.open("rb") as content:
+        with opened(file) as content:
             if hashlib.file_digest(content, "sha256").hexdigest() == sha256:
                 return open_shard(file)
-        file.unlink()
-    except FileNotFoundError:
+    except DamagedError:
         pass
+    if not file.is_dir():
+        discard(file)
     return None

@@ -16,19 +16,23 @@ import threading
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
+from typing import cast
 
 import datasets
 import numpy as np
 from tokenizers import Tokenizer
 
+from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
+from gpt2x.files import discard, locked, make_directory
 from gpt2x.shards.files import write_shard
 from gpt2x.shards.index import ShardEntry
 from gpt2x.streams.cutting import Cutter, Documents, Piece, Vocabulary
 from gpt2x.streams.ledger import (
     Beginning,
     Ledger,
+    LedgerContent,
     Position,
     StreamShard,
     beginning_of_json,
@@ -57,11 +61,14 @@ def main() -> None:
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     # Without a buffer, which the thread below would hold locked when the interpreter ends.
     orders = FileIO(sys.stdin.fileno(), closefd=False)
-    filler = Filler(FillerRecipe(**json.loads(orders.readline())))
-    threading.Thread(target=_obey, args=[filler, orders], daemon=True).start()
-    fill(filler)
-    # The threads that wait for the network are not waited for.
-    os._exit(1)
+    recipe = FillerRecipe(**json.loads(orders.readline()))
+    # The filler of a run that was killed may need a moment to end.
+    with locked(Path(recipe.cache_dir) / "filler.lock", waits=True):
+        filler = Filler(recipe)
+        threading.Thread(target=_obey, args=[filler, orders], daemon=True).start()
+        fill(filler)
+        # The threads that wait for the network are not waited for.
+        os._exit(1)
 
 
 def _obey(filler: "Filler", orders: FileIO) -> None:
@@ -83,7 +90,7 @@ def fill(filler: "Filler") -> None:
         )
     except UserError as error:
         message = f"stream {name!r}: {error}"
-    write_failure(filler.cache_dir, message)
+    write_failure(filler.cache_dir, without_secrets(message))
 
 
 class Filler:
@@ -127,7 +134,7 @@ class Filler:
 
     def _known(self) -> Ledger:
         """What the reader knows, and what the cache knows beyond that."""
-        ledger, cached = ledger_of_json(self.recipe.ledger), read_ledger(self.cache_dir)
+        ledger, cached = ledger_of_json(cast(LedgerContent, self.recipe.ledger)), read_ledger(self.cache_dir)
         if cached is not None and cached.definition == ledger.definition:
             ledger.follow(cached.shards.values())
             ledger.validation = ledger.validation or cached.validation
@@ -145,11 +152,11 @@ class Filler:
     def _tidy(self) -> None:
         """Deletes what is not wanted and what no ledger tells the truth about."""
         for directory in ("train", "validation"):
-            (self.cache_dir / directory).mkdir(parents=True, exist_ok=True)
+            make_directory(self.cache_dir / directory)
         kept = {shard_file(self.cache_dir, number) for number in self._wanted() if number in self.ledger.shards}
         for file in (self.cache_dir / "train").iterdir():
-            if file not in kept:
-                file.unlink()
+            if file not in kept and not file.is_dir():  # a directory is none of ours
+                discard(file)
 
     def _has_validation(self) -> bool:
         if not self.corpus.validation_fraction:
@@ -196,7 +203,7 @@ class Filler:
             self.ledger.shards[number] = self._shard(number, piece, entry)
             self.ledger.write(self.cache_dir)
         elif known.sha256 != entry.sha256:
-            shard_file(self.cache_dir, number).unlink()
+            discard(shard_file(self.cache_dir, number))
             raise self._changed(f"shard {number}")
 
     def _shard(self, number: int, piece: Piece, entry: ShardEntry) -> StreamShard:

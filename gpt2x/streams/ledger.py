@@ -15,10 +15,46 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
-from gpt2x.shards.files import write_durably
-from gpt2x.shards.index import ShardEntry
+from typing_extensions import TypedDict
+
+from gpt2x.addresses import without_secrets
+from gpt2x.files import DamagedError, make_directory, read_json, write_file
+from gpt2x.shards.index import ShardEntry, ShardEntryContent, entry_of
+
+
+class _PositionContent(TypedDict):
+    epoch: int
+    state: dict[str, Any] | None
+
+
+class _BeginningContent(TypedDict):
+    era: int
+    number: int
+    position: _PositionContent
+
+
+class _StreamShardContent(ShardEntryContent):
+    number: int
+    era: int
+    ends_era: bool
+    start: _PositionContent
+    end: _PositionContent
+    left_out: NotRequired[dict[str, int]]
+
+
+class LedgerContent(TypedDict):
+    """A Ledger as plain data."""
+
+    definition: dict[str, Any]
+    beginning: _BeginningContent
+    validation: ShardEntryContent | None
+    shards: list[_StreamShardContent]
+
+
+class _FailureContent(TypedDict):
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,26 +149,38 @@ class Ledger:
 
     def write(self, cache_dir: Path) -> None:
         """Replaces the cache's ledger."""
-        write_durably(ledger_file(cache_dir), [(json.dumps(self.as_json(), indent=1) + "\n").encode()])
+        write_file(ledger_file(cache_dir), (json.dumps(self.as_json(), indent=1) + "\n").encode())
 
 
-def ledger_of_json(content: Mapping[str, Any]) -> Ledger:
+def ledger_of_json(content: LedgerContent) -> Ledger:
     """What Ledger.as_json gave."""
     return Ledger(
-        definition=content["definition"],
+        definition=without_secrets(content["definition"]),  # older versions kept them
         beginning=beginning_of_json(content["beginning"]),
         shards={shard["number"]: _shard_of_json(shard) for shard in content["shards"]},
-        validation=ShardEntry(**content["validation"]) if content["validation"] else None,
+        validation=entry_of(content["validation"]) if content["validation"] else None,
     )
 
 
-def beginning_of_json(content: Mapping[str, Any]) -> Beginning:
+def beginning_of_json(content: _BeginningContent) -> Beginning:
     """What asdict gave."""
-    return Beginning(**{**content, "position": Position(**content["position"])})
+    return Beginning(era=content["era"], number=content["number"], position=_position_of_json(content["position"]))
 
 
-def _shard_of_json(content: Mapping[str, Any]) -> StreamShard:
-    return StreamShard(**{**content, "start": Position(**content["start"]), "end": Position(**content["end"])})
+def _position_of_json(content: _PositionContent) -> Position:
+    return Position(epoch=content["epoch"], state=content["state"])
+
+
+def _shard_of_json(content: _StreamShardContent) -> StreamShard:
+    return StreamShard(
+        **vars(entry_of(content)),
+        number=content["number"],
+        era=content["era"],
+        ends_era=content["ends_era"],
+        start=_position_of_json(content["start"]),
+        end=_position_of_json(content["end"]),
+        left_out=content.get("left_out", {}),
+    )
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -144,8 +192,8 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 def read_ledger(cache_dir: Path) -> Ledger | None:
     """The cache's ledger; None where there is none, or only a damaged one: then the cache is filled anew."""
     try:
-        return ledger_of_json(json.loads(ledger_file(cache_dir).read_bytes()))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return ledger_of_json(read_json(ledger_file(cache_dir), LedgerContent))
+    except DamagedError:
         return None
 
 
@@ -161,8 +209,16 @@ def failure_file(cache_dir: Path) -> Path:
 
 def write_failure(cache_dir: Path, message: str) -> None:
     """Says to every reader why no more shards will come, in one line."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    write_durably(failure_file(cache_dir), [json.dumps({"message": message}).encode()])
+    make_directory(cache_dir)
+    write_file(failure_file(cache_dir), json.dumps({"message": message}).encode())
+
+
+def read_failure(cache_dir: Path) -> str | None:
+    """What write_failure said; None where it did not, or what it wrote is damaged: then it will be written again."""
+    try:
+        return read_json(failure_file(cache_dir), _FailureContent)["message"]
+    except DamagedError:
+        return None
 
 
 def shard_file(cache_dir: Path, number: int) -> Path:

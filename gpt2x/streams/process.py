@@ -1,28 +1,29 @@
 """Starting the filler, keeping it alive, ending it."""
 
-import contextlib
-import fcntl
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
 from gpt2x.errors import UserError
+from gpt2x.files import BusyError, discard, locked, make_directory, unwritable
 from gpt2x.streams.ledger import Beginning, failure_file, write_failure
 from gpt2x.streams.recipe import FillerRecipe
 
 # A filler that ends this soon after it was started again will not do better the next time.
 AT_ONCE_S = 20.0
-LOCK_WAIT_S = 10.0
 END_S = 5.0
 
 
 class FillerProcess:
-    """The filler of a cache, as a child of this process, which has the cache to itself as long as either lives."""
+    """The filler of a cache, as a child of this process, which has the cache to itself.
+
+    A filler may outlive this process by a moment; that the next one waits for it is the filler's business.
+    """
 
     def __init__(self, name: str, cache_dir: Path) -> None:
         """Takes possession of a cache.
@@ -31,8 +32,15 @@ class FillerProcess:
             UserError: where another run uses it.
         """
         self.name, self.cache_dir, self.log_file = name, cache_dir, cache_dir / "filler.log"
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(cache_dir / "lock")
+        make_directory(cache_dir)
+        self._lock = ExitStack()
+        try:
+            self._lock.enter_context(locked(cache_dir / "run.lock"))
+        except BusyError as error:
+            raise UserError(
+                f"stream.cache_dir '{cache_dir}' is used by another run ({error}); give each run its own, or end "
+                f"that one."
+            ) from None
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         # The number of the next shard when it was last started again.
@@ -45,16 +53,16 @@ class FillerProcess:
 
     def start(self, recipe: FillerRecipe) -> None:
         """Starts the process; what it says goes into filler.log."""
-        failure_file(self.cache_dir).unlink(missing_ok=True)
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("ab") as log:
+        discard(failure_file(self.cache_dir))
+        make_directory(self.cache_dir)
+        with unwritable(self.log_file):
+            log = self.log_file.open("ab")
+        with log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "gpt2x.streams"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                # The lock is free when nobody has it open any more, a filler that outlives this process included.
-                pass_fds=[self._lock.fileno()],
                 # Not of the terminal's group, whose Ctrl-C would reach it before it can ignore it.
                 start_new_session=True,
             )
@@ -93,7 +101,7 @@ class FillerProcess:
         if self._process is None or self._process.stdin is None:
             return
         # A filler that has died is noticed by keep_alive, and its successor is told everything.
-        with contextlib.suppress(BrokenPipeError):
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(content).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -103,7 +111,7 @@ class FillerProcess:
             return None
         self._process = None
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
+        with suppress(BrokenPipeError):
             process.stdin.close()
         try:
             return process.wait(END_S)
@@ -114,19 +122,3 @@ class FillerProcess:
     def _last_words(self) -> str:
         lines = self.log_file.read_text(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "none")
-
-
-def _locked(file: Path) -> IO[bytes]:
-    """An exclusively locked file. The filler of a run that was just killed may need a moment to end."""
-    lock, deadline = file.open("ab"), time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.close()
-                raise UserError(
-                    f"stream.cache_dir '{file.parent}' is used by another run; give each run its own, or end that one."
-                ) from None
-            time.sleep(0.05)

@@ -4,25 +4,33 @@ from pathlib import Path
 
 from gpt2x.batches.source import tokens_of
 from gpt2x.batches.whole_documents import open_file_source
-from gpt2x.config import TrainingRecipe, accumulation_steps
+from gpt2x.config import PreparationRecipe, TrainingRecipe, accumulation_steps
 from gpt2x.errors import UserError
+from gpt2x.locate import find_model
 from gpt2x.shards.index import INDEX_FILE
 
 
-def check_before_torch(recipe: TrainingRecipe, *, num_processes: int) -> None:
+def check_before_torch(recipe: TrainingRecipe, *, num_processes: int, run_dir: Path) -> None:
     """Checks the batch and the token shards, which are prepared first where they are missing and the recipe can.
 
     Args:
         recipe: what is to be run.
         num_processes: data-parallel processes of the run, of which one should call this.
+        run_dir: of the run. One that has begun goes on with the shards that it began with, whose content its
+            checkpoint has the sha256 of.
 
     Raises:
-        UserError: for a batch that cannot be cut evenly; for shards that are missing, broken, too few, or of ids
-            outside their vocabulary.
+        UserError: for a batch that cannot be cut evenly; for a model to start from that is not there or not whole; for
+            shards that are missing, broken, too few, or of ids outside their vocabulary; for those of another
+            preparation, or of texts that have changed since.
     """
     check_batch(recipe, num_processes=num_processes)
+    if recipe.init_from is not None:
+        find_model(recipe.init_from)
     _check_hellaswag(recipe.evaluation.hellaswag)
-    prepare_missing_shards(recipe)
+    has_begun = any((run_dir / "checkpoints").glob("step-*")) or (run_dir / "stats.json").exists()
+    for preparation in _preparations(recipe):
+        _prepare_or_compare(preparation, has_begun=has_begun)
     for section in recipe.data.mixture:
         if section.stream is None:
             open_file_source(tokens_of(section), recipe.data, seed=recipe.run.seed, name=section.key)
@@ -38,13 +46,33 @@ def _check_hellaswag(source: str | None) -> None:
 
 def prepare_missing_shards(recipe: TrainingRecipe) -> None:
     """Makes the token shards that are missing where a source's preparation writes them to its place."""
-    for section in recipe.data.mixture:
-        preparation, location = section.preparation, Path(section.location)
-        if preparation is None or location != preparation.output_dir or (location / INDEX_FILE).exists():
-            continue
-        from gpt2x.shards.preparation import prepare  # imports transformers
+    for preparation in _preparations(recipe):
+        if not (preparation.output_dir / INDEX_FILE).exists():
+            from gpt2x.shards.preparation import prepare  # imports transformers
 
-        prepare(preparation)
+            prepare(preparation)
+
+
+def _preparations(recipe: TrainingRecipe) -> list[PreparationRecipe]:
+    """Those of the sources that are read where they are prepared."""
+    sections = [section for section in recipe.data.mixture if section.preparation is not None]
+    places = [(Path(section.location), section.preparation) for section in sections]
+    return [preparation for place, preparation in places if preparation and place == preparation.output_dir]
+
+
+def _prepare_or_compare(preparation: PreparationRecipe, *, has_begun: bool) -> None:
+    from gpt2x.shards.preparation import prepare  # imports transformers
+    from gpt2x.shards.sources import OtherDataError
+
+    try:
+        prepare(preparation, is_quiet=has_begun)  # it was said when the run began
+    except OtherDataError as error:
+        if not has_begun:
+            raise UserError(
+                f"{error.difference}; set another data.preparation.output_dir, delete that directory, or train on "
+                f"what it holds by --data.preparation null --data.path {preparation.output_dir}."
+            ) from None
+        print(f"{error.difference}; the run goes on with the shards that it began with.", flush=True)
 
 
 def check_batch(recipe: TrainingRecipe, *, num_processes: int) -> None:

@@ -114,10 +114,10 @@ class ZeroAdamW(Optimizer):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self.state.clear()
-        if not self._pieces():
+        if not self.pieces():
             return
         self._link()
-        for group, pieces in zip(self.param_groups, self._pieces(), strict=True):
+        for group, pieces in zip(self.param_groups, self.pieces(), strict=True):
             for parameter in group["params"]:
                 whole = {name: safe_get_full_optimizer_state(parameter, name) for name in _STATE}
                 if is_writer:
@@ -141,7 +141,7 @@ class ZeroAdamW(Optimizer):
                 for name in _STATE:
                     safe_set_full_optimizer_state(parameter, state[name].to(parameter.device), name)
 
-    def _pieces(self) -> list[dict[str, Tensor]]:
+    def pieces(self) -> list[dict[str, Tensor]]:
         """This process's flat piece of each group's state; none before the first step."""
         inside = self.engine.optimizer
         state = inside.optimizer.state

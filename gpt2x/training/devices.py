@@ -4,15 +4,20 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
+from gpt2x import __version__
+from gpt2x.batches.ranks import data_rank
 from gpt2x.config import TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.training.deepspeed import check_zero, prepare_zero, uses_zero
@@ -132,6 +137,44 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
+
+
+def environment_of(accelerator: Accelerator) -> dict[str, str | int]:
+    """What decides, beside the recipe, in which order a run adds numbers up, and so the last bits of its weights.
+
+    On a CPU the same environment gives the same bits. A GPU's kernels may add in another order each time.
+    """
+    device = accelerator.device
+    facts: dict[str, str | int] = {
+        "processes": accelerator.num_processes,
+        "distribution": accelerator.distributed_type.value,
+        "tensor parallel": data_rank(accelerator).num_copies,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gpt2x": __version__,
+    }
+    return facts | ({"threads": torch.get_num_threads(), "processor": _processor()} if device.type == "cpu" else {})
+
+
+def _processor() -> str:
+    """Its name, and the widest instructions that torch's kernels use of it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if sys.platform == "linux" else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+    """A line where a run goes on in another environment than a checkpoint was made in.
+
+    Args:
+        before: the checkpoint's; None where it is from before environments were kept, and nothing is known.
+        now: this process's.
+    """
+    known = before or {}
+    changes = [f"{name} {now[name]} (was {known[name]})" for name in now if known.get(name, now[name]) != now[name]]
+    return [f"resumed with {', '.join(changes)}: equal to rounding, not bit for bit."] if changes else []
 
 
 def describe_device(accelerator: Accelerator) -> str:

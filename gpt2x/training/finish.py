@@ -1,38 +1,44 @@
 """What a finished run leaves: the final model, the run in numbers, the plots."""
 
+import io
 import json
 import platform
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
-from gpt2x.errors import UserError
 from gpt2x.evaluation import Validation
+from gpt2x.evaluation.results import recorded_results
+from gpt2x.files import write_file
 from gpt2x.models import flops_per_token, num_parameters
 from gpt2x.reporting import column, read_metrics, write_plots
 from gpt2x.training.devices import describe_device
+from gpt2x.training.final_model import write_final
 from gpt2x.training.job import Job
-from gpt2x.training.run_directory import RunDirectory, replace_file
+from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.state import Progress
 
 
 def finish(job: Job, progress: Progress, validation: Validation) -> None:
-    """Writes final/, stats.json, losses.npy and the plots; the main process alone."""
+    """Writes final/, losses.npy, the plots and stats.json, by which the run is finished; the main process alone.
+
+    Raises:
+        UserError: where they cannot be written; the last checkpoint has the same weights.
+    """
     weights = job.trainee.weights(job.plain_model, is_writer=job.accelerator.is_main_process)
     if job.accelerator.is_main_process:
+        job.run.check()
+        job.run.sync_records()
         model_type = save_final_model(job, weights)
+        write_losses(job.run)
         with job.failures.tolerated("plots", say=job.accelerator.print):
-            write_curves(job.run)
+            write_plots(job.run.path)
         stats = _stats(job, progress) | validation.metrics() | {"model_type": model_type}
-        if job.hellaswag is not None:
-            stats["evaluation"] = job.hellaswag.results()
-        replace_file(job.run.stats_file, (json.dumps(stats, indent=2) + "\n").encode())
+        write_stats(job, stats)
     job.accelerator.wait_for_everyone()
 
 
@@ -50,31 +56,29 @@ def push(job: Job) -> None:
 
 
 def save_final_model(job: Job, weights: Mapping[str, Tensor]) -> str:
-    """Writes final/, whole or not at all, and returns its model_type.
-
-    Raises:
-        UserError: where it cannot be written; the last checkpoint has the same weights.
-    """
-    final, partial = job.run.final_dir, job.run.path / "final.tmp"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        model_type = job.trainee.save_final(job.plain_model, partial, job.tokenizer, weights=weights)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"{final} could not be written ({error}); make room, and the same command writes it; the last checkpoint "
-            f"is whole."
-        ) from error
-    return model_type
+    """Writes final/, whole or not at all, and returns its model_type."""
+    return write_final(
+        job.run.final_dir,
+        lambda directory: job.trainee.save_final(job.plain_model, directory, job.tokenizer, weights=weights),
+    )
 
 
-def write_curves(run: RunDirectory) -> None:
-    """losses.npy, the recorded training losses in order, and the plots."""
+def write_losses(run: RunDirectory) -> None:
+    """losses.npy: the recorded training losses in order."""
     _, losses = column(read_metrics(run.path), "train/loss")
-    np.save(run.path / "losses.npy", losses)
-    write_plots(run.path)
+    content = io.BytesIO()
+    np.save(content, losses)
+    write_file(run.path / "losses.npy", content.getvalue())
+
+
+def write_stats(job: Job, stats: dict[str, Any]) -> None:
+    """stats.json, with the evaluations that were recorded of these weights before final/ was made again."""
+    evaluation = {} if job.hellaswag is None else job.hellaswag.results()
+    evaluation = recorded_results(job.run.stats_file) | evaluation
+    if evaluation:
+        stats["evaluation"] = evaluation
+    job.run.check()
+    write_file(job.run.stats_file, (json.dumps(stats, indent=2) + "\n").encode())
 
 
 def _stats(job: Job, progress: Progress) -> dict[str, Any]:

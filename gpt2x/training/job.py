@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -14,6 +16,7 @@ from gpt2x.config import TrainingRecipe
 from gpt2x.training.budget import Budget
 from gpt2x.training.failures import Failures
 from gpt2x.training.hellaswag import RunHellaSwag
+from gpt2x.training.recipe_changes import plain
 from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.saving import CheckpointSaver
 from gpt2x.training.trainee import Trainee
@@ -56,6 +59,11 @@ class Job:
     saver: CheckpointSaver
     hellaswag: RunHellaSwag | None = None
     failures: Failures = field(default_factory=Failures)
+
+    @cached_property
+    def plain_recipe(self) -> dict[str, Any]:
+        """The recipe as config.yaml and every checkpoint have it."""
+        return plain(self.recipe)
 
     @property
     def plain_model(self) -> PreTrainedModel:

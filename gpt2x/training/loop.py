@@ -1,16 +1,17 @@
 """The training loop: batches in, checkpoints out."""
 
+import math
 import time
 
 from gpt2x.batches.loader import StepBatch
 from gpt2x.errors import UserError
 from gpt2x.evaluation import Validation, sample_texts, validate
 from gpt2x.training.agreement import Vote, agree
+from gpt2x.training.giving_up import find_unsound, give_up
 from gpt2x.training.job import Job
 from gpt2x.training.obstacles import StepOutcome, reason_to_stop
 from gpt2x.training.recording import Recorder
 from gpt2x.training.retention import note_validation
-from gpt2x.training.run_directory import append_record
 from gpt2x.training.save_points import reserve_copies, save_before_decay, save_checkpoint
 from gpt2x.training.signals import StopRequest
 from gpt2x.training.spikes import SpikeDetector, record_spike, suspects
@@ -68,11 +69,24 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
     if not job.saver.has_failed:
         save_checkpoint(job, progress, is_last=True)
     validation = None if stopped else evaluate(job, progress, recorder, stop)
-    if validation is not None and not write_samples(job, progress, recorder, stop):
-        validation = None
+    if validation is not None:
+        check_validation(job, progress, validation)
+        validation = validation if write_samples(job, progress, recorder, stop) else None
     job.saver.wait()
     accelerator.wait_for_everyone()
     return validation
+
+
+def check_validation(job: Job, progress: Progress, validation: Validation) -> None:
+    """Lets older checkpoints give way to the last one, which its validation shows to be sound.
+
+    Raises:
+        UserError: where it does not.
+    """
+    if not math.isfinite(validation.loss):
+        raise give_up(job, progress.step, f"step {progress.step}: the validation loss is {validation.loss}")
+    job.saver.wait()
+    job.saver.confirm(progress.step)
 
 
 def follow_up(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest, *, saves: bool = False) -> bool:
@@ -111,21 +125,30 @@ def handle_incident(
     """Writes down a step that is out of the ordinary, on all ranks together.
 
     Raises:
-        UserError: where the run must not go on; what it was before the step is saved.
+        UserError: where the run must not go on; what it was before the step is saved where that is sound.
     """
     if outcome.obstacle is not None:
         reason = reason_to_stop(job, progress, outcome, detector)
         if reason is not None:
-            save_checkpoint(job, progress, is_last=True)
-            job.saver.wait()
-            raise UserError(reason)
+            raise _stopped_by(job, progress, *reason)
         return
     progress.skipped_in_a_row = 0
+    job.saver.confirm(progress.step)
     if is_spike:
         found = suspects(job, outcome.losses)
         if job.accelerator.is_main_process:
             loss = outcome.metrics["train/loss"]
             record_spike(job, progress, found, reason="loss spike", detector=detector, loss=loss)
+
+
+def _stopped_by(job: Job, progress: Progress, reason: str, remedy: str) -> UserError:
+    """The end of a run before a step that is not finite, for which the step is to blame, or the weights before it."""
+    unsound = find_unsound(job)
+    if unsound is not None:
+        return give_up(job, progress.step, f"{reason}, and the weights before it are not sound: {unsound}")
+    save_checkpoint(job, progress, is_last=True)
+    job.saver.wait()
+    return UserError(f"{reason}; the state before the step is saved: {remedy}.")
 
 
 def read_batch(job: Job, progress: Progress) -> StepBatch:
@@ -203,6 +226,7 @@ def write_samples(job: Job, progress: Progress, recorder: Recorder, stop: StopRe
     for prompt in job.prompts:
         if _is_stopped(job, stop):
             return False
+        text = None
         with job.failures.tolerated("sampling", say=recorder.say):
             (text,) = sample_texts(
                 job.plain_model,
@@ -211,10 +235,10 @@ def write_samples(job: Job, progress: Progress, recorder: Recorder, stop: StopRe
                 max_new_tokens=job.recipe.evaluation.max_new_tokens,
                 seed=job.recipe.run.seed,
             )
-            recorder.say(f"--- sample at step {progress.step} ---\n{prompt}>>>{text}")
-            if job.accelerator.is_main_process:
-                append_record(job.run.samples_file, {"step": progress.step, "prompt": prompt, "text": text})
         job.model.train()  # what has failed half-way leaves it in evaluation mode
+        if text is not None and job.accelerator.is_main_process:
+            job.run.append(job.run.samples_file, {"step": progress.step, "prompt": prompt, "text": text})
+            recorder.say(f"--- sample at step {progress.step} ---\n{prompt}>>>{text}")
     return True
 
 

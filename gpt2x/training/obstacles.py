@@ -39,11 +39,14 @@ def find_obstacle(metrics: Mapping[str, float], *, num_targets: float) -> str | 
     return None if math.isfinite(grad_norm) or scale > MIN_SCALE else f"gradient norm is {grad_norm}"
 
 
-def reason_to_stop(job: Job, progress: Progress, outcome: StepOutcome, detector: SpikeDetector) -> str | None:
+def reason_to_stop(
+    job: Job, progress: Progress, outcome: StepOutcome, detector: SpikeDetector
+) -> tuple[str, str] | None:
     """Counts a step that moved nothing, and writes what is known of it to spikes.jsonl. All ranks call it.
 
     Returns:
-        Why the run must stop before this step, one line; None where the recipe says to go on.
+        Why the run must stop before this step, and what to do where the step is to blame; None where the recipe says
+        to go on.
     """
     assert outcome.obstacle is not None
     if outcome.obstacle != NO_TARGETS:
@@ -59,7 +62,7 @@ def reason_to_stop(job: Job, progress: Progress, outcome: StepOutcome, detector:
     return None
 
 
-def _message(job: Job, progress: Progress, obstacle: str, found: list[Suspect]) -> str:
+def _message(job: Job, progress: Progress, obstacle: str, found: list[Suspect]) -> tuple[str, str]:
     train, first = job.recipe.train, found[0]
     batch = job.batches.batches.order.batch_of(progress.step)
     where = next(iter(located(job, progress, first)))
@@ -68,7 +71,8 @@ def _message(job: Job, progress: Progress, obstacle: str, found: list[Suspect]) 
         obstacle += f", after {progress.skipped_in_a_row} such steps in a row (train.max_skipped_steps)"
     else:
         remedy += "; or set train.on_non_finite skip"
-    return (
+    reason = (
         f"step {progress.step + 1}: {obstacle} on rank {first.rank}, samples {first.first} to {first.last} of batch "
-        f"{batch}, from {where} on ({job.run.spikes_file} has them all); the state before the step is saved: {remedy}."
+        f"{batch}, from {where} on ({job.run.spikes_file} has them all)"
     )
+    return reason, remedy

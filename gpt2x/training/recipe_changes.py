@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from gpt2x.addresses import without_secrets
 from gpt2x.config import BUDGETS, TrainingRecipe, to_yaml
 
 Changes = Mapping[str, tuple[Any, Any]]
@@ -19,6 +20,12 @@ _NOT_OF_SHAPE = {"attention_dropout", "hidden_dropout", "embedding_dropout", "in
 _NOT_OF_ADAPTERS = {"alpha", "dropout", "merge"}
 
 
+def plain(recipe: TrainingRecipe) -> dict[str, Any]:
+    """A recipe as it is recorded: as plain data."""
+    content: dict[str, Any] = yaml.safe_load(to_yaml(recipe))
+    return content
+
+
 def changes_between(recorded: Mapping[str, Any], recipe: TrainingRecipe) -> Changes:
     """Fields that differ, as (old, new).
 
@@ -26,7 +33,7 @@ def changes_between(recorded: Mapping[str, Any], recipe: TrainingRecipe) -> Chan
         recorded: the recipe that ran, as plain data.
         recipe: what is to be run.
     """
-    before, after = _flat(recorded), _flat(yaml.safe_load(to_yaml(recipe)))
+    before, after = _flat(without_secrets(recorded)), _flat(plain(recipe))
     fields = [field for field in before | after if field.split(".")[0] not in _NOT_PART_OF_A_RUN]
     # what the version that recorded the recipe did not have yet
     fields = [field for field in fields if field in before or field.split(".")[0] not in _SECTIONS_THAT_GROW]
@@ -43,7 +50,7 @@ def is_larger_budget(changes: Changes) -> bool:
     """Whether the run is merely to be longer."""
     budgets = {f"train.{name}" for name in BUDGETS}
     return set(changes) <= budgets and all(
-        old is not None and new is not None and new > old for old, new in changes.values()
+        isinstance(old, int | float) and isinstance(new, int | float) and new > old for old, new in changes.values()
     )
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gpt2x.errors import UserError
+from gpt2x.addresses import without_secrets
 from gpt2x.models import flops_per_token
 from gpt2x.training.devices import peak_flops
 from gpt2x.training.job import Job
-from gpt2x.training.run_directory import append_record
 from gpt2x.training.state import Progress
 
 # Waiting for data is worth a line when it takes this long, and this share of a step; and a line once in a while.
@@ -36,24 +35,18 @@ class Recorder:
         )
         self._shown, self._warned = 0.0, -math.inf
         with self.failures.tolerated("tracker", say=self.say):
-            accelerator.init_trackers("gpt2x", config=_scalars(dataclasses.asdict(job.recipe)))
+            accelerator.init_trackers("gpt2x", config=_scalars(without_secrets(dataclasses.asdict(job.recipe))))
 
     def record(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and sends it to the trackers. What is not finite is recorded as null.
 
         Raises:
-            UserError: where the line cannot be written.
+            UserError: where the line cannot be written, or this process must not write here any more.
         """
         if self.accelerator.is_main_process:
             line = {"step": progress.step, "tokens": progress.tokens, "elapsed_s": round(progress.elapsed_s, 3)}
             values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            try:
-                append_record(self.run.metrics_file, line | values)
-            except OSError as error:
-                raise UserError(
-                    f"{self.run.metrics_file} cannot be written ({error.strerror}); make room or bring it back, and "
-                    f"the same command goes on from the newest checkpoint."
-                ) from error
+            self.run.append(self.run.metrics_file, line | values)
         with self.failures.tolerated("tracker", say=self.say):
             self.accelerator.log(dict(metrics), step=progress.step)
 

@@ -1,17 +1,24 @@
-"""A run's directory: whether to start, to go on, or to refuse."""
+"""A run's directory: what it holds, and whether to start, to go on, or to refuse."""
 
 import json
-import shutil
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gpt2x.config import TrainingRecipe, to_yaml
 from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, append_line, make_directory, read_json, read_yaml, set_aside, sync, write_file
+from gpt2x.training.checkpoints import list_checkpoints, named_checkpoints, read_trainer
+from gpt2x.training.lock import LOCK_NAMES, Hold
 from gpt2x.training.recipe_changes import Changes, changes_between, changes_of_shape, describe, is_larger_budget
+
+# Every recipe of a run has these, by which its config.yaml is told from other people's.
+_SECTIONS = ("run", "data", "train", "optimizer")
+_PASSING = re.compile(rf"({'|'.join(map(re.escape, LOCK_NAMES))}).*|.+\.tmp-[0-9a-f]{{8}}")
+_UNKNOWN: Changes = {"recipe": ("unknown", "this one")}
 
 
 @dataclass(frozen=True)
@@ -21,10 +28,14 @@ class RunDirectory:
     Attributes:
         path: ``runs/NAME``.
         changes: fields of the recipe that differ from those it was run with before, as (old, new).
+        notes: lines to be said of what is not as it was left.
+        hold: by which this process has it to itself; None where it only looks.
     """
 
     path: Path
     changes: Changes = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    hold: Hold | None = None
 
     @property
     def config_file(self) -> Path:
@@ -47,8 +58,13 @@ class RunDirectory:
         return self.path / "spikes.jsonl"
 
     @property
+    def record_files(self) -> tuple[Path, ...]:
+        """What is appended to while the run goes on."""
+        return self.metrics_file, self.samples_file, self.spikes_file
+
+    @property
     def stats_file(self) -> Path:
-        """The run in numbers; written when it is finished."""
+        """The run in numbers; written when it is finished, after everything else."""
         return self.path / "stats.json"
 
     @property
@@ -56,29 +72,102 @@ class RunDirectory:
         """The trained model."""
         return self.path / "final"
 
-    def is_finished(self, recipe: TrainingRecipe) -> bool:
-        """Whether the budget of this very recipe was spent here; a larger one is not."""
-        return self.stats_file.exists() and not changes_between(self.recorded_recipe(), recipe)
+    def is_finished(self) -> bool:
+        """Whether the budget of the recipe that it was opened with was spent here; a larger one is not."""
+        try:
+            return not self.changes and read_json(self.stats_file, dict[str, Any]) is not None
+        except DamagedError:
+            return False
 
-    def recorded_recipe(self) -> dict[str, Any]:
-        """The recipe that ran here, as plain data."""
-        return yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+    def check(self) -> None:
+        """Raises UserError where this process must not write here any more."""
+        if self.hold is not None:
+            self.hold.check()
+
+    def append(self, file: Path, record: Mapping[str, Any]) -> None:
+        """Appends one JSON object as a line to one of the record_files.
+
+        Raises:
+            UserError: where it cannot be written, or this process must not write here any more.
+        """
+        self.check()
+        append_line(file, json.dumps(record, ensure_ascii=False, allow_nan=False).encode())
+
+    def sync_records(self) -> None:
+        """Waits until what was recorded so far is on the disk."""
+        for file in self.record_files:
+            if file.exists():
+                sync(file)
+        sync(self.path)
 
 
 def open_run_directory(recipe: TrainingRecipe, *, name: str) -> RunDirectory:
-    """The directory of a run, new or to be gone on with.
+    """The directory of a run, new or to be gone on with; nothing is changed there.
 
     Args:
         recipe: what is to be run.
         name: the run's name where the recipe gives none.
 
     Raises:
-        UserError: where another recipe has run there, with the differences; where they cannot be gone on with.
+        UserError: where something else than a run lies there; where another recipe has run there, with the
+            differences; where they cannot be gone on with.
     """
-    run = RunDirectory(recipe.run.dir / (recipe.run.name or name))
-    if not run.config_file.exists():
+    name = name if recipe.run.name is None else recipe.run.name
+    if name in ("", ".", ".."):
+        raise UserError(f"the recipe's file name ({name!r}) is no name of a run; give one by --run.name NAME.")
+    run = RunDirectory(recipe.run.dir / name)
+    contents = _contents(run.path)
+    if not contents:
         return run
-    changes = changes_between(run.recorded_recipe(), recipe)
+    recorded, notes = _recorded_recipe(run)
+    checkpoints = named_checkpoints(run.path)
+    if recorded is None and not checkpoints:
+        raise UserError(
+            f"{run.path} is no run: it holds {', '.join(contents[:5])}{' ...' if contents[5:] else ''}, which stays "
+            f"as it is; start another run with --run.name NAME, or set run.dir."
+        )
+    if not checkpoints and not _holds_records(run) and not os.path.lexists(run.stats_file):
+        return run  # stopped before its first step: there is nothing to go on with
+    changes = _UNKNOWN if recorded is None else changes_between(recorded, recipe)
+    _check_changes(run, changes, recipe, notes)
+    return replace(run, changes=changes, notes=tuple(notes))
+
+
+def _contents(directory: Path) -> list[str]:
+    """The names of what lies in a directory, but for what locks and killed writers leave."""
+    try:
+        return sorted(name for name in os.listdir(directory) if not _PASSING.fullmatch(name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written to ({error.strerror}); make it writable, or set run.dir."
+        ) from error
+
+
+def _recorded_recipe(run: RunDirectory) -> tuple[dict[str, Any] | None, list[str]]:
+    """The recipe that ran here as plain data, and a line where it is not taken from config.yaml."""
+    try:
+        recipe = read_yaml(run.config_file)
+        if all(isinstance(recipe.get(section), dict) for section in _SECTIONS):
+            return recipe, []
+        problem = f"{run.config_file} is no recipe of a run"
+    except DamagedError as error:
+        problem = str(error)
+    for checkpoint in reversed(list_checkpoints(run.path)):
+        try:
+            if recorded := read_trainer(checkpoint).get("recipe"):
+                return recorded, [f"{problem}; the recipe is that of {checkpoint}, and is written there again."]
+        except DamagedError:
+            continue
+    return None, [f"{problem}, and no checkpoint tells the recipe that ran there"]
+
+
+def _check_changes(run: RunDirectory, changes: Changes, recipe: TrainingRecipe, notes: list[str]) -> None:
+    if changes is _UNKNOWN and not recipe.resume:
+        raise UserError(
+            f"{notes[0]}; if it is this one, go on by --resume true, or start a new run with --run.name NAME."
+        )
     if changes and not recipe.resume and not is_larger_budget(changes):
         table = "; ".join(describe(changes))
         raise UserError(
@@ -90,56 +179,21 @@ def open_run_directory(recipe: TrainingRecipe, *, name: str) -> RunDirectory:
             f"{run.path} cannot go on with another model ({'; '.join(describe(shapes))}): its weights would not fit; "
             f"set that back, or start a new run with --run.name NAME."
         )
-    return replace(run, changes=changes)
+
+
+def _holds_records(run: RunDirectory) -> bool:
+    """Whether something was recorded there, a whole line or not."""
+    return any(file.lstat().st_size for file in run.record_files if os.path.lexists(file))
 
 
 def write_config(run: RunDirectory, recipe: TrainingRecipe) -> None:
-    """Records the resolved recipe."""
-    run.path.mkdir(parents=True, exist_ok=True)
-    replace_file(run.config_file, to_yaml(recipe).encode())
-
-
-def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends one JSON object as a line, written in one piece so that a killed run tears at most the last."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file so that a kill leaves the old content or the new."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-def truncate_records(run: RunDirectory, *, step: int, is_followed_up: bool) -> None:
-    """Drops what was recorded after a step, so that a resumed run writes no step twice.
-
-    Args:
-        run: whose records.
-        step: the last step that counts.
-        is_followed_up: whether its validation and samples count as well, or will be made again.
-    """
-    run.stats_file.unlink(missing_ok=True)  # the run is no longer finished
-    for path in (run.metrics_file, run.samples_file, run.spikes_file):
-        if path.exists():
-            lines = path.read_bytes().split(b"\n")
-            kept = [line for line in lines if _is_kept(line, step, is_followed_up)]
-            replace_file(path, b"".join(line + b"\n" for line in kept))
-
-
-def clear(run: RunDirectory) -> None:
-    """Removes what a run without a checkpoint left, so that it starts from nothing."""
-    for path in (run.metrics_file, run.samples_file, run.spikes_file, run.stats_file):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(run.final_dir, ignore_errors=True)
-
-
-def _is_kept(line: bytes, step: int, is_followed_up: bool) -> bool:
-    """Whether a line is whole and belongs to what counts; a killed run may leave a torn one."""
+    """Records the resolved recipe, and makes the place of the checkpoints, which by being there says that none were
+    removed. What is no recipe and has the name is set aside."""
+    run.check()
+    make_directory(run.path / "checkpoints")
     try:
-        record = json.loads(line)
-    except ValueError:  # cut short, or cut inside a character
-        return False
-    belongs_to_step = "train/loss" in record or "suspects" in record
-    return record["step"] < step or (record["step"] == step and (is_followed_up or belongs_to_step))
+        read_yaml(run.config_file)
+    except DamagedError:
+        if os.path.lexists(run.config_file):
+            set_aside(run.config_file)
+    write_file(run.config_file, to_yaml(recipe).encode())

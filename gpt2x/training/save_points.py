@@ -2,9 +2,10 @@
 
 from dataclasses import asdict
 
-from gpt2x.training.checkpoints import optimizer_tensors
 from gpt2x.training.deepspeed import ZeroAdamW
+from gpt2x.training.devices import environment_of
 from gpt2x.training.job import Job
+from gpt2x.training.optimizer_state import optimizer_tensors
 from gpt2x.training.saving import State
 from gpt2x.training.sharding import gather, is_sharded
 from gpt2x.training.state import Progress
@@ -54,10 +55,12 @@ def whole_state(job: Job, progress: Progress) -> State:
         model=job.trainee.weights(job.plain_model, is_writer=is_writer).items(),
         optimizer=gather(optimizer, is_writer=is_writer).items(),
         trainer={
-            **asdict(progress),
+            **asdict(progress),  # type: ignore[typeddict-item]
             "optimizer": job.recipe.optimizer.name,
             "scaler": None if scaler is None else scaler.state_dict(),
             "data": job.batches.state(progress.step),
+            "environment": environment_of(job.accelerator),
+            "recipe": job.plain_recipe,
         },
     )
 

@@ -1,6 +1,7 @@
 """Saving while training goes on: one thread copies and writes, the training waits for the copy before its next update.
 
 Weights and optimizer state change in the update alone, so the copy has the time of a whole forward and backward pass.
+Older checkpoints are deleted once the newest has proved sound: by a finite loss of the step after it, or a validation.
 """
 
 import json
@@ -10,15 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gpt2x.errors import UserError
-from gpt2x.training.checkpoints import checkpoint_dir, write_checkpoint
+from gpt2x.files import UnwritableError
+from gpt2x.training.checkpoints import Trainer, checkpoint_dir, write_checkpoint
 from gpt2x.training.host_copies import HostCopies, NamedTensors
 from gpt2x.training.retention import Retention
+from gpt2x.training.run_directory import RunDirectory
+from gpt2x.training.soundness import first_not_finite, not_saved
 
 WriteModel = Callable[[Path, Mapping[str, Tensor]], object]
 
@@ -35,7 +37,7 @@ class State:
 
     model: NamedTensors
     optimizer: NamedTensors
-    trainer: Mapping[str, Any]
+    trainer: Trainer
 
     def tensors(self) -> NamedTensors:
         """All of them, under ``model:`` and ``optimizer:``."""
@@ -52,20 +54,21 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, run_dir: Path, write_model: WriteModel, *, retention: Retention, last_step: int | None = None
+        self, run: RunDirectory, write_model: WriteModel, *, retention: Retention, last_step: int | None = None
     ) -> None:
         """Starts no thread yet.
 
         Args:
-            run_dir: where the checkpoints go.
+            run: where the checkpoints go.
             write_model: writes model and tokenizer into a directory, from the weights it is given.
             retention: which checkpoints are kept.
             last_step: the step of the checkpoint that the run goes on from.
         """
-        self.run_dir, self.retention, self.last_step = run_dir, retention, last_step
+        self.run, self.retention, self.last_step = run, retention, last_step
         self._write_model, self._copies = write_model, HostCopies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._unconfirmed: Trainer | None = None
         self._is_copied = Event()
         self._is_copied.set()
         self.is_reserved = False
@@ -83,23 +86,26 @@ class CheckpointSaver:
 
         Args:
             state: what to save.
-            is_last: whether nothing is trained from here on, so that nothing needs to be copied; then older
-                checkpoints are deleted in any case, which a kill may have prevented.
+            is_last: whether nothing is trained from here on, so that nothing needs to be copied.
 
         Raises:
             UserError: what the save before raised.
         """
-        is_saved = self.last_step == state.trainer["step"]
-        if is_saved and not is_last:
+        if self.last_step == state.trainer["step"]:
+            self._unconfirmed = state.trainer  # a kill may have prevented that older ones were deleted
             return
         self.wait()
-        if is_saved:
-            self._pending = self._thread.submit(self.retention.prune, self.run_dir, state.trainer)
-            return
-        self.last_step = state.trainer["step"]
+        self.last_step, self._unconfirmed = state.trainer["step"], state.trainer
         self._is_copied.clear()
-        tensors, trainer_json = dict(state.tensors()), json.dumps(state.trainer)
+        tensors, trainer_json = dict(state.tensors()), json.dumps(state.trainer, allow_nan=False)
         self._pending = self._thread.submit(self._copy_and_write, tensors, trainer_json, needs_copy=not is_last)
+
+    def confirm(self, step: int) -> None:
+        """Tells that a loss of the weights of this step is finite: older checkpoints may give way to one of it."""
+        if self._unconfirmed is not None and self._unconfirmed["step"] <= step and not self.is_busy:
+            if not self.has_failed:
+                self._pending = self._thread.submit(self._prune, self._unconfirmed)
+            self._unconfirmed = None
 
     def wait_for_copy(self) -> None:
         """Waits until what is being saved may change."""
@@ -131,29 +137,38 @@ class CheckpointSaver:
             self._is_copied.set()
         self._write(copies, json.loads(trainer_json))
 
-    def _write(self, copies: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> None:
-        target = checkpoint_dir(self.run_dir, trainer["step"])
+    def _write(self, copies: Mapping[str, Tensor], trainer: Trainer) -> None:
+        target = checkpoint_dir(self.run.path, trainer["step"])
         weights, optimizer = _untagged("model", copies), _untagged("optimizer", copies)
+        self.run.check()
+        if (name := first_not_finite(copies.items())) is not None:
+            reason = f"step {trainer['step']}: {name.partition(':')[2]} is not finite"
+            raise UserError(not_saved(self.run.path, trainer["step"], reason))
         try:
+            self.run.sync_records()  # no checkpoint is durable before the records of its steps
             write_checkpoint(
                 target,
                 write_model=lambda directory: self._write_model(directory, weights),
                 optimizer=optimizer,
                 trainer=trainer,
             )
-            self.retention.prune(self.run_dir, trainer)
-        except (OSError, SafetensorError) as error:
+        except (OSError, UnwritableError) as error:
+            self.run.check()  # which says more where the directory has gone in the meantime
             raise UserError(_failure(target, error, copies)) from error
+
+    def _prune(self, trainer: Trainer) -> None:
+        self.run.check()
+        self.retention.prune(self.run.path, trainer)
 
 
 def _untagged(tag: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{tag}:"): tensor for name, tensor in tensors.items() if name.startswith(f"{tag}:")}
 
 
-def _failure(target: Path, error: Exception, copies: Mapping[str, Tensor]) -> str:
+def _failure(target: Path, error: OSError | UnwritableError, copies: Mapping[str, Tensor]) -> str:
     """One line: what could not be written, how much it needs, how much there is."""
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in copies.values()}
-    reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    reason = error.reason if isinstance(error, UnwritableError) else error.strerror or str(error)
     free = _free_bytes(target.parent)
     return (
         f"{target} could not be saved ({reason}): it needs {sum(sizes.values()):,} bytes, {free:,} are free; older "

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gpt2x.batches.ranks import data_rank
 from gpt2x.training.job import Job
-from gpt2x.training.run_directory import append_record
 from gpt2x.training.state import Progress
 
 WINDOW = 128
@@ -123,7 +122,7 @@ def record_spike(
         "deviation": _finite(detector.deviation()),
         "suspects": [_described(job, progress, suspect) for suspect in found],
     }
-    append_record(job.run.spikes_file, line)
+    job.run.append(job.run.spikes_file, line)
 
 
 def _described(job: Job, progress: Progress, suspect: Suspect) -> dict[str, Any]:

@@ -14,15 +14,18 @@ from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import FinetuneRecipe, TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.training.budget import Budget, make_budget
-from gpt2x.training.checkpoints import load_optimizer_tensors, newest_checkpoint, parameter_names, read_state
+from gpt2x.training.checkpoints import Trainer, newest_checkpoint, read_state
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.data import open_run_data, prepare_data, steps_per_epoch
-from gpt2x.training.devices import prepare
+from gpt2x.training.devices import describe_changes, environment_of, prepare
+from gpt2x.training.final_model import damage_of_final
 from gpt2x.training.hellaswag import open_hellaswag
 from gpt2x.training.job import Job
+from gpt2x.training.optimizer_state import load_optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import make_optimizers
-from gpt2x.training.retention import Retention, decay_of, is_of_this_decay
-from gpt2x.training.run_directory import RunDirectory, clear, truncate_records
+from gpt2x.training.records import clear, refuse_to_start_over, reopen, truncate_records
+from gpt2x.training.retention import Retention, is_of_this_decay
+from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.saving import CheckpointSaver
 from gpt2x.training.state import Progress
 from gpt2x.training.tensor_parallel import cut_weights
@@ -37,11 +40,11 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
     """
     prepare_data(recipe, accelerator)
     budget = make_budget(recipe.train, recipe.optimizer, steps_per_epoch=steps_per_epoch(recipe))
-    checkpoint, lines = _checkpoint_to_resume(run.path, budget.size)
-    for line in lines:
+    checkpoint, lines = _checkpoint_to_resume(run, budget.size)
+    tensors, trainer = ({}, Trainer(step=0)) if checkpoint is None else read_state(checkpoint)
+    for line in (*lines, *describe_changes(trainer.get("environment"), environment_of(accelerator))):
         accelerator.print(line)
-    tensors, trainer = ({}, {}) if checkpoint is None else read_state(checkpoint)
-    data = open_run_data(recipe, accelerator, saved=trainer.get("data"), step=trainer.get("step", 0))
+    data = open_run_data(recipe, accelerator, saved=trainer.get("data"), step=trainer["step"])
     trainee = trainee_of(recipe)
     model = trainee.make(data.tokenizer)
     _check_ids(data.vocab_size, model)
@@ -76,7 +79,7 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
         budget=budget,
         hellaswag=hellaswag,
         saver=CheckpointSaver(
-            run.path,
+            run,
             lambda directory, weights: trainee.save(model, directory, data.tokenizer, weights=weights),
             retention=Retention.of(recipe.train),
             last_step=None if checkpoint is None else progress.step,
@@ -100,16 +103,21 @@ def _prepared(
     return prepare(accelerator, model, optimizers, recipe)
 
 
-def _checkpoint_to_resume(run_dir: Path, budget_size: float) -> tuple[Path | None, list[str]]:
+def _checkpoint_to_resume(run: RunDirectory, budget_size: float) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint that the run can go on from, and what there is to say of newer ones.
 
     Of a learning rate that decays towards another budget, that is the last one before the decay.
+
+    Raises:
+        UserError: where there is none, and a start from nothing would lose what the run holds.
     """
     checkpoint, lines = newest_checkpoint(
-        run_dir, is_wanted=lambda checkpoint: is_of_this_decay(decay_of(checkpoint), budget_size)
+        run.path, is_wanted=lambda trainer: is_of_this_decay(trainer.get("decays_to"), budget_size)
     )
-    newest, _ = newest_checkpoint(run_dir) if checkpoint is None else (checkpoint, [])
-    if newest is not checkpoint:
+    newest, _ = newest_checkpoint(run.path) if checkpoint is None else (checkpoint, [])
+    if newest is None:
+        refuse_to_start_over(run, damaged=lines, damage_of_final=damage_of_final(run.final_dir))
+    elif newest is not checkpoint:
         lines.append(f"{newest} has begun to decay to another budget, and none from before is left; going on from it.")
     return newest, lines
 
@@ -158,6 +166,8 @@ def _check_optimizer(checkpoint: Path, saved: str, name: str) -> None:
 
 def _settle_records(run: RunDirectory, checkpoint: Path | None, progress: Progress, *, is_spent: bool) -> None:
     """Nothing recorded may be later than the weights, or what is about to be made again."""
+    if not is_spent:
+        reopen(run)
     if checkpoint is None:
         clear(run)
     else:

@@ -67,7 +67,9 @@ def accumulate_losses(accelerator: Accelerator, model: nn.Module, micro_batches:
     """Adds up the gradients of a step's micro-batches; ranks exchange them once, after the last.
 
     Data-parallel wrappers average over ranks, so each rank divides its sum by the valid tokens per rank. Of rows that
-    several processes read this counts every copy, and divides by every copy.
+    several processes read this counts every copy, and divides by every copy. The model sums, and the division is done
+    here: FSDP2 casts every float tensor among a model's arguments to the precision of its layers, in which the number
+    of tokens is rounded (bfloat16) or infinite (float16).
     """
     targets = torch.stack([count_targets(batch["labels"]) for batch in micro_batches])
     targets_per_rank = accelerator.reduce(targets.sum().to(accelerator.device), reduction="sum")
@@ -77,12 +79,13 @@ def accumulate_losses(accelerator: Accelerator, model: nn.Module, micro_batches:
     for position, batch in enumerate(micro_batches):
         is_last = position == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            loss = model(
+            loss_sum = model(
                 **{key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()},
-                num_items_in_batch=divisor,
+                num_items_in_batch=1,
                 return_logits=False,
                 use_cache=False,
             ).loss
+            loss = loss_sum / divisor
             backward(accelerator, model, loss, is_last=is_last)
         shares.append(loss.detach())
     return StepLosses(torch.stack(shares), targets, targets_per_rank)

@@ -21,7 +21,7 @@ from transformers import (
 
 from gpt2x.adapters import adapter_weights, add_adapters, load_base
 from gpt2x.config import DataSection, FinetuneRecipe, LoraSection, TrainSection
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.shards.tokenizer import write_tokenizer
 
 VOCAB_SIZE, LENGTH = 41, 32
 SIZES: dict[str, Any] = {
@@ -66,7 +66,7 @@ def make_stock(name: str) -> PreTrainedModel:
 def save_stock(name: str, tmp_path: Path) -> Path:
     directory = tmp_path / f"stock-{name}"
     make_stock(name).save_pretrained(directory)
-    save_tokenizer(make_tokenizer(VOCAB_SIZE), directory)
+    write_tokenizer(make_tokenizer(VOCAB_SIZE), directory)
     return directory
 
 

@@ -21,7 +21,7 @@ from gpt2x.adapters import load_base, save_adapters
 from gpt2x.config import DataSection, ModelSection, Recipe, RunSection, TrainSection
 from gpt2x.errors import UserError
 from gpt2x.models import make_model, save_model
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.shards.tokenizer import write_tokenizer
 
 
 def refusal(directory: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> str:
@@ -109,7 +109,7 @@ def test_a_tokenizer_of_more_tokens_than_the_base_has_rows_is_refused(stock_dir:
 
 
 def test_rows_that_no_token_has_are_left_alone(stock_dir: Path) -> None:
-    save_tokenizer(make_tokenizer(38), stock_dir)
+    write_tokenizer(make_tokenizer(38), stock_dir)
     model = load_base(recipe(stock_dir), make_tokenizer(38))
     assert model.get_input_embeddings().weight.shape[0] == VOCAB_SIZE
 
@@ -117,7 +117,7 @@ def test_rows_that_no_token_has_are_left_alone(stock_dir: Path) -> None:
 def test_data_of_another_tokenizer_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     directory = save_stock("gpt2", tmp_path)
     backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(40)} | {"<eos>": 40}))
-    save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), directory)
+    write_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), directory)
     assert "the data's tokenizer is not that of" in refusal(directory, tokenizer)
 
 

@@ -1,5 +1,6 @@
 """Adapters as files, which whoever has the stock model loads without gpt2x, and merged into it."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -38,7 +39,7 @@ from gpt2x.adapters import (
 )
 from gpt2x.config import LoraSection, OptimizerSection
 from gpt2x.errors import UserError
-from gpt2x.training.checkpoints import load_optimizer_tensors, optimizer_tensors, parameter_names
+from gpt2x.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import make_optimizers
 
 
@@ -163,6 +164,21 @@ def test_a_directory_of_adapters_has_safetensors_and_json_only(
     ]
 
 
+def test_the_same_adapters_are_the_same_bytes_at_every_save(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Of two metadata safetensors writes either first: ten saves would be alike by chance once in five hundred."""
+    model = adapted(save_stock("gpt2", tmp_path))
+    expected = adapter_weights(model)
+    found = set()
+    for number in range(10):
+        save_adapters(model, tmp_path / str(number), tokenizer)
+        found.add((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
+    assert len(found) == 1
+    written = load_file(tmp_path / "9" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in expected.items())
+
+
 def test_weights_that_are_given_are_written_in_place_of_the_models(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -215,15 +231,55 @@ def test_adapters_of_other_layers_are_refused(tokenizer: PreTrainedTokenizerFast
         load_adapters(adapted(directory, LoraSection(rank=4, target_modules=["q_proj"])), tmp_path / "adapters")
 
 
-def test_adapters_of_another_base_are_refused(stock_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    save_adapters(adapted(stock_dir), stock_dir.parent / "adapters", tokenizer)
+NOT_THE_BASE = r"init_from \(.*stock-.*\) is not what the adapters of .*adapters were trained on; give the model that"
+
+
+def change_last_number(directory: Path) -> None:
+    """Of the embeddings, which have more than the 1,024 numbers that earlier versions looked at."""
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        assert base.get_input_embeddings().weight.numel() > 1024
+        base.get_input_embeddings().weight[-1, -1] *= 1.01
+    base.save_pretrained(directory)
+
+
+def name_base_as_before(adapters: Path, base: Path) -> None:
+    """Makes of adapters what earlier versions wrote: of the base they name the beginnings of its tensors."""
+    file, digest = adapters / "adapter_model.safetensors", hashlib.sha256()
+    for tensor in AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).parameters():
+        digest.update(tensor.detach().flatten()[:1024].numpy().tobytes())
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt", "base_fingerprint": digest.hexdigest()})
+
+
+def test_adapters_of_a_base_that_differs_in_its_last_number_are_refused(
+    stock_dir: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    adapters = stock_dir.parent / "adapters"
+    save_adapters(adapted(stock_dir), adapters, tokenizer)
+    load_adapters(adapted(stock_dir), adapters)
+    change_last_number(stock_dir)
+    with pytest.raises(UserError, match=NOT_THE_BASE):
+        load_adapters(adapted(stock_dir), adapters)
+
+
+def test_adapters_that_name_their_base_as_earlier_versions_did_are_gone_on_with(
+    stock_dir: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    adapters, model = stock_dir.parent / "adapters", disturb(adapted(stock_dir))
+    save_adapters(model, adapters, tokenizer)
+    name_base_as_before(adapters, stock_dir)
+    resumed = adapted(stock_dir, seed=99)
+    load_adapters(resumed, adapters)
+    expected = adapter_weights(model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_weights(resumed).items())
+
     base = AutoModelForCausalLM.from_pretrained(stock_dir, dtype=torch.float32)
     with torch.no_grad():
         base.get_input_embeddings().weight.mul_(1.01)
     base.save_pretrained(stock_dir)
-    message = r"init_from \(.*stock-.*\) is not what the adapters of .*adapters were trained on; give the model that"
-    with pytest.raises(UserError, match=message):
-        load_adapters(adapted(stock_dir), stock_dir.parent / "adapters")
+    with pytest.raises(UserError, match=NOT_THE_BASE):
+        load_adapters(adapted(stock_dir), adapters)
 
 
 def test_the_texts_of_a_merged_model_end_where_the_tokenizer_says(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from gpt2x.batches.mixture import open_mixture
 from gpt2x.config import DataSection, SourceSection
 from gpt2x.errors import UserError
 from gpt2x.shards.index import write_index
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.shards.tokenizer import write_tokenizer
 
 PLAIN, OTHER = "{{ messages[0].content }}", "{{ messages[0].role }}"
 
@@ -25,7 +25,7 @@ def opened(make_index):
             backend = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
             tokenizer.chat_template = template
-            save_tokenizer(tokenizer, index.directory / "tokenizer")
+            write_tokenizer(tokenizer, index.directory / "tokenizer")
             sections.append(SourceSection(name=name, path=index.directory))
         return open_mixture(DataSection(sources=sections, sequence_length=8), seed=0)
 

@@ -1,8 +1,13 @@
 """A cache that grows in place holds what a concatenating one holds, whatever is done to it on the way."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from stock_models import STOCK_MODELS, gpt2x_like, random_tokens
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 from modeling_gpt2x.cache_gpt2x import MIN_ROOM, GrowingLayer, grow_in_place
@@ -85,3 +90,42 @@ def test_generate_uses_it_unless_it_is_given_a_cache():
     assert {type(layer) for layer in own.past_key_values.layers} == {GrowingLayer}
     assert GrowingLayer not in {type(layer) for layer in given.past_key_values.layers}
     assert torch.equal(own.sequences, given.sequences)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_is_a_plain_layer_that_goes_on_by_itself(caches, copied):
+    append(caches, 3)
+    for plain, growing in zip(*(cache.layers for cache in caches)):
+        copy_of_plain, copy_of_growing = copied(plain), copied(growing)
+        assert type(copy_of_growing) is DynamicLayer
+        assert vars(copy_of_growing).keys() == vars(copy_of_plain).keys()
+        assert copy_of_growing.keys.is_contiguous()
+        growing.keys.zero_()  # shares nothing with the copy
+        new = torch.randn(2, ROWS, HEADS, 1, WIDTH)
+        for expected, found in zip(copy_of_plain.update(*new), copy_of_growing.update(*new)):
+            assert torch.equal(expected, found)
+
+
+def test_a_copy_of_what_holds_nothing_yet_takes_the_first_tokens():
+    layer = copy.deepcopy(GrowingLayer())
+    new = torch.randn(2, ROWS, HEADS, 2, WIDTH)
+    assert type(layer) is DynamicLayer
+    assert all(torch.equal(*pair) for pair in zip(layer.update(*new), new))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_a_cached_step_compiles_into_one_graph(name):
+    stock, tokens = STOCK_MODELS[name](), random_tokens(2, 9)
+    model = gpt2x_like(stock)
+    cache = DynamicCache(config=model.config)
+    grow_in_place(cache)
+    torch._dynamo.reset()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = stock(tokens).logits
+        found = [model(tokens[:, :5], past_key_values=cache).logits]
+        for position in range(5, 7):
+            found.append(step(tokens[:, position : position + 1], past_key_values=cache).logits)
+        found.append(model(tokens[:, 7:], past_key_values=cache).logits)  # and on without the compiler
+    assert {type(layer) for layer in cache.layers} == {GrowingLayer}
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ from published_models import VOCAB_SIZE, random_model
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import TokenizerSection
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
+from gpt2x.shards.tokenizer import train_tokenizer, write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., P
     def save(form: str, **options: object) -> Path:
         directory = tmp_path / form
         random_model(form, **options).save_pretrained(directory)
-        save_tokenizer(tokenizer, directory)
+        write_tokenizer(tokenizer, directory)
         return directory
 
     return save

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from gpt2x.errors import UserError
+from gpt2x.publishing.reference import Reference
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
@@ -68,14 +69,14 @@ def test_transformers_loads_the_model_that_was_written(written, form, options):
     ids = torch.randint(0, 300, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-3, rtol=0)
-    assert check_gguf(file, model, dtype="float32").same_choices == 1.0
+    assert check_gguf(file, model, Reference.of(model), dtype="float32").same_choices == 1.0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "q8_0"])
 @pytest.mark.parametrize("form", ["gpt2", "llama", "qwen3"])
 def test_a_smaller_type_differs_by_its_rounding_only(written, form, dtype):
     model, file = written(form, dtype)
-    assert check_gguf(file, model, dtype=dtype).relative < {"float16": 0.005, "q8_0": 0.05}[dtype]
+    assert check_gguf(file, model, Reference.of(model), dtype=dtype).relative < {"float16": 0.005, "q8_0": 0.05}[dtype]
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert kinds["blk.0.ffn_up.weight"] == {"float16": "F16", "q8_0": "Q8_0"}[dtype]
     assert kinds["blk.0.attn_norm.weight"] == "F32"
@@ -117,7 +118,7 @@ def test_a_tensor_that_was_written_wrongly_is_found(written):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] += 0.01
     with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight differs by 0\.01 in the float32 export"):
-        check_gguf(file, model, dtype="float32")
+        check_gguf(file, model, Reference.of(model), dtype="float32")
 
 
 @pytest.mark.parametrize(

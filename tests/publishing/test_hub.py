@@ -1,6 +1,7 @@
 """The Hub: the real client against a server on loopback, what arrives there, and one line where it does not."""
 
 import json
+import shutil
 import subprocess
 import sys
 import traceback
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from hub_server import running_hub
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from gpt2x.config import HubSection
@@ -152,6 +154,48 @@ def test_exports_hidden_files_and_unfinished_ones_are_not_pushed(saved):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def cut_weights(model_dir):
+    (model_dir / "model.safetensors").write_bytes(b"abc")
+
+
+def lose_a_tensor(model_dir):
+    weights = load_file(model_dir / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("form", ["llama", "gpt2x"])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut_weights, r"final is damaged \(model\.safetensors is cut or damaged \(.*header too small"),
+        (lose_a_tensor, r"lacks model\.norm\.weight, one of 1 missing tensors that its config\.json asks for"),
+        (
+            lambda model_dir: (model_dir / "model.safetensors").unlink(),
+            "no file named model.safetensors",
+        ),
+        (lambda model_dir: (model_dir / "config.json").write_text("{"), r"config\.json is no JSON"),
+    ],
+    ids=["cut", "tensor", "no weights", "config"],
+)
+def test_a_damaged_model_is_refused_before_anything_is_sent(hub, run_dir, saved, form, damage, reason):
+    if form == "gpt2x":
+        shutil.rmtree(run_dir / "final")
+        saved("gpt2x").rename(run_dir / "final")
+    damage(run_dir / "final")
+    with pytest.raises(UserError, match=rf"^[^\n]*{reason}[^\n]*$"):
+        push_run(run_dir, PUSH)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"base_model_name_or_path": 3}'])
+def test_damaged_settings_of_adapters_are_refused_in_one_line(saved, content):
+    directory = saved("llama")
+    (directory / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"^[^\n]*adapter_config\.json is (no JSON|not as gpt2x writes it)[^\n]*$"):
+        files_to_push(directory)
 
 
 @pytest.mark.parametrize("base", ["base", "runs/x/final", "/models/base", "here/base"])

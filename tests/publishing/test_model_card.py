@@ -1,6 +1,7 @@
 """Model cards: written from what a run left, read by the Hub's own parser."""
 
 import json
+import os
 import re
 import shutil
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 from gpt2x.adapters import add_adapters, save_adapters
 from gpt2x.config import LoraSection
+from gpt2x.errors import UserError
 from gpt2x.publishing.model_card import model_card
 
 RECIPE = {
@@ -258,3 +260,82 @@ def test_adapters_for_a_model_on_the_hub_name_it(adapted):
     assert 'base = AutoModelForCausalLM.from_pretrained("openai-community/gpt2")' in card.text
     assert "BASE" not in card.text
     assert rows(card, "Architecture")["rank of the adapters"] == "2"
+
+
+DAMAGE = {
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_text('{"tokens": [1'),
+    "bytes": lambda file: file.write_bytes(b"\xff\x00{"),
+    "deep": lambda file: file.write_text("[" * 100_000),
+    "digits": lambda file: file.write_text('{"tokens": ' + "9" * 5_000 + "}"),
+    "list": lambda file: file.write_text("[1, 2]"),
+    "directory": lambda file: (file.unlink(), file.mkdir()),
+    "fifo": lambda file: (file.unlink(), os.mkfifo(file)),
+    "dangling": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+    "device": lambda file: (file.unlink(), file.symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("name", ["config.yaml", "stats.json"])
+def test_a_damaged_description_of_the_run_is_passed_over_with_a_line(run_dir, capsys, name, damage):
+    damage(run_dir / name)
+    card = card_of(run_dir)
+    assert re.fullmatch(rf"passed over: {run_dir / name} [^\n]*\n", capsys.readouterr().err)
+    assert rows(card, "Architecture")["width"] == "32"
+    assert ("## Data" in card.text) == (name != "config.yaml")
+    assert ("tokens seen" in card.text) == (name != "stats.json")
+
+
+@pytest.mark.parametrize("damage", ["directory", "fifo", "dangling", "device"])
+def test_metrics_that_are_no_file_are_passed_over_with_a_line(run_dir, capsys, damage):
+    DAMAGE[damage](run_dir / "metrics.jsonl")
+    assert "validation, token accuracy" not in rows(card_of(run_dir), "Evaluation")
+    assert capsys.readouterr().err.startswith(f"passed over: {run_dir / 'metrics.jsonl'} ")
+
+
+def test_of_damaged_metrics_the_records_that_are_whole_are_shown(run_dir, capsys):
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"val/token_ac\xff\n{"step": 15, "val/token_accuracy": 0.75}\n{"step": 20, "val/to')
+    assert rows(card_of(run_dir), "Evaluation")["validation, token accuracy"] == "0.75"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "train: [1, 2]"),
+        ("config.yaml", "init_from: {a: 1}"),
+        ("config.yaml", "data: text"),
+        ("stats.json", '{"versions": [1]}'),
+        ("stats.json", '{"evaluation": {"hellaswag": 0.5}}'),
+    ],
+)
+def test_a_description_of_another_shape_is_passed_over_with_a_line(run_dir, capsys, name, content):
+    (run_dir / name).write_text(content)
+    assert "## Architecture" in card_of(run_dir).text
+    assert capsys.readouterr().err.startswith(f"passed over: {run_dir / name} is not as gpt2x writes it")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "bytes", "deep", "list"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_damaged_description_of_the_model_is_refused_in_one_line(run_dir, name, damage):
+    DAMAGE[damage](run_dir / "final" / name)
+    with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(name)} is no[^\n]*$"):
+        card_of(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{}"),
+        ("config.json", '{"model_type": 3}'),
+        ("config.json", '{"model_type": "llama", "architectures": "Llama"}'),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("tokenizer_config.json", '{"eos_token": {"text": "<end>"}}'),
+    ],
+)
+def test_a_description_of_the_model_of_another_shape_is_refused_in_one_line(run_dir, name, content):
+    (run_dir / "final" / name).write_text(content)
+    with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(name)} is not as gpt2x writes it[^\n]*$"):
+        card_of(run_dir)

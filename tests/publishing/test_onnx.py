@@ -12,7 +12,8 @@ from published_models import random_model
 
 from gpt2x.errors import UserError
 from gpt2x.publishing.recipes import ExportRecipe
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.publishing.reference import Reference
+from gpt2x.shards.tokenizer import write_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
@@ -35,7 +36,7 @@ def model():
 def exported(model, tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("onnx") / "llama"
     model.save_pretrained(directory)
-    save_tokenizer(tokenizer, directory)
+    write_tokenizer(tokenizer, directory)
     export = export_model(ExportRecipe(model=str(directory), to="onnx"))
     assert export.difference.largest < 1e-4
     assert export.path == directory / "exports" / "onnx" / "onnx" / "model.onnx"
@@ -184,12 +185,21 @@ def test_a_precision_that_was_not_exported_is_refused(exported):
         OnnxDecoder(exported, dtype="float16")
 
 
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x08" * 200, b"[" * 100_000])
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "config.json", "tokenizer.json"])
+def test_a_damaged_export_is_refused_in_one_line(exported, tmp_path, name, content):
+    directory = shutil.copytree(exported, tmp_path / "out")
+    (directory / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^the export in {directory} is damaged: [^\n]*; export again\.$"):
+        OnnxDecoder(directory)
+
+
 def test_an_export_that_computes_something_else_is_refused(exported, model):
     other = random_model("llama", tie_word_embeddings=True)
     with torch.no_grad():
         other.model.layers[0].self_attn.q_proj.weight.add_(1.0)
     with pytest.raises(UserError, match=r"the float32 export differs from the model by .* of its logits, more than"):
-        check_onnx(exported, other, dtype="float32")
+        check_onnx(exported, Reference.of(other), dtype="float32")
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

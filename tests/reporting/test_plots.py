@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,13 +70,28 @@ def test_a_torn_last_line_is_ignored_with_a_warning(tmp_path, caplog, torn):
     write_metrics(tmp_path, [{"step": 1, "train/loss": 5}], torn=torn)
     with caplog.at_level(logging.WARNING):
         assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 5}]
-    assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'}: ignored the last record, which is half-written."]
+    (message,) = caplog.messages
+    assert message.startswith(f"passed over a damaged record: {tmp_path / 'metrics.jsonl'}:2 is no JSON (EOF while")
 
 
-def test_a_broken_line_in_the_middle_is_refused_with_its_number(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl record 2 is not JSON; remove that line\."):
+def test_damaged_lines_are_passed_over_and_their_number_is_told(tmp_path, caplog):
+    lines = ['{"step": 1}', '{"step": ', '[["deep"]]', '{"step": "2"}', '{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
+    assert caplog.messages[0].endswith(", and 2 more")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_of_records_is_refused_in_a_line(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl (is no regular file|cannot be read).*; give the"):
         read_metrics(tmp_path)
+
+
+def test_a_value_that_is_no_number_is_left_out_of_a_curve():
+    values = [1, "2", None, [3], 10**400, 4.5]
+    metrics = [{"step": step, "train/loss": value} for step, value in enumerate(values)]
+    assert [part.tolist() for part in column(metrics, "train/loss")] == [[0, 5], [1.0, 4.5]]
 
 
 def test_a_directory_without_metrics_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from gpt2x.errors import UserError
 from gpt2x.publishing import export
 from gpt2x.publishing.export import model_name
 from gpt2x.publishing.recipes import ExportRecipe
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.shards.tokenizer import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "export.py"
@@ -31,7 +31,7 @@ def run_dir(tmp_path_factory):
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     directory = tmp_path_factory.mktemp("runs") / "tiny"
     LlamaForCausalLM(LlamaConfig(vocab_size=257, **shape)).save_pretrained(directory / "final")
-    save_tokenizer(tokenizer, directory / "final")
+    write_tokenizer(tokenizer, directory / "final")
     return directory
 
 

@@ -42,7 +42,6 @@ def run_dir(tmp_path_factory):
     for seed, name in enumerate(("final", "checkpoints/step-000010/model")):
         torch.manual_seed(seed)
         save_model(GPT2XForCausalLM(config), directory / name, tokenizer)
-    (directory / "checkpoints" / "step-000010" / "manifest.json").write_text("{}")
     return directory
 
 

@@ -50,7 +50,7 @@ def tokenizer() -> list[str]:
 
 def test_preparing_says_what_was_made_and_how_to_go_on(run, tmp_path, corpus, tokenizer):
     code, printed, complaints = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards")
-    assert (code, complaints) == (0, "")
+    assert (code, complaints) == (0, "training a tokenizer of 280 tokens into tokenizer\n")
     assert (tmp_path / "shards" / "index.json").is_file()
     assert printed.startswith("train: ")
     assert printed.endswith("python scripts/pretrain.py --data.path shards\n")
@@ -94,6 +94,55 @@ def test_the_default_recipe_is_found_from_any_directory(run):
     assert "tokens_per_shard (0) must be positive" in complaint
 
 
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ([], "output_dir, tokenizer.path"),
+        (["--output_dir=shards"], "tokenizer.path"),
+        (["--tokenizer.path=openai-community/gpt2"], "output_dir"),
+    ],
+)
+def test_a_corpus_of_ones_own_has_no_hidden_base(run, tmp_path, corpus, given, missing):
+    before = sorted(tmp_path.iterdir())
+    code, printed, complaint = run("prepare_data.py", *corpus, *given)
+    assert (code, printed) == (2, "")
+    assert complaint.startswith(f"prepare_data.py: error: the following arguments are required: {missing}; ")
+    assert complaint.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tokenizer_that_is_named_is_not_trained(run, tmp_path, corpus):
+    """What the second command of docs/data.md says; the Hub cannot be reached here, and no tokenizer is made up."""
+    arguments = ["--tokenizer.path=openai-community/gpt2", "--output_dir=shards"]
+    code, _, complaint = run("prepare_data.py", *corpus, *arguments)
+    assert code == 1
+    assert "openai-community/gpt2" in complaint
+    assert not (tmp_path / "openai-community").exists()
+
+
+def test_preparing_again_says_that_it_is_done_and_for_other_texts_is_refused(run, tmp_path, corpus, tokenizer):
+    _, first, _ = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards")
+    code, printed, _ = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards")
+    line, _, rest = printed.partition("\n")
+    assert (code, rest) == (0, first)
+    assert re.fullmatch(r"shards: already prepared on \d{4}-\d\d-\d\d from 30 files \([\d,]+ tokens\)", line)
+    (tmp_path / "99.txt").write_text("one more")
+    code, printed, complaint = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards")
+    assert (code, printed, complaint.count("\n")) == (1, "", 1)
+    assert re.match(
+        r"error: 'shards' was prepared on .* from other texts \(.*/99.txt is new\); set another", complaint
+    )
+
+
+def test_statistics_of_a_damaged_shard_are_one_line(run, tmp_path, corpus, tokenizer):
+    run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards")
+    shard = tmp_path / "shards" / "train" / "tokens_part_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    code, _, complaint = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards")
+    assert (code, complaint.count("\n")) == (1, 1)
+    assert re.match(r"error: shards/train/tokens_part_00000.safetensors: expected \d+ bytes, found \d+; ", complaint)
+
+
 def test_parts_made_one_by_one_are_finished_by_the_plain_command(run, tmp_path, corpus, tokenizer):
     run("train_tokenizer.py", *corpus, *tokenizer)
     arguments = [*corpus, *tokenizer, "--num_tasks=3", "--num_workers=1"]
@@ -112,8 +161,9 @@ def test_parts_made_one_by_one_are_finished_by_the_plain_command(run, tmp_path, 
 def test_a_part_alone_needs_the_tokenizer_first(run, corpus, tokenizer):
     code, _, complaint = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards", "--task=0")
     assert code == 1
-    assert "error: 'tokenizer' holds no tokenizer" in complaint
-    assert complaint.endswith("train one by scripts/train_tokenizer.py or correct the path.\n")
+    assert complaint.startswith(
+        "error: tokenizer does not exist; give a tokenizer's directory (scripts/train_tokenizer.py"
+    )
 
 
 def test_a_part_that_does_not_exist_is_refused(run, corpus, tokenizer):

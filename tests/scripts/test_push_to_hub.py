@@ -55,5 +55,15 @@ def test_there_is_no_way_to_pass_a_token(capsys):
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
-    with pytest.raises(UserError, match=r"nowhere does not exist; give a model's directory, a run's, or a Hub id"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; give the directory of a run or of a model"):
         hub.push_run(tmp_path / "nowhere", hub.Push(repo_id="user/name"))
+
+
+def test_a_model_of_three_bytes_is_not_pushed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    with pytest.raises(
+        UserError, match=r"is damaged \(model.safetensors is cut or damaged \(.*\)\); restore it, or give"
+    ):
+        hub.push_run(tmp_path, hub.Push(repo_id="user/name"))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,7 +229,7 @@ def test_a_tokenizer_is_trained_on_what_is_said_in_training_conversations(recipe
     held_out = [chat.messages for chat in read_chats(reading, recipe.corpus, dropped=Counter()) if chat.is_validation]
     rows = [json.loads(line) for line in chats_file.read_text().splitlines()]
     write_rows(chats_file, [*rows, *({"messages": chat} for chat in held_out * 50)])
-    (tmp_path / "trained" / "tokenizer.json").unlink()
+    shutil.rmtree(tmp_path / "trained")
     prepare_tokenizer(recipe.tokenizer, recipe.corpus, as_chat=True)
     assert (tmp_path / "trained" / "tokenizer.json").read_bytes() == before
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 
 import pytest
@@ -83,11 +84,71 @@ def test_a_directory_without_an_index_is_refused(tmp_path):
         load_index(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 1, "splits": {}}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"format_version": 1, "splits": {}}', "\xff", "[" * 100_000, '{"format_version": "1"}'],
+)
 def test_a_broken_index_is_refused(tmp_path, content):
     (tmp_path / "index.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=r"index.json is broken; delete it and prepare the data again"):
+    with pytest.raises(
+        UserError, match=r"index.json is (no JSON|not as gpt2x writes it) \(.*\); delete it and prepare"
+    ):
         load_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content.update(splits=[]),
+        lambda content: content["splits"].update(train={"0": 1}),
+        lambda content: content["splits"]["train"].append("tokens_part_00000.safetensors"),
+        lambda content: content["splits"]["train"][0].update(file=["a"]),
+        lambda content: content["splits"]["train"][0].update(num_tokens="9"),
+        lambda content: content["splits"]["train"][0].pop("sha256"),
+        lambda content: content.update(vocab_size=None),
+        lambda content: content.update(recipe=[1]),
+        lambda content: content.update(dropped={"empty": "2"}),
+    ],
+)
+def test_an_index_of_strange_types_is_refused_in_a_line(index, edit):
+    change(index, edit)
+    with pytest.raises(UserError, match=r"index.json is not as gpt2x writes it \(.*\); delete it and prepare"):
+        load_index(index.directory)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.mkdir(), lambda file: file.symlink_to("/dev/zero")])
+def test_an_index_that_is_no_regular_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "index.json")
+    with pytest.raises(
+        UserError, match=r"index.json (is no regular file|cannot be read \(.*\)); delete it and prepare"
+    ):
+        load_index(tmp_path)
+
+
+def test_what_a_later_version_adds_is_passed_over(index):
+    change(index, lambda content: content.update(later=[1]))
+    change(index, lambda content: content["splits"]["train"][0].update(later=1))
+    assert load_index(index.directory) == index
+
+
+def test_a_bit_that_flips_on_the_disk_is_noticed_at_the_next_start(index):
+    """Neither size nor time of the file change. Shards of up to 64 MB are compared as a whole at every start."""
+    index.open_split("train")
+    generator = random.Random(0)
+    for _ in range(20):
+        file = index.directory / "train" / generator.choice(index.splits["train"]).file
+        content, times = bytearray(file.read_bytes()), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+        flipped = bytearray(content)
+        flipped[generator.randrange(1000, len(content))] ^= 1 << generator.randrange(8)
+        file.write_bytes(flipped)
+        os.utime(file, ns=times)
+        with pytest.raises(
+            UserError, match=rf"{file.name}(: its content has changed, though neither|.*prepare the dat)"
+        ):
+            index.open_split("train")
+        file.write_bytes(content)
+        os.utime(file, ns=times)
+    assert len(index.open_split("train")) == len(index.splits["train"])
 
 
 def test_an_index_of_another_format_version_is_refused(index):

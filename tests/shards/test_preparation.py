@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from gpt2x.config import PreparationRecipe, TokenizerSection
+from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
 from gpt2x.shards.corpus import is_validation
 from gpt2x.shards.index import load_index
@@ -111,7 +112,7 @@ def test_the_tokenizer_sees_no_validation_document(recipe, corpus_dir):
     before = tokenizer_file.read_bytes()
     held_out = next(text for text in map(str, range(1000)) if is_validation(text + "zzzzzz" * 99, recipe.corpus))
     (corpus_dir / "held_out.txt").write_text(held_out + "zzzzzz" * 99)
-    tokenizer_file.unlink()
+    shutil.rmtree(tokenizer_file.parent)
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
     assert tokenizer_file.read_bytes() == before
 
@@ -169,11 +170,11 @@ def test_a_bar_shows_how_much_is_read_and_the_tokens_per_second(recipe, monkeypa
     assert re.search(rf"{tokens / 1e6:,.1f}M tokens, [\d,]+k tokens/s\]$", last)
 
 
-def test_a_finished_task_is_not_run_again(recipe, corpus_dir):
+def test_a_finished_task_is_not_run_again(recipe, monkeypatch):
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
     prepare_task(recipe, 0)
-    (corpus_dir / "one.txt").write_text("changed")
     before = hashes(recipe.output_dir)
+    monkeypatch.setattr("gpt2x.shards.preparation.open_corpus", None)
     prepare_task(recipe, 0)
     assert hashes(recipe.output_dir) == before
 
@@ -229,6 +230,66 @@ def test_data_of_another_recipe_is_refused_with_what_changed(recipe, corpus):
     other = dataclasses.replace(recipe, corpus=dataclasses.replace(corpus, split_seed=5), tokens_per_shard=9)
     with pytest.raises(UserError, match=r"another recipe \(split_seed 0 -> 5, tokens_per_shard 2000 -> 9\); set anot"):
         prepare(other)
+
+
+def test_a_tokenizer_trained_on_what_is_now_held_out_is_refused_and_its_record_says_why(recipe, corpus):
+    """That of a preparation which failed for want of documents to hold out, for example."""
+    other = dataclasses.replace(recipe, corpus=dataclasses.replace(corpus, validation_fraction=1e-9))
+    with pytest.raises(UserError, match="none of the corpus' 61 documents falls into validation"):
+        prepare(other)
+    message = (
+        r"was trained by another recipe \(corpus.validation_fraction 1e-09 -> 0.2\); delete that directory to train "
+        r"it again, set another tokenizer.path, or use it as it is by tokenizer.vocab_size null."
+    )
+    with pytest.raises(UserError, match=message):
+        prepare(recipe)
+    shutil.rmtree(recipe.tokenizer.path)
+    shutil.rmtree(recipe.output_dir)
+    assert prepare(recipe).splits["validation"]
+
+
+def test_a_tokenizer_that_does_not_say_what_it_was_trained_on_is_used_with_a_line(recipe, capsys):
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    record = Path(recipe.tokenizer.path, "training.json")
+    record.unlink()
+    capsys.readouterr()
+    prepare(recipe)
+    line = f"using the tokenizer in {record.parent}, which does not say what it was trained on ({record} is missing)\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_training_is_announced_with_its_size_and_place(recipe, capsys):
+    prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    assert capsys.readouterr().err.startswith(f"training a tokenizer of 300 tokens into {recipe.tokenizer.path}\n")
+
+
+@pytest.mark.parametrize(
+    "names", [["vocab.json", "merges.txt"], ["tokenizer.model"], ["tokenizer_config.json"], ["vocab.txt"]]
+)
+def test_a_tokenizer_in_another_form_is_never_trained_over(recipe, names):
+    directory = Path(recipe.tokenizer.path)
+    directory.mkdir()
+    for name in names:
+        (directory / name).write_text("{}")
+    before = sorted(directory.iterdir())
+    with pytest.raises(UserError):
+        prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    assert sorted(directory.iterdir()) == before
+    assert {path.read_text() for path in before} == {"{}"}
+
+
+def test_nothing_is_trained_into_what_looks_like_a_hub_id(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = dataclasses.replace(recipe.tokenizer, path="openai-community/gpt2")
+    message = (
+        r"tokenizer.path \(openai-community/gpt2\) looks like a Hub id, and something new would be written there; "
+        r"write ./openai-community/gpt2 for a folder here, or data/gpt2."
+    )
+    with pytest.raises(UserError, match=message):
+        prepare_tokenizer(section, recipe.corpus)
+    for path in ("./openai-community/gpt2", "openai-community/other", "data/gpt2"):
+        prepare_tokenizer(dataclasses.replace(section, path=path), recipe.corpus)
+        assert (tmp_path / path / "tokenizer.json").is_file()
 
 
 def test_a_saved_tokenizer_of_another_size_is_refused(recipe):
@@ -302,9 +363,12 @@ def test_a_corpus_without_documents_is_refused(recipe, corpus_dir):
 @pytest.mark.parametrize(("fraction", "empty"), [(1e-9, "validation"), (1 - 1e-9, "train")])
 def test_a_split_that_gets_no_document_is_refused(recipe, corpus, fraction, empty):
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
-    corpus = dataclasses.replace(corpus, validation_fraction=fraction)
+    corpus, tokenizer = (
+        dataclasses.replace(corpus, validation_fraction=fraction),
+        TokenizerSection(path=recipe.tokenizer.path),
+    )
     with pytest.raises(UserError, match=rf"none of the corpus' 61 documents falls into {empty} \(validation_fraction"):
-        prepare(dataclasses.replace(recipe, corpus=corpus))
+        prepare(dataclasses.replace(recipe, corpus=corpus, tokenizer=tokenizer))
 
 
 def test_without_validation_everything_is_train(recipe, corpus):
@@ -321,3 +385,15 @@ def test_the_statistics_say_what_was_made_and_left_out(recipe, corpus_dir):
     longest = max(int(np.diff(shard.documents).max()) for shard in load_index(recipe.output_dir).open_split("train"))
     assert lines[0].endswith(f" bytes per token, the longest document {longest} tokens")
     assert lines[2] == "left out: 1 empty"
+
+
+def test_a_renewed_signature_of_an_address_is_no_other_recipe(recipe):
+    tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+
+    def made_of(signature):
+        address = f"https://reader:{signature}@host.example/rows.jsonl?part=1&X-Amz-Signature={signature}"
+        corpus = CorpusSection(kind="dataset", dataset="json", data_files=[address])
+        return plan_of(dataclasses.replace(recipe, corpus=corpus), tokenizer).made_of
+
+    assert made_of("ONE") == made_of("TWO")
+    assert made_of("ONE")["data_files"] == ["https://host.example/rows.jsonl?part=1"]

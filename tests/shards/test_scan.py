@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from gpt2x.errors import UserError
 from gpt2x.shards import scan as scanning
 from gpt2x.shards.scan import Scan, remembered, scan_all
 
@@ -87,9 +89,21 @@ def test_a_file_that_has_changed_is_read_again(file, change):
 def test_an_answer_of_a_broken_cache_is_not_believed(file, cache_dir):
     first = scan(file, mapped(file))
     (kept,) = cache_dir.glob("scan-*.json")
-    for content in ("", "{", "[]", "{}", json.dumps({"of": {}, "answer": {"sha256": "0"}})):
+    of = json.loads(kept.read_text())["of"]
+    answers = [{}, {"sha256": "0"}, {**asdict(first), "blocks": 3}, {**asdict(first), "smallest_id": "1"}, [], None]
+    contents = ["", "{", "[]", "{}", "[" * 100_000, json.dumps({"of": {}, "answer": asdict(first)})]
+    for content in [*contents, *(json.dumps({"of": of, "answer": answer}) for answer in answers)]:
         kept.write_text(content)
         assert scan(file, mapped(file)) == first
+
+
+def test_a_pipe_in_the_cache_is_replaced_and_not_waited_for(file, cache_dir):
+    first = scan(file, mapped(file))
+    (kept,) = cache_dir.glob("scan-*.json")
+    kept.unlink()
+    os.mkfifo(kept)
+    assert scan(file, mapped(file)) == first
+    assert kept.is_file()
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(file, tmp_path, monkeypatch):
@@ -109,7 +123,7 @@ def test_many_processes_look_once(tmp_path, cache_dir):
         "        stream.write('once\\n')\n"
         "    time.sleep(0.3)\n"
         "    return {'seen': 7}\n"
-        "print(remembered('test', {'a': 1}, look)['seen'])\n"
+        "print(remembered('test', {'a': 1}, look, shape=dict[str, int])['seen'])\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert [process.communicate()[0] for process in processes] == ["7\n"] * 4
@@ -117,11 +131,64 @@ def test_many_processes_look_once(tmp_path, cache_dir):
     assert [file.suffix for file in cache_dir.iterdir()] == [".json"]
 
 
+def asked(question, of, answer):
+    return remembered(question, of, lambda: answer, shape=dict[str, int])
+
+
 def test_another_question_has_another_answer():
-    assert remembered("a", {"x": 1}, lambda: {"answer": 1}) == {"answer": 1}
-    assert remembered("a", {"x": 2}, lambda: {"answer": 2}) == {"answer": 2}
-    assert remembered("b", {"x": 1}, lambda: {"answer": 3}) == {"answer": 3}
-    assert remembered("a", {"x": 1}, lambda: {"answer": 4}) == {"answer": 1}
+    assert asked("a", {"x": 1}, {"answer": 1}) == {"answer": 1}
+    assert asked("a", {"x": 2}, {"answer": 2}) == {"answer": 2}
+    assert asked("b", {"x": 1}, {"answer": 3}) == {"answer": 3}
+    assert asked("a", {"x": 1}, {"answer": 4}) == {"answer": 1}
+
+
+def changed_on_the_disk(file, position):
+    """A bit flips, which changes neither the size of the file nor its time."""
+    content, times = bytearray(file.read_bytes()), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    content[position] ^= 4
+    file.write_bytes(content)
+    os.utime(file, ns=times)
+
+
+@pytest.mark.parametrize("position", [0, 4095, 4096, 9999, 19_999])
+def test_a_small_file_is_compared_whole_at_every_start(file, monkeypatch, position):
+    monkeypatch.setattr(scanning, "BLOCK_BYTES", 4096)
+    first = scan(file, mapped(file))
+    assert first.blocks == [
+        hashlib.sha256(TOKENS.tobytes()[at : at + 4096]).hexdigest()[:16] for at in range(0, 20_000, 4096)
+    ]
+    changed_on_the_disk(file, position)
+    where = f"from byte {position // 4096 * 4096:,} on"
+    with pytest.raises(
+        UserError, match=rf"tokens.bin: its content has changed, though .* {where} is not what was read"
+    ):
+        scan(file, mapped(file))
+    changed_on_the_disk(file, position)
+    assert scan(file, mapped(file)) == first
+
+
+def test_of_a_large_file_other_blocks_are_compared_at_every_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(scanning, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(scanning, "SAMPLE_BYTES", 2048)
+    files = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for file in files:
+        TOKENS.tofile(file)
+    list(scan_all([(file, mapped(file)) for file in files]))
+    compared, compare = [], scanning._compare_block
+    note = lambda file, number, blocks: (compared.append((file, number)), compare(file, number, blocks))  # noqa: E731
+    monkeypatch.setattr(scanning, "_compare_block", note)
+    for start in range(1, 100):
+        list(scan_all([(file, mapped(file)) for file in files]))
+        assert len(compared) == 4 * start
+    assert set(compared) > {(file, number) for file in files for number in (0, 39)}
+    changed_on_the_disk(files[1], 19_999)
+
+    def start_often():
+        for _ in range(200):
+            list(scan_all([(file, mapped(file)) for file in files]))
+
+    with pytest.raises(UserError, match=r"b.bin: its content has changed.* from byte 19,968 on"):
+        start_often()
 
 
 def test_what_takes_long_is_announced_in_one_line(file, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from gpt2x.errors import UserError
-from gpt2x.shards.files import open_shard, token_dtype, write_durably, write_shard
+from gpt2x.shards.files import open_shard, token_dtype, write_shard
 
 METADATA = {"tokenizer_fingerprint": "abc", "vocab_size": "50257", "eos_token_id": "0"}
 
@@ -143,14 +144,55 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_position(shard_file):
         shard.check_token_ids(4096)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    file = tmp_path / "file"
-    write_durably(file, [b"old"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        Path.mkdir,
+        lambda file: file.symlink_to("/dev/zero"),
+        lambda file: file.symlink_to(file.name),
+    ],
+    ids=["fifo", "directory", "device", "loop"],
+)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "shard")
+    with pytest.raises(UserError, match=r"shard (is no regular file|cannot be read \(.*\)); delete the directory and"):
+        open_shard(tmp_path / "shard")
 
-    def chunks():
-        yield b"new"
-        raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_durably(file, chunks())
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {file: b"old"}
+ARRAYS = {
+    "documents": {"dtype": "I64", "shape": [2], "data_offsets": [0, 16]},
+    "tokens": {"dtype": "U16", "shape": [4], "data_offsets": [16, 24]},
+}
+STRANGE = [
+    [],
+    {"tokens": None},
+    {"tokens": []},
+    {"tokens": {"dtype": ["U16"], "shape": [4], "data_offsets": [16, 24]}},
+    {"tokens": {"dtype": {}, "shape": [4], "data_offsets": [16, 24]}},
+    {"tokens": {"dtype": "U16", "shape": 4, "data_offsets": [16, 24]}},
+    {"tokens": {"dtype": "U16", "shape": [4.0], "data_offsets": [16, 24]}},
+    {"tokens": {"dtype": "U16", "shape": [], "data_offsets": [16, 24]}},
+    {"tokens": {"dtype": "U16", "shape": [4], "data_offsets": [16]}},
+    {"tokens": {"dtype": "U16", "shape": [4], "data_offsets": ["16", "24"]}},
+    {"tokens": {"dtype": "U16", "shape": [4], "data_offsets": [-8, 24]}},
+    {"tokens": {"dtype": "U16", "shape": [2**70], "data_offsets": [16, 24]}},
+    {"targets": 3},
+    {"__metadata__": [1]},
+    {"__metadata__": {"tokenizer_fingerprint": 3}},
+]
+
+
+@pytest.mark.parametrize("change", STRANGE, ids=json.dumps)
+def test_a_header_of_strange_types_is_refused_in_a_line(tmp_path, change):
+    header = json.dumps(change if change == [] else {**ARRAYS, **change}).encode()
+    (tmp_path / "shard").write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
+    with pytest.raises(UserError, match=r"its header is not that of a token shard|does not describe an array of tok"):
+        open_shard(tmp_path / "shard")
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b'{"tokens": ' + b"9" * 5_000, b"\xff{}", b'{"a": NaN}'])
+def test_a_header_that_is_no_strict_json_is_refused_in_a_line(tmp_path, header):
+    (tmp_path / "shard").write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
+    with pytest.raises(UserError, match=r"its header is not that of a token shard"):
+        open_shard(tmp_path / "shard")

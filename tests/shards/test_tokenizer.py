@@ -113,11 +113,20 @@ def test_a_chat_template_is_saved_where_old_readers_and_where_new_ones_look(toke
     assert load_tokenizer(tmp_path / "tokenizer").chat_template == tokenizer.chat_template
 
 
-def test_saving_leaves_nothing_else_behind_and_takes_a_half_saved_one_away(tokenizer, tmp_path):
+def test_saving_leaves_nothing_else_behind_and_what_others_have_left_stays(tokenizer, tmp_path):
     (tmp_path / "tokenizer.tmp").mkdir()
     (tmp_path / "tokenizer.tmp" / "tokenizer.json").write_text("{")
-    save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("token")) == ["tokenizer"]
+    save_tokenizer(tokenizer, tmp_path / "deep" / "tokenizer")
+    assert sorted(path.name for path in tmp_path.iterdir() if "token" in path.name) == ["tokenizer.tmp"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tokenizer"]
+
+
+def test_nothing_that_is_there_is_saved_over(tokenizer, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("of somebody")
+    with pytest.raises(UserError, match=r"mine could not be written \(Directory not empty\)"):
+        save_tokenizer(tokenizer, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
 def test_text_that_spells_a_special_token_stays_text_in_a_document(tokenizer):
@@ -147,13 +156,13 @@ def test_too_little_text_for_the_vocabulary_is_refused(section):
 
 def test_a_missing_tokenizer_is_refused(tmp_path):
     with pytest.raises(
-        UserError, match=r"nowhere' holds no tokenizer \(.*\); train one by scripts/train_tokenizer.py"
+        UserError, match=r"nowhere does not exist; give a tokenizer's directory \(scripts/train_tokenizer.py makes"
     ):
         load_tokenizer(tmp_path / "nowhere")
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no tokenizer \(.*\); train one by scripts/train_tokenizer.py"):
+    with pytest.raises(UserError, match=r"holds no tokenizer; train one by scripts/train_tokenizer.py"):
         load_tokenizer(tmp_path)
 
 

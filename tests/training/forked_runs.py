@@ -1,4 +1,5 @@
-"""Runs of scripts/pretrain.py as real processes, forked from one that has imported torch: a second less each.
+"""Runs of scripts/pretrain.py, or of another script, as real processes, forked from one that has imported torch: a
+second less each.
 
 As a script it is the process that forks; `ForkedRuns` is what tests talk to it with. A run may be told to kill itself
 by SIGKILL at a named point: before or after the n-th call of a function.
@@ -73,7 +74,7 @@ class ForkedRuns:
             env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, *arguments, at=(), patch=None, num_processes=1):
+    def start(self, *arguments, at=(), patch=None, num_processes=1, script="pretrain.py"):
         """Starts a run.
 
         Args:
@@ -81,6 +82,7 @@ class ForkedRuns:
             at: signals that a process sends to itself, as `module:function:before or after:number of the call:SIGNAL`.
             patch: `module:function` of this directory, called in each process before the script.
             num_processes: ranks, which talk by gloo.
+            script: another of the folder scripts.
         """
         self.count += 1
         outputs = [self.directory / f"output-{self.count}-{rank}.txt" for rank in range(num_processes)]
@@ -90,6 +92,7 @@ class ForkedRuns:
             "at": [at] if isinstance(at, str) else at,
             "patch": patch,
             "port": free_port(),
+            "script": str(SCRIPT.with_name(script)),
         }
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
@@ -167,9 +170,9 @@ def child(order, rank):
         getattr(importlib.import_module(module), name)()
     for point in order["at"]:
         signal_at(point)
-    sys.argv, code = [str(SCRIPT), *order["argv"]], 1
+    sys.argv, code = [order["script"], *order["argv"]], 1
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(order["script"], run_name="__main__")
     except SystemExit as left:
         code = left.code
     except BaseException:

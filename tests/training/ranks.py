@@ -19,7 +19,7 @@ def launch(config, *command):
         port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--main_process_port={port}"]
     whole = [*launcher, "--config_file", str(ROOT / "accelerate_configs" / config), *map(str, command)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
     return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment)
 
 

@@ -55,6 +55,26 @@ def run_recipe(recipe, name):
     at_the_end.write_plots = lambda directory: None  # takes longer than the run
     at_the_end.finish(job, progress, validation)
     assert job.failures.summary() == []
+    check_soundness(job)
+
+
+def check_soundness(job):
+    """All processes know it where one's shard holds a number that is none, or no loss is finite."""
+    import torch
+
+    from gpt2x.training.giving_up import find_unsound
+
+    assert find_unsound(job) is None
+    weights = [getattr(weight, "_local_tensor", weight) for weight in job.plain_model.parameters()]
+    with torch.no_grad():
+        kept = weights[0].clone()
+        if not job.accelerator.is_main_process:
+            weights[0].view(-1)[0] = torch.nan
+        assert find_unsound(job).endswith("is not finite")
+        weights[0].copy_(kept)
+        for weight in weights:
+            weight.fill_(1e15)
+    assert find_unsound(job).startswith("the loss of a validation batch is ")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from gpt2x.errors import UserError
+from gpt2x.files import UnwritableError
 from gpt2x.training.checkpoints import (
     checkpoint_dir,
     list_checkpoints,
-    load_optimizer_tensors,
     newest_checkpoint,
-    optimizer_tensors,
-    parameter_names,
     write_checkpoint,
 )
+from gpt2x.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
 
 STATE = {"weight/exp_avg": torch.ones(2)}
 
@@ -71,10 +70,10 @@ def remove_the_optimizer(checkpoint):
 
 
 DAMAGES = {
-    remove_manifest: "its manifest.json is missing or unreadable",
-    tear_manifest: "its manifest.json is missing or unreadable",
-    flip_manifest: "its manifest.json is missing or unreadable",
-    rename_a_key_of_the_manifest: "its manifest.json is missing or unreadable",
+    remove_manifest: "manifest.json is missing",
+    tear_manifest: "manifest.json is no JSON (EOF while parsing a string at line 9 column 9)",
+    flip_manifest: "manifest.json is no JSON (invalid unicode code point at line 4 column 10)",
+    rename_a_key_of_the_manifest: "manifest.json is not as gpt2x writes it (sha256: Field required)",
     truncate_weights: "model/model.safetensors has 699 bytes instead of 700",
     flip_a_bit_of_the_weights: "model/model.safetensors differs from its manifest",
     remove_the_optimizer: "state/optimizer.safetensors is missing",
@@ -117,7 +116,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_older_checkpoint_whole(tmp_pat
         write_model(directory)
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UnwritableError, match=r"step-000020 could not be written \(no space left on device\)"):
         write_checkpoint(checkpoint_dir(tmp_path, 20), write_model=fail, optimizer=STATE, trainer={})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000010"]
     assert newest_checkpoint(tmp_path) == (older, [])

@@ -8,14 +8,15 @@ import statistics
 import time
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from gpt2x import preflight
 from gpt2x.errors import UserError
-from gpt2x.training import checkpoints, loop, steps
 from gpt2x.training import finish as finish_module
+from gpt2x.training import loop, steps
 from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.failures import Failures
 from gpt2x.training.finish import finish
@@ -232,7 +233,7 @@ def test_only_what_is_tolerated_is_tolerated():
 def test_metrics_that_cannot_be_written_end_the_run_with_the_file_and_the_reason(recipe, start):
     job, progress = start(recipe)
     job.run.metrics_file.mkdir()
-    with pytest.raises(UserError, match=r"tiny/metrics.jsonl cannot be written \(Is a directory\); make room or"):
+    with pytest.raises(UserError, match=r"tiny/metrics.jsonl could not be written \(Is a directory\); mend that"):
         Recorder(job).record(progress, {"train/loss": 1.0})
 
 
@@ -384,7 +385,7 @@ def test_tensors_that_are_made_one_after_the_other_in_the_same_memory_are_told_a
 @pytest.mark.parametrize("slow", ["copying", "writing"])
 def test_weights_that_move_while_a_checkpoint_is_made_do_not_move_in_it(recipe, changed, pretrain, monkeypatch, slow):
     """The copy is slower than a step, or the writer than several: the checkpoint is that of its own step."""
-    owner, name = {"copying": (HostCopies, "take"), "writing": (checkpoints, "save_file")}[slow]
+    owner, name = {"copying": (HostCopies, "take"), "writing": (safetensors.torch, "save_file")}[slow]
     recipe = changed(recipe, train={"save_steps": 5, "save_total_limit": None})
     expected = pretrain(changed(recipe, run={"name": "expected"}))
     original = getattr(owner, name)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from gpt2x.training import steps
+from gpt2x.training import devices, steps
+from gpt2x.training.checkpoints import newest_checkpoint
 
 ADAMW = {"optimizer": {"name": "adamw"}}
 MUON = {"optimizer": {"name": "muon", "muon_learning_rate": 0.02}}
@@ -104,6 +106,16 @@ def test_a_line_torn_by_a_kill_is_dropped(recipe, pretrain, torn):
     assert [record["step"] for record in resumed.records() if "train/loss" in record] == list(range(1, 21))
 
 
+def test_damaged_lines_among_the_records_are_dropped_and_told(recipe, pretrain, capsys):
+    stopped = pretrain(recipe, stop_after=3)
+    file = stopped.job.run.metrics_file
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([lines[0], b'{"step": "2"}', b"[" * 5000, *lines[2:]]))
+    resumed = pretrain(recipe, stop_after=4)
+    assert [record["step"] for record in resumed.records()] == [1, 3, 4]
+    assert f"{file}: 2 damaged lines are dropped." in capsys.readouterr().err
+
+
 def test_a_run_killed_during_its_final_validation_and_samples_records_them_once(recipe, changed, pretrain):
     recipe = changed(recipe, evaluation={"prompts": ["def", "été"]})
     finished = pretrain(recipe)  # without stats.json, which comes last
@@ -130,3 +142,44 @@ def test_a_run_goes_on_from_a_checkpoint_from_before_its_first_update(recipe, ch
     monkeypatch.setattr(steps, "find_obstacle", original)
     run = pretrain(recipe)
     assert (run.progress.step, run.progress.skipped_steps) == (4, 2)
+
+
+# --- elsewhere -------------------------------------------------------------------------------------------------------
+
+
+def resumed_lines(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed with")]
+
+
+def test_a_run_that_goes_on_with_other_threads_says_that_it_is_equal_to_rounding(
+    recipe, changed, pretrain, monkeypatch, capsys
+):
+    """The same command on another number of cores."""
+    recipe = changed(recipe, train={"num_threads": None, "max_steps": 6})
+    for cores, stop_after in ((1, 2), (2, 4)):
+        monkeypatch.setattr(devices, "usable_cores", lambda _size, cores=cores: cores)
+        pretrain(recipe, stop_after=stop_after)
+    assert resumed_lines(capsys) == ["resumed with threads 2 (was 1): equal to rounding, not bit for bit."]
+    assert pretrain(recipe).progress.step == 6
+    assert resumed_lines(capsys) == []  # as the checkpoint that it went on from
+
+
+def test_a_checkpoint_says_what_decides_the_last_bits(pretrain, recipe, changed):
+    stopped = pretrain(changed(recipe, train={"num_threads": 2}), stop_after=2)
+    checkpoint, _ = newest_checkpoint(stopped.path)
+    environment = json.loads((checkpoint / "state" / "trainer.json").read_text())["environment"]
+    assert {name: environment[name] for name in ("processes", "device", "threads")} == {
+        "processes": 1,
+        "device": "cpu",
+        "threads": 2,
+    }
+    assert environment["torch"] == torch.__version__
+    assert torch.backends.cpu.get_cpu_capability() in environment["processor"]
+
+
+def test_every_change_is_named_and_what_a_checkpoint_does_not_tell_is_none():
+    now = {"device": "cpu", "threads": 2, "torch": "2.13.0"}
+    assert devices.describe_changes({"device": "NVIDIA H200", "torch": "2.11.0"}, now) == [
+        "resumed with device cpu (was NVIDIA H200), torch 2.13.0 (was 2.11.0): equal to rounding, not bit for bit."
+    ]
+    assert devices.describe_changes(None, now) == devices.describe_changes(now, now) == []

@@ -1,12 +1,22 @@
 """Which checkpoints are kept, and where a larger budget goes on from."""
 
 import json
+import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from gpt2x.training.checkpoints import checkpoint_dir, list_checkpoints, newest_checkpoint, write_checkpoint
-from gpt2x.training.retention import Retention
+from gpt2x.training.checkpoints import (
+    checkpoint_dir,
+    list_checkpoints,
+    newest_checkpoint,
+    read_trainer,
+    write_checkpoint,
+)
+from gpt2x.training.retention import Retention, note_validation
+from gpt2x.training.state import Progress
 
 WSD = {"lr_scheduler_type": "wsd", "decay_ratio": 0.4, "warmup_steps": 0}
 
@@ -86,12 +96,12 @@ def test_a_larger_budget_goes_on_from_before_the_decay_and_ends_as_one_that_was_
     assert steps(extended.path) == steps(straight.path) == [19, 28, 30]
 
 
-def test_an_extension_that_is_stopped_goes_on_by_itself(recipe, changed, pretrain):
+def test_an_extension_that_is_stopped_goes_on_by_itself(recipe, changed, pretrain, start):
     pretrain(changed(recipe, optimizer=WSD, train={"save_steps": 4}))
     longer = changed(recipe, optimizer=WSD, train={"save_steps": 4, "max_steps": 30})
     stopped = pretrain(longer, stop_after=15)
     assert stopped.progress.step == 15
-    assert newest_checkpoint(stopped.path)[0].name == "step-000015"
+    assert start(longer)[1].step == 15
     assert pretrain(longer).progress.step == 30
 
 
@@ -118,3 +128,85 @@ def test_the_checkpoint_of_the_best_validation_is_made_and_kept(recipe, changed,
     assert steps(run.path) == [best, 20]
     trainer = json.loads((run.path / "checkpoints" / "step-000020" / "state" / "trainer.json").read_text())
     assert (trainer["best_step"], trainer["best_val_loss"]) == (best, losses[best])
+
+
+# --- what is not as it was -------------------------------------------------------------------------------------------
+
+
+def test_an_older_checkpoint_that_is_damaged_is_told_once_and_left(tmp_path, capsys):
+    for step in (1, 2, 3):
+        newest = write(tmp_path, step)
+    trainer = checkpoint_dir(tmp_path, 1) / "state" / "trainer.json"
+    trainer.write_bytes(trainer.read_bytes().replace(b"step", b"st\xe9p"))
+    for _ in range(2):
+        Retention(newest=1).prune(tmp_path, newest)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000003"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/checkpoints/step-000001 is damaged (")
+
+
+def test_links_strange_files_and_other_digits_are_neither_deleted_nor_in_the_way(tmp_path):
+    for step in (1, 2, 3):
+        newest = write(tmp_path, step)
+    checkpoints, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    (checkpoints / "step-000001").rename(elsewhere)
+    (checkpoints / "step-000001").symlink_to(elsewhere)
+    (checkpoints / "step-000004.tmp-01234567").symlink_to(elsewhere)
+    os.mkfifo(checkpoints / "step-000005.tmp-01234567")
+    os.mkfifo(checkpoints / "step-000009")
+    (checkpoints / "step-٠٠٠٠١٣").mkdir()
+    before = {path.name for path in checkpoints.iterdir()}
+    assert steps(tmp_path) == [1, 2, 3]
+    Retention(newest=2).prune(tmp_path, newest)
+    assert steps(tmp_path) == [1, 2, 3]
+    Retention(newest=1).prune(tmp_path, newest)
+    assert {path.name for path in checkpoints.iterdir()} == before - {"step-000002"}
+    assert (elsewhere / "manifest.json").exists()
+    assert newest_checkpoint(tmp_path) == (checkpoint_dir(tmp_path, 3), [LINE.format(checkpoint_dir(tmp_path, 9))])
+
+
+LINE = "{} is damaged (manifest.json cannot be read (Not a directory)); looking for an older one."
+
+
+def test_a_checkpoint_that_may_not_be_deleted_is_told_once_and_stays_whole(tmp_path, capsys, monkeypatch):
+    for step in (1, 2):
+        newest = write(tmp_path, step)
+
+    def refuse(path, target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    for _ in range(2):
+        Retention(newest=1).prune(tmp_path, newest)
+    assert steps(tmp_path) == [1, 2]
+    assert capsys.readouterr().err.count("step-000001 could not be removed (Permission denied)") == 1
+
+
+def test_a_link_to_a_disk_that_is_gone_is_kept_where_its_checkpoint_is_made_again(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-000002").symlink_to("gone")
+    write(tmp_path, 2)
+    assert steps(tmp_path) == [1, 2]
+    assert (tmp_path / "checkpoints" / "step-000002.kept-1").is_symlink()
+
+
+def test_a_validation_loss_that_is_none_is_never_the_best():
+    progress = Progress(step=3)
+    assert not note_validation(progress, math.nan)
+    assert note_validation(progress, 2.0)
+    assert not note_validation(progress, -math.inf)
+    assert (progress.best_val_loss, progress.best_step) == (2.0, 3)
+
+
+def test_a_checkpoint_of_an_older_version_with_a_best_loss_that_is_none_is_gone_on_from(tmp_path):
+    target = checkpoint_dir(tmp_path, 1)
+    write(tmp_path, 1, best_val_loss=1.5)
+    trainer = target / "state" / "trainer.json"
+    trainer.write_text(trainer.read_text().replace("1.5", "NaN"))
+    assert read_trainer(target)["best_val_loss"] is None
+
+
+def test_what_is_no_number_is_never_written_into_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(tmp_path, 1, best_val_loss=math.nan)
+    assert list((tmp_path / "checkpoints").iterdir()) == []

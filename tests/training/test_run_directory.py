@@ -28,8 +28,8 @@ def test_an_unfinished_run_with_the_same_recipe_is_gone_on_with(recipe, pretrain
 
 def test_a_run_is_finished_when_its_numbers_are_written(finished, recipe, pretrain):
     stopped = pretrain(recipe, stop_after=6)
-    assert not stopped.job.run.is_finished(recipe)
-    assert finished.job.run.is_finished(finished.job.recipe)
+    assert not stopped.job.run.is_finished()
+    assert open_run_directory(finished.job.recipe, name="recipe").is_finished()
 
 
 def test_a_changed_recipe_is_refused_with_each_field_old_and_new(recipe, changed, pretrain):
@@ -108,8 +108,8 @@ def test_an_extension_that_is_stopped_is_not_finished(recipe, changed, pretrain)
     longer = changed(recipe, train={"max_steps": 20})
     first = pretrain(changed(recipe, train={"max_steps": 10}))
     first.job.run.stats_file.write_text("{}")
-    stopped = pretrain(longer, stop_after=13)
-    assert not stopped.job.run.is_finished(longer)
+    pretrain(longer, stop_after=13)
+    assert not open_run_directory(longer, name="recipe").is_finished()
     assert pretrain(longer).progress.step == 20
 
 
@@ -121,7 +121,7 @@ def test_a_smaller_budget_is_a_changed_recipe(recipe, changed, pretrain):
 
 def test_what_a_run_without_a_checkpoint_recorded_is_cleared(recipe, pretrain):
     directory = recipe.run.dir / "tiny"
-    directory.mkdir(parents=True)
+    (directory / "checkpoints").mkdir(parents=True)
     (directory / "config.yaml").write_text(to_yaml(recipe))
     (directory / "metrics.jsonl").write_text('{"step": 1, "train/loss": 99.0}\n')
     assert pretrain(recipe).records()[0]["train/loss"] < 10

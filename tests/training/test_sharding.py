@@ -7,6 +7,7 @@ import pytest
 import torch
 from ranks import launch
 from safetensors.torch import load_file, save_file
+from sharded_losses import without_shards
 from sharded_runs import cut_back
 from test_two_processes import read
 from torch import nn
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from gpt2x.config import to_yaml
 from gpt2x.errors import UserError
-from gpt2x.training.checkpoints import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.training.devices import make_accelerator, make_fsdp_plugin
+from gpt2x.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import Muon
 from gpt2x.training.sharding import gather, is_sharded, whole_weights
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
@@ -34,10 +35,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from gpt2x.training.optimizers import Muon
 from gpt2x.training.sharding import gather
 from ranks import leave
+from sharded_losses import write_steps
 from sharded_runs import run_recipes
 
 directory = Path(sys.argv[1])
 run_recipes(directory, ["adamw", "muon", "from_one"])
+write_steps(directory)
 accelerator = Accelerator(cpu=True)
 mesh = init_device_mesh("cpu", (2,))
 given = load_file(directory / "muon.safetensors")
@@ -129,6 +132,23 @@ def test_muon_on_shards_makes_the_very_steps_of_muon_on_whole_matrices(two_ranks
     found = load_file(directory / "muon_found.safetensors")
     for number, weight in enumerate(weights):
         torch.testing.assert_close(found[str(number)], weight.data, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-6), ("bf16", 2e-5), ("fp16", 1e-3)])
+def test_loss_and_gradient_on_shards_are_those_of_one_process_however_many_tokens_are_predicted(
+    two_ranks, precision, tolerance
+):
+    """bfloat16 holds no such number of tokens, float16 nothing so large; on shards both were divided by."""
+    directory, _ = two_ranks
+    found = load_file(directory / f"step_{precision}.safetensors")
+    num_targets, loss, gradients = without_shards(precision)
+    per_rank = torch.tensor(num_targets / 2)
+    assert per_rank.bfloat16() != per_rank
+    assert precision != "fp16" or per_rank.half().isinf()
+    assert found.pop("loss").item() == pytest.approx(loss, rel=min(tolerance, 2e-5))
+    assert found.keys() == gradients.keys()
+    one, two = (torch.cat([tensors[name].flatten() for name in gradients]) for tensors in (gradients, found))
+    assert (two - one).norm() <= tolerance * one.norm()
 
 
 def make_model():

@@ -1,10 +1,18 @@
 """A run that trains on a stream: the same samples however often it is stopped, and an end when the stream has one."""
 
+import base64
 import json
 import random
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import yaml
 
 from gpt2x.config import CorpusSection, SourceSection, StreamSection
 from gpt2x.errors import UserError
@@ -89,3 +97,83 @@ def test_a_stream_without_a_weight_is_refused_beside_another_source(recipe, chan
 def test_aligned_documents_are_refused_for_a_stream(streaming, changed, pretrain):
     with pytest.raises(UserError, match=r"data.align_documents is not made for streams; set it to false"):
         pretrain(changed(streaming, data={"align_documents": True}))
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """Gives a file to whoever has the password and a signature that is valid now."""
+
+    protocol_version = "HTTP/1.1"
+    server: "GuardedServer"
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        password = base64.b64encode(b"reader:PASS-WORD").decode()
+        given = parse_qs(urlsplit(self.path).query)
+        is_open = self.headers.get("Authorization") == f"Basic {password}"
+        is_open = is_open and given.get("X-Amz-Signature") == [self.server.signature] and given.get("part") == ["1"]
+        first, last = 0, len(self.server.content) - 1
+        if requested := self.headers.get("Range"):
+            first, last = (int(bound or last) for bound in requested.partition("=")[2].split("-"))
+        body = self.server.content[first : last + 1] if is_open else b""
+        self.send_response((206 if requested else 200) if is_open else 403)
+        self.send_header("Content-Length", str(len(body)))
+        if is_open:
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.server.content)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815
+
+
+class GuardedServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Guarded)
+        self.content, self.signature = content, ""
+
+    def signed(self, signature: str) -> str:
+        """The address under a new signature, after which the one before is worth nothing."""
+        self.signature = signature
+        place = f"reader:PASS-WORD@127.0.0.1:{self.server_address[1]}/rows.jsonl?part=1"
+        return f"http://{place}&X-Amz-Signature={signature}&X-Amz-Date=20260101&token=TOK-EN"
+
+
+@contextmanager
+def guarded(content: bytes) -> Iterator[GuardedServer]:
+    with GuardedServer(content) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_the_secrets_of_an_address_are_written_nowhere_and_a_renewed_one_goes_on(
+    streaming, changed, pretrain, stream, tmp_path
+):
+    from gpt2x.publishing.model_card import model_card
+
+    with guarded((tmp_path / "rows.jsonl").read_bytes()) as server:
+
+        def under(signature, max_steps=6):
+            corpus = replace(stream.corpus, data_files=[server.signed(signature)])
+            data = {"path": None, "stream": replace(stream, corpus=corpus)}
+            return changed(streaming, data=data, train={"max_steps": max_steps})
+
+        pretrain(under("SIGN-ONE"), stop_after=2)
+        shutil.rmtree(stream.cache_dir / "train")
+        run = pretrain(under("SIGN-TWO"))
+        assert len(set(checksums(run))) == 6
+        address = f"http://127.0.0.1:{server.server_address[1]}/rows.jsonl?part=1"
+    recorded = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert recorded["data"]["stream"]["corpus"]["data_files"] == [address]
+    card = model_card(run.path, repo_id="user/tiny", license="mit")
+    assert address in card
+    files = [file for place in (run.path, stream.cache_dir) for file in place.rglob("*") if file.is_file()]
+    assert {file.name for file in files if address.encode() in file.read_bytes()} >= {"trainer.json", "ledger.json"}
+    for secret in ("PASS-WORD", "SIGN-", "TOK-EN", base64.b64encode(b"reader:PASS-WORD").decode()):
+        assert secret not in card
+        assert [file for file in files if secret.encode() in file.read_bytes()] == []

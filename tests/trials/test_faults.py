@@ -32,22 +32,22 @@ POINTS = [
     ("gpt2x.training.saving", "HostCopies.take", (1, 2)),
     ("gpt2x.training.saving", "write_checkpoint", (1, 2, 3)),
     ("gpt2x.training.trainee", "save_model", (1, 2)),
-    ("gpt2x.models", "save_tokenizer", (1, 2)),
-    ("gpt2x.training.checkpoints", "save_file", (1, 2)),
-    ("gpt2x.training.checkpoints", "_write_json", (1, 2, 3, 4)),
-    ("gpt2x.training.checkpoints", "_describe_files", (1, 2)),
-    ("gpt2x.training.checkpoints", "_flush_directory", (1, 2)),
-    ("gpt2x.training.checkpoints", "sync", (1, 5, 12, 20, 30)),
+    ("gpt2x.models", "write_tokenizer", (1, 2)),
+    ("safetensors.torch", "save_file", (1, 2)),
+    ("gpt2x.training.checkpoints", "write_manifest", (1, 2, 3)),
+    ("gpt2x.manifest", "sha256_of", (1, 5, 12, 20)),
+    ("gpt2x.files", "_settle", (1, 2, 3, 4)),
+    ("gpt2x.files", "sync", (1, 5, 12, 20, 30, 40, 50)),
     ("gpt2x.training.retention", "remove_checkpoints", (1, 2, 3)),
-    ("gpt2x.training.checkpoints", "shutil.rmtree", (1,)),
+    ("gpt2x.files", "shutil.rmtree", (1,)),
     ("gpt2x.training.steps", "count_targets", (1, 2, 13, 14)),
     ("gpt2x.training.loop", "optimizer_step", (1, 7, 12)),
-    ("gpt2x.training.recording", "append_record", (1, 8, 13)),
-    ("gpt2x.training.loop", "append_record", (1, 2)),
+    ("gpt2x.training.run_directory", "append_line", (1, 8, 13)),
     ("gpt2x.evaluation.validation", "_batch_sums", (1, 3)),
-    ("gpt2x.training.run_directory", "replace_file", (1,)),
+    ("gpt2x.training.run_directory", "write_file", (1,)),
     ("gpt2x.training.finish", "save_final_model", (1,)),
-    ("gpt2x.training.finish", "replace_file", (1,)),
+    ("gpt2x.training.finish", "write_losses", (1,)),
+    ("gpt2x.training.finish", "write_stats", (1,)),
 ]
 
 
@@ -128,7 +128,7 @@ def test_killed_before_or_after_every_named_call_it_ends_alike(
 ):
     """Faults 1 and 2."""
     for call in calls:
-        is_end = (module, function) == ("gpt2x.training.finish", "replace_file")  # after it the run is finished
+        is_end = (module, function) == ("gpt2x.training.finish", "write_stats")  # after it the run is finished
         for when in ("before",) if is_end else ("before", "after"):
             command, run_dir = write_recipe(tmp_path / f"{when}-{call}")
             code, output = runs.run(*command, at=f"{module}:{function}:{when}:{call}:SIGKILL")

@@ -163,6 +163,17 @@ def test_a_run_that_was_begun_there_goes_on_on_the_cpu(base, reference, tmp_path
     assert losses(run_dir) == pytest.approx(reference("tiny", optimizer), rel=TOLERANCES["no"])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_check_for_a_gpu_is_right_about_everything(tmp_path, device):
+    """Correctness and speed by gpu_check.py: on a GPU in its own sizes, which takes five minutes."""
+    command = [sys.executable, str(Path(__file__).parent / "gpu_check.py"), str(tmp_path)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    smoke = ["--smoke"] if device == "cpu" else []
+    finished = subprocess.run([*command, *smoke], capture_output=True, text=True, env=environment, timeout=540)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.splitlines()[-1] == "ok"
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 
 from gpt2x.config import TokenizerSection
 from gpt2x.publishing.recipes import ExportRecipe
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
+from gpt2x.shards.tokenizer import train_tokenizer, write_tokenizer
 
 PUBLISHING = Path(__file__).parents[1] / "publishing"
 sys.path.insert(0, str(PUBLISHING))
@@ -55,7 +55,7 @@ def export(tmp_path, tokenizer, monkeypatch):
         directory = tmp_path / form
         model = random_model(form, **options)
         model.save_pretrained(directory)
-        save_tokenizer(tokenizer, directory)
+        write_tokenizer(tokenizer, directory)
         return model, export_model(ExportRecipe(model=str(directory), to=to, dtype=dtype))
 
     return call

@@ -1,0 +1,185 @@
+"""Whether the files of a model are whole, as far as that can be known without loading them.
+
+A checkpoint and a final model have a manifest with the size and sha256 of every file, written last. Any other
+directory of a model has the sizes in the headers of its safetensors files, and the names of its shards in their index.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
+
+from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, opened, read_json
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,17})")
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+class FileFacts(TypedDict):
+    """What is known of a file."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """The files by their paths in the directory."""
+
+    files: dict[str, FileFacts]
+
+
+class _WeightsIndex(TypedDict):
+    weight_map: dict[str, str]
+
+
+# --- manifests -------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(directory: Path) -> None:
+    """Describes all that lies in a directory; the last file to be written."""
+    files = {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def missing_or_cut(directory: Path, *, only: str = "*") -> str | None:
+    """What keeps a directory from being whole, as far as sizes tell; None where nothing does.
+
+    Args:
+        directory: one with a manifest.
+        only: a pattern of the names of the files that are looked at.
+    """
+    try:
+        files = _files(directory)
+        for name in fnmatch.filter(files, only):
+            with opened(directory / name) as stream:
+                size = stream.seek(0, 2)
+            if size != files[name]["size"]:
+                return f"{name} has {size} bytes instead of {files[name]['size']}"
+    except DamagedError as error:
+        return str(error).replace(f"{directory}/", "")
+    return None if files else f"{MANIFEST} names no file"
+
+
+def damage_of(directory: Path, *, only: str = "*") -> str | None:
+    """What is wrong with a directory, every byte of it read; None where nothing is. See missing_or_cut."""
+    found = missing_or_cut(directory, only=only)
+    if found is not None:
+        return found
+    try:
+        files = _files(directory)
+        for name in fnmatch.filter(files, only):
+            if sha256_of(directory / name) != files[name]["sha256"]:
+                return f"{name} differs from its manifest"
+    except DamagedError as error:
+        return str(error).replace(f"{directory}/", "")
+    return None
+
+
+def strangers_in(directory: Path) -> list[str]:
+    """The paths of what lies in a directory and not in its manifest."""
+    known = {MANIFEST, *_files(directory)}
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [name for path in paths if (name := path.relative_to(directory).as_posix()) not in known]
+
+
+def sha256_of(file: Path) -> str:
+    """Of a regular file, in hexadecimal.
+
+    Raises:
+        DamagedError: where it cannot be read.
+    """
+    with opened(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _files(directory: Path) -> dict[str, FileFacts]:
+    files = read_json(directory / MANIFEST, Manifest)["files"]
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise DamagedError(f"{MANIFEST} names a file outside, {name!r}")
+    return files
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def named_checkpoints(run_dir: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, whole or not, oldest first.
+
+    Raises:
+        UserError: where the directory of checkpoints cannot be read.
+    """
+    directory = run_dir / "checkpoints"
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be read ({error.strerror}); mend that, and the same command goes on."
+        ) from error
+    return sorted((directory / name for name in names if _NAME.fullmatch(name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is named after."""
+    found = _NAME.fullmatch(checkpoint.name)
+    assert found is not None
+    return int(found[1])
+
+
+# --- any model -------------------------------------------------------------------------------------------------------
+
+
+def damage_of_model(directory: Path) -> str | None:
+    """What is wrong with the files of a model's directory; None where nothing is known to be.
+
+    The model of a checkpoint must be what its manifest says, to the last bit; what lies beside it for a resumed run
+    does not matter here. Of another directory with a manifest the weights must be: its settings may have been edited.
+    """
+    if directory.name == "model" and (directory.parent / MANIFEST).exists():
+        return damage_of(directory.parent, only="model/*")
+    for name in ("config.json", "adapter_config.json"):
+        if (directory / name).exists() and (found := _damage_of_json(directory / name)):
+            return found
+    found = _damage_of_weights(directory)
+    has_manifest = found is None and (directory / MANIFEST).exists()
+    return damage_of(directory, only="*.safetensors") if has_manifest else found
+
+
+def _damage_of_json(file: Path) -> str | None:
+    try:
+        read_json(file, dict[str, Any])
+    except DamagedError as error:
+        return str(error).replace(f"{file.parent}/", "")
+    return None
+
+
+def _damage_of_weights(directory: Path) -> str | None:
+    index = directory / _WEIGHTS_INDEX
+    if index.exists():
+        try:
+            shards = sorted(set(read_json(index, _WeightsIndex)["weight_map"].values()))
+        except DamagedError as error:
+            return str(error).replace(f"{directory}/", "")
+        if missing := [name for name in shards if not (directory / name).is_file()]:
+            return f"{missing[0]} is missing"
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, "np"):  # compares the size of the file with what its header says
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file.name} is cut or damaged ({error})"
+    return None

@@ -1,6 +1,7 @@
 """The ONNX file: its signature, and text from it token by token as from the torch model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path

@@ -189,10 +189,12 @@ def test_in_half_precision_transformers_js_and_onnxruntime_genai_write_the_same(
     genai = [python_with("onnxruntime-genai"), CLIENTS / "onnxruntime_genai_client.py"]
     answers = ask(genai, {"directory": str(directory)})
     assert ask(transformers_js(), {"directory": str(directory), "dtype": "fp16"}) == answers
-    # Rounding may turn a close choice; what is wired wrongly agrees nowhere.
-    assert [answer["continuation"][:8] for answer in answers] == [
-        answer["continuation"][:8] for answer in expected["llama3-rope"]
-    ]
+    assert beginnings(answers) == beginnings(expected["llama3-rope"])
+
+
+def beginnings(answers: list[dict[str, list[int]]]) -> list[list[int]]:
+    """The first eight tokens of each: rounding turns a close choice, what is wired wrongly agrees nowhere."""
+    return [answer["continuation"][:8] for answer in answers]
 
 
 def transformers_js() -> list:
@@ -207,7 +209,11 @@ def test_llama_cpp_writes_the_same(
 ) -> None:
     chat = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
     file = export(name, "gguf", dtype).path
-    assert ask(llama_cpp(), {"file": str(file), "texts": [*TEXTS, chat]}) == expected[name]
+    answers = ask(llama_cpp(), {"file": str(file), "texts": [*TEXTS, chat]})
+    assert [answer["ids"] for answer in answers] == [answer["ids"] for answer in expected[name]]
+    assert beginnings(answers) == beginnings(expected[name])
+    if dtype == "float32":
+        assert answers == expected[name]
 
 
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +14,7 @@ from gpt2x.errors import UserError
 from gpt2x.shards.tokenizer import save_tokenizer
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
+from modeling_gpt2x.loading_gpt2x import load_strictly
 
 
 def make_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -36,7 +36,7 @@ def make_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> Pr
             model = GPT2XForCausalLM(make_config(recipe.model, tokenizer))
         else:
             model = GPT2XForCausalLM.from_pretrained(origin, dtype=torch.float32)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # the latter two for files that are damaged
+    except (ValueError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if isinstance(recipe, FinetuneRecipe) and origin is not None:
         check_tokenizer(origin, tokenizer)
@@ -109,9 +109,12 @@ def load_weights(model: PreTrainedModel, directory: Path) -> None:
     """Reads the weights that save_model wrote into a model of the same shape.
 
     Raises:
-        UserError: where the shape is another.
+        UserError: where the shape is another, or the weights are not whole.
     """
-    saved = GPT2XForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    try:
+        saved = GPT2XForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    except (ValueError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
     try:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:
@@ -152,11 +155,17 @@ def find_model(name_or_path: str) -> str:
 
 
 def load_for_inference(name_or_path: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Any causal language model that transformers loads without remote code, gpt2x's own included."""
+    """Any causal language model that transformers loads without remote code, gpt2x's own included.
+
+    Raises:
+        UserError: for one that is damaged, lacks tensors or holds others.
+    """
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).eval()
-    except (ValueError, OSError) as error:
+        load = AutoModelForCausalLM.from_pretrained
+        model, _ = load_strictly(load, name_or_path, dtype=dtype, trust_remote_code=False)
+    except (ValueError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
+    return model.eval()
 
 
 def num_parameters(model: PreTrainedModel) -> tuple[int, int]:

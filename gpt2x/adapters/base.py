@@ -1,12 +1,11 @@
 """The stock model that adapters are added to."""
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import FinetuneRecipe
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, refuse_adapters
+from gpt2x.models import find_model, load_for_inference, refuse_adapters
 from gpt2x.shards.tokenizer import vocabulary_size
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 
@@ -23,16 +22,9 @@ def load_base(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> Pre
     origin = find_model(recipe.init_from)
     try:
         _check_form(origin)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            origin, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    except UserError:
-        raise
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # the latter two for files that are damaged
+    except (ValueError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    if loading["missing_keys"]:
-        missing = min(loading["missing_keys"])
-        raise UserError(f"init_from ({origin}) has no weights for {missing}; give the directory of a whole model.")
+    model = load_for_inference(origin, dtype=torch.float32)
     check_tokenizer(origin, tokenizer)
     _check_fit(recipe, model, tokenizer)
     adopt_tokenizer(model, tokenizer)

@@ -57,7 +57,7 @@ def _export_native(recipe: ExportRecipe, directory: str) -> Export:
     with whole_or_nothing(recipe.output_dir) as partial:
         save_tokenizer(load_tokenizer(directory), partial)
         write_native(load_native(directory), partial, dtype=recipe.dtype)
-        difference = check_native(partial, load_native(directory), dtype=recipe.dtype)
+        difference = check_native(partial, load_for_inference(directory, dtype=torch.float32), dtype=recipe.dtype)
         num_bytes = size_bytes(partial, "*.safetensors")
     return Export(path=recipe.output_dir, num_bytes=num_bytes, difference=difference)
 

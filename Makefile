@@ -38,7 +38,7 @@ lint: $(VENV)/installed  ## check style and types: ruff, mypy
 	@$(VENV)/bin/mypy
 
 clean:  ## remove environments and caches, never runs/ or data/
-	rm -rf $(VENV) $(VENV_FLOOR) $(VENV_NEWEST) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV_FLOOR) $(VENV_NEWEST) .venv-clients .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched last, so an installation that was cut off is taken up again.

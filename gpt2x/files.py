@@ -428,16 +428,21 @@ def locked(file: Path, *, waits: bool = False) -> Iterator[SoftFileLease]:
                 raise
             _acquire(lease, file, lease, patience_s=-1 if waits else 0)
         stack.pop_all()
+    identity = file.stat().st_ino
     try:
         yield lease
     finally:
         lease.release()
-        file.unlink(missing_ok=True)  # before it is free: whoever has it open then looks for the name again
+        # Before it is free: whoever has it open then looks for the name again. In a directory that was moved and made
+        # anew it is another's.
+        with suppress(FileNotFoundError):
+            if file.stat().st_ino == identity:
+                file.unlink()
         kernel.release()
 
 
 def _remove_nobodys(lease: SoftFileLease) -> None:
-    """Removes a lease that a power cut has left without its owner's name, once no heartbeat has touched it for long."""
+    """Removes a lease that a power cut has left without a name, where no heartbeat has touched it for long."""
     file = Path(lease.lock_file)
     with suppress(FileNotFoundError):
         if lease.owner is None and time.time() - file.lstat().st_mtime > LEASE_S:

@@ -259,8 +259,6 @@ def from_pretrained(auto_class: Any, name_or_path: str | Path, **options: Any) -
     Raises:
         UserError: for whatever it cannot load, in one line.
     """
-    if (Path(name_or_path) / "custom_generate" / "generate.py").exists():
-        raise _needs_its_code(name_or_path, "custom_generate")
     with one_line_of(name_or_path):
         return auto_class.from_pretrained(str(name_or_path), trust_remote_code=False, **options)
 
@@ -268,6 +266,8 @@ def from_pretrained(auto_class: Any, name_or_path: str | Path, **options: Any) -
 @contextmanager
 def one_line_of(name_or_path: str | Path) -> Iterator[None]:
     """Turns what a library raises over the files of a stranger into a UserError that names them."""
+    if (Path(name_or_path) / "custom_generate" / "generate.py").exists():
+        raise _needs_its_code(name_or_path, "custom_generate")
     try:
         yield
     except Exception as error:

@@ -4,6 +4,7 @@ A checkpoint and a final model have a manifest with the size and sha256 of every
 directory of a model has the sizes in the headers of its safetensors files, and the names of its shards in their index.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -52,33 +53,34 @@ def write_manifest(directory: Path) -> None:
     (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
 
 
-def missing_or_cut(directory: Path) -> str | None:
-    """What keeps a directory from being whole, as far as sizes tell; None where nothing does."""
+def missing_or_cut(directory: Path, *, only: str = "*") -> str | None:
+    """What keeps a directory from being whole, as far as sizes tell; None where nothing does.
+
+    Args:
+        directory: one with a manifest.
+        only: a pattern of the names of the files that are looked at.
+    """
     try:
         files = _files(directory)
-        for name, facts in files.items():
+        for name in fnmatch.filter(files, only):
             with opened(directory / name) as stream:
                 size = stream.seek(0, 2)
-            if size != facts["size"]:
-                return f"{name} has {size} bytes instead of {facts['size']}"
+            if size != files[name]["size"]:
+                return f"{name} has {size} bytes instead of {files[name]['size']}"
     except DamagedError as error:
         return str(error).replace(f"{directory}/", "")
     return None if files else f"{MANIFEST} names no file"
 
 
-def damage_of(directory: Path, *, under: str = "") -> str | None:
-    """What is wrong with a directory, every byte of it read; None where nothing is.
-
-    Args:
-        directory: one with a manifest.
-        under: reads only the files whose names begin so; of the others the sizes count.
-    """
-    found = missing_or_cut(directory)
+def damage_of(directory: Path, *, only: str = "*") -> str | None:
+    """What is wrong with a directory, every byte of it read; None where nothing is. See missing_or_cut."""
+    found = missing_or_cut(directory, only=only)
     if found is not None:
         return found
     try:
-        for name, facts in _files(directory).items():
-            if name.startswith(under) and sha256_of(directory / name) != facts["sha256"]:
+        files = _files(directory)
+        for name in fnmatch.filter(files, only):
+            if sha256_of(directory / name) != files[name]["sha256"]:
                 return f"{name} differs from its manifest"
     except DamagedError as error:
         return str(error).replace(f"{directory}/", "")
@@ -144,16 +146,17 @@ def step_of(checkpoint: Path) -> int:
 def damage_of_model(directory: Path) -> str | None:
     """What is wrong with the files of a model's directory; None where nothing is known to be.
 
-    That of a checkpoint, and a final one, must be what its manifest says, to the last bit.
+    The model of a checkpoint must be what its manifest says, to the last bit; what lies beside it for a resumed run
+    does not matter here. Of another directory with a manifest the weights must be: its settings may have been edited.
     """
     if directory.name == "model" and (directory.parent / MANIFEST).exists():
-        return damage_of(directory.parent, under="model/")
-    if (directory / MANIFEST).exists():
-        return damage_of(directory)
+        return damage_of(directory.parent, only="model/*")
     for name in ("config.json", "adapter_config.json"):
         if (directory / name).exists() and (found := _damage_of_json(directory / name)):
             return found
-    return _damage_of_weights(directory)
+    found = _damage_of_weights(directory)
+    has_manifest = found is None and (directory / MANIFEST).exists()
+    return damage_of(directory, only="*.safetensors") if has_manifest else found
 
 
 def _damage_of_json(file: Path) -> str | None:

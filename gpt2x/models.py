@@ -16,6 +16,7 @@ from gpt2x.locate import base_of, find_model, from_pretrained, one_line_of
 from gpt2x.shards.tokenizer import write_tokenizer
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
+from modeling_gpt2x.loading_gpt2x import load_strictly
 
 
 def make_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -112,7 +113,7 @@ def load_weights(model: PreTrainedModel, directory: Path) -> None:
     """Reads the weights that save_model wrote into a model of the same shape.
 
     Raises:
-        UserError: where the shape is another.
+        UserError: where the shape is another, or the weights are not whole.
     """
     saved = from_pretrained(GPT2XForCausalLM, directory, dtype=torch.float32)
     try:
@@ -136,13 +137,29 @@ def load_for_inference(name_or_path: str, *, dtype: torch.dtype) -> PreTrainedMo
     """
     directory = Path(name_or_path)
     if not (directory / "adapter_config.json").is_file():
-        return from_pretrained(AutoModelForCausalLM, name_or_path, dtype=dtype).eval()
+        return load_whole(name_or_path, dtype=dtype).eval()
     if importlib.util.find_spec("peft") is None:
         raise UserError(f"{name_or_path} holds adapters and needs peft, not installed; run pip install -e '.[peft]'.")
-    model = from_pretrained(AutoModelForCausalLM, base_of(directory), dtype=dtype)
+    model = load_whole(base_of(directory), dtype=dtype)
     with one_line_of(name_or_path):
         model.load_adapter(name_or_path)
     return model.eval()
+
+
+def load_whole(name_or_path: str, **options: Any) -> PreTrainedModel:
+    """A causal language model of which every tensor is in its files.
+
+    Args:
+        name_or_path: of a model, as find_model gives it.
+        **options: of from_pretrained; with `device_map="meta"` only the headers of the files are read.
+
+    Raises:
+        UserError: where it cannot be loaded, lacks a tensor, or holds one that is of another shape or has no place.
+    """
+    with one_line_of(name_or_path):
+        load = AutoModelForCausalLM.from_pretrained
+        model, _ = load_strictly(load, name_or_path, trust_remote_code=False, **options)
+    return model
 
 
 def num_parameters(model: PreTrainedModel) -> tuple[int, int]:

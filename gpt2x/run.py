@@ -1,6 +1,6 @@
 """A training run from its recipe to its final model: what scripts/pretrain.py and scripts/finetune.py do."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -34,7 +34,6 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     """
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
     from gpt2x.training.checks import check_before_torch
-    from gpt2x.training.final_model import damage_of_final
     from gpt2x.training.launch import check_launch, check_launch_of_adapters, num_data_ranks
     from gpt2x.training.lock import locked
     from gpt2x.training.run_directory import open_run_directory
@@ -44,18 +43,11 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     if isinstance(recipe, FinetuneRecipe) and recipe.lora is not None:
         check_launch_of_adapters(environment)
     directory = open_run_directory(recipe, name=name)
-    if is_main:
-        for line in directory.notes:
-            print(line)
-    if directory.is_finished():
-        damage = damage_of_final(directory.final_dir)
-        if damage is None:
-            print(
-                f"{directory.path} is finished; its model is in {directory.final_dir}. Start another with "
-                f"--run.name NAME."
-            )
-            return 0
-        print(f"{directory.final_dir} is damaged ({damage}); it is made again from the last checkpoint.")
+    say = print if is_main else lambda _line: None
+    for line in directory.notes:
+        say(line)
+    if _is_finished(directory, say):
+        return 0
     if is_main:
         run_dir = recipe.run.dir / (recipe.run.name or name)
         check_before_torch(recipe, num_processes=num_data_ranks(environment), run_dir=run_dir)
@@ -64,6 +56,22 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     with locked(directory.path) if is_main else nullcontext() as hold:
         # 3. Devices, data, model; training; the model, the numbers and the plots
         return _train(recipe, replace(directory, hold=hold), _accelerator(recipe, environment), stop)
+
+
+def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
+    """Whether a run has ended and its model is whole, which is said; so it is where it is not whole."""
+    from gpt2x.training.checkpoints import named_checkpoints
+    from gpt2x.training.final_model import damage_of_final
+
+    if not directory.is_finished():
+        return False
+    path, final = directory.path, directory.final_dir
+    damage = damage_of_final(final)
+    if damage is None:
+        say(f"{path} is finished; its model is in {final}. Start another with --run.name NAME.")
+    elif named_checkpoints(path):
+        say(f"{final} is damaged ({damage}); it is made again from the last checkpoint.")
+    return damage is None
 
 
 def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Accelerator":

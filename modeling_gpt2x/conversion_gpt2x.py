@@ -207,6 +207,9 @@ def to_stock_state_dict(state_dict: Mapping[str, torch.Tensor], config: GPT2XCon
     """The weights of a GPT2XForCausalLM under the names and in the layouts of its stock class.
 
     A tied head and the padding rows of a padded vocabulary are left out.
+
+    Raises:
+        ValueError: for a head that differs from the embedding where the config ties them; so in the other direction.
     """
     model_type = stock_model_type(config)
     weights = _without_duplicates(state_dict, config)
@@ -228,11 +231,21 @@ def _without_duplicates(state_dict: Mapping[str, torch.Tensor], config: GPT2XCon
     """Drops the tied head, and cuts padding rows off the embedding and the head."""
     weights = dict(state_dict)
     if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+        head = weights.pop("lm_head.weight", None)
+        table = weights.get("model.embed_tokens.weight", weights.get("transformer.wte.weight"))
+        if head is not None and table is not None and not _is_same(head, table):
+            raise ValueError(
+                "lm_head.weight differs from the embedding, but tie_word_embeddings is true; set it to false to keep "
+                "the head."
+            )
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in weights and weights[name].shape[0] > config.vocab_size:
             weights[name] = weights[name][: config.vocab_size].contiguous()
     return weights
+
+
+def _is_same(head: torch.Tensor, table: torch.Tensor) -> bool:
+    return head is table or head.data_ptr() == table.data_ptr() or torch.equal(head, table)
 
 
 # ---------------------------------------------------------------------------------------------------------- gpt2

@@ -50,6 +50,7 @@ from .conversion_gpt2x import (
     to_stock_state_dict,
 )
 from .import_gpt2x import read_nanogpt
+from .loading_gpt2x import load_strictly
 from .loss_gpt2x import chunked_linear_cross_entropy, shift_labels_left
 from .masks_gpt2x import make_attention_masks
 from .packed_gpt2x import packed_linears
@@ -284,6 +285,8 @@ class GPT2XPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # What a checkpoint may lack or have too much: it is of the same body, and of another task.
+    _heads_of_tasks: ClassVar[tuple[str, ...]] = ("lm_head.", "score.")
     _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {
         "hidden_states": GPT2XDecoderLayer,
         "attentions": GPT2XAttention,
@@ -308,52 +311,51 @@ class GPT2XPreTrainedModel(PreTrainedModel):
         *model_args: Any,
         config: PreTrainedConfig | str | PathLike | None = None,
         **kwargs: Any,
-    ) -> "GPT2XPreTrainedModel":
+    ) -> Any:
         """Loads a gpt2x model, or converts a stock one of type gpt2, llama, qwen3 or nanochat.
 
         Arguments are those of transformers; options of GPT2XConfig may be among them.
 
         Raises:
-            ValueError: for any other model type, for options of the stock model which GPT2X lacks, and for stock
-                checkpoints with missing weights.
+            ValueError: for any other model type, for options of the stock model which GPT2X lacks, and for checkpoints
+                that are damaged or hold other tensors than the model.
         """
+        wants_loading = kwargs.pop("output_loading_info", False)
         if pretrained_model_name_or_path is not None and config is None:
             hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
             config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
             if config_dict.get("model_type") != cls.config_class.model_type:
                 check_model_type(config_dict.get("model_type"))
-                return cls._from_stock(pretrained_model_name_or_path, hub_kwargs, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+                loaded = cls._from_stock(pretrained_model_name_or_path, hub_kwargs, **kwargs)
+                return loaded if wants_loading else loaded[0]
+        loaded = load_strictly(
+            super().from_pretrained,
+            pretrained_model_name_or_path,
+            *model_args,
+            heads=cls._heads_of_tasks,
+            config=config,
+            **kwargs,
+        )
+        return loaded if wants_loading else loaded[0]
 
     @classmethod
     def _from_stock(
         cls, name_or_path: str | PathLike, hub_kwargs: dict[str, Any], **kwargs: Any
-    ) -> "GPT2XPreTrainedModel":
+    ) -> tuple[Any, dict[str, Any]]:
         """Loads the stock class and hands its converted weights to a GPT2X model, both on the CPU."""
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
-        stock, loading = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **hub_kwargs
-        )
-        if loading["unexpected_keys"]:
-            raise ValueError(
-                f"{name_or_path} holds {sorted(loading['unexpected_keys'])[0]}, which GPT2X has no place for; load it "
-                "by its own class."
-            )
-        if loading["missing_keys"]:
-            raise ValueError(
-                f"{name_or_path} lacks {sorted(loading['missing_keys'])[0]}, which a {stock.config.model_type} model "
-                "needs; use a complete checkpoint."
-            )
+        load = AutoModelForCausalLM.from_pretrained
+        stock, _ = load_strictly(load, name_or_path, dtype=dtype, trust_remote_code=False, **hub_kwargs)
         rest = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
         options = from_stock_config(stock.config).to_dict()
         config, rest = cls.config_class.from_dict(options, return_unused_kwargs=True, **rest)
         state_dict = from_stock_state_dict(stock.state_dict(), from_stock_config(stock.config))
-        model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=stock.dtype, **rest)
-        converted = model[0] if isinstance(model, tuple) else model
-        converted.config.name_or_path = str(name_or_path)
-        if converted.can_generate():
-            converted.generation_config = stock.generation_config
-        return model
+        rest |= {"source": name_or_path, "heads": cls._heads_of_tasks, "config": config, "state_dict": state_dict}
+        model, loading = load_strictly(super().from_pretrained, None, dtype=stock.dtype, **rest)
+        model.config.name_or_path = str(name_or_path)
+        if model.can_generate():
+            model.generation_config = stock.generation_config
+        return model, loading
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Saves the gpt2x form with its code; arguments are those of transformers. See also `save_stock`."""
@@ -454,6 +456,7 @@ class GPT2XModel(GPT2XPreTrainedModel):
 class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
     """GPT2X with its language modeling head."""
 
+    _heads_of_tasks: ClassVar[tuple[str, ...]] = ()
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
     _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}

@@ -12,7 +12,7 @@ WRONG = [None, True, -1, 2**70, 1.5, "x", "", "١٣", [], {}, [[]], {"a": 1}, ".
 
 
 def flip(file: Path, rng: random.Random) -> None:
-    content = bytearray(file.read_bytes())
+    content = bytearray(file.read_bytes() or b"\0")  # the lock is an empty file
     for _ in range(rng.randint(1, 3)):
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
@@ -20,7 +20,7 @@ def flip(file: Path, rng: random.Random) -> None:
 
 def cut(file: Path, rng: random.Random) -> None:
     content = file.read_bytes()
-    file.write_bytes(content[: rng.choice([0, 1, rng.randrange(len(content)), len(content) - 1])])
+    file.write_bytes(content[: rng.choice([0, 1, rng.randint(0, len(content)), max(len(content) - 1, 0)])])
 
 
 def grow(file: Path, rng: random.Random) -> None:

@@ -357,6 +357,17 @@ def test_a_lock_is_free_as_soon_as_its_owner_was_killed_and_leaves_nothing(tmp_p
     assert names(tmp_path) == []
 
 
+def test_a_lock_whose_directory_was_moved_leaves_that_of_its_successor(tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / "run.lock"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        successor = locked(tmp_path / "run" / "run.lock")
+        successor.__enter__()
+    assert names(tmp_path / "run") == ["run.lease", "run.lock"]
+    successor.__exit__(None, None, None)
+
+
 def test_who_waits_gets_the_lock_afterwards(tmp_path):
     order = []
 

@@ -74,6 +74,14 @@ def test_a_checkpoint_is_its_model():
     assert find_model(str(checkpoint)) == find_model(str(checkpoint / "model")) == str(checkpoint / "model")
 
 
+def test_a_checkpoint_without_its_optimizer_is_still_a_model():
+    checkpoint = checkpoint_in("run", 10)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["state/optimizer.safetensors"] = {"size": 9, "sha256": "0" * 64}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert find_model("run") == str(checkpoint / "model")
+
+
 def test_the_tilde_is_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     model_in("home/mine")
@@ -122,7 +130,11 @@ def test_a_checkpoint_that_is_not_as_its_manifest_says_is_passed_over_with_a_lin
     [
         ("model.safetensors", b"abc", r"model.safetensors is cut or damaged \(.*\)"),
         ("config.json", b"", r"config.json is no JSON \(.*\)"),
-        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json is unreadable"),
+        (
+            "model.safetensors.index.json",
+            b"{}",
+            r"model\.safetensors\.index\.json is not as .* \(weight_map: Field required\)",
+        ),
         (
             "model.safetensors.index.json",
             b'{"weight_map": {"a": "model-2.safetensors"}}',
@@ -136,6 +148,19 @@ def test_a_final_model_that_is_cut_is_passed_over_with_a_line(file, content, rea
     Path("run/final", file).write_bytes(content)
     assert find_model("run") == str(checkpoint / "model")
     assert re.fullmatch(rf"run/final is damaged \({reason}\); taking {checkpoint}/model.\n", capsys.readouterr().err)
+
+
+def test_weights_are_what_a_final_models_own_manifest_says_and_settings_may_be_edited(capsys):
+    final, checkpoint = Path(model_in("run/final")), checkpoint_in("run", 10)
+    (final / "manifest.json").write_text((checkpoint / "manifest.json").read_text().replace("model/", ""))
+    (final / "config.json").write_text('{"model_type": "gpt2", "n_ctx": 4}')
+    assert find_model("run") == str(final)
+    flip(final / "model.safetensors")
+    assert find_model("run") == str(checkpoint / "model")
+    assert "run/final is damaged (model.safetensors differs from its manifest); taking" in capsys.readouterr().err
+    (final / "model.safetensors").unlink()
+    find_model("run")
+    assert "run/final is damaged (model.safetensors is missing); taking" in capsys.readouterr().err
 
 
 def test_a_damaged_model_that_was_asked_for_is_refused():

@@ -1,10 +1,12 @@
 """Models by recipe: made, saved, found and loaded."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -100,6 +102,61 @@ def test_a_directory_of_something_else_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="final") as refused:
         load_for_inference(str(tmp_path / "final"), dtype=torch.float32)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA, NO_STOCK_FORM], ids=["gpt2", "llama", "gpt2x"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights, name: weights.pop(name),
+            "lacks {name}, which a {kind} model needs; use a complete checkpoint.",
+        ),
+        (
+            lambda weights, name: weights.update({name: torch.ones(3)}),
+            "holds {name} of the shape (3,), and by its config it has (32,); use the config.json and the weights of "
+            "one model.",
+        ),
+        (
+            lambda weights, name: weights.update({name.replace("weight", "scale"): torch.ones(3)}),
+            "holds {scale}, which a {kind} model has no place for; load it by its own class.",
+        ),
+        (None, "is damaged (Error while deserializing header: header too small); get its files again."),
+    ],
+    ids=["missing", "another shape", "too many", "damaged"],
+)
+def test_no_model_of_other_tensors_is_run(tokenizer, tmp_path, options, change, message):
+    kind = save_model(make_model(recipe(**options), tokenizer), tmp_path, tokenizer)
+    file = tmp_path / "model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    name = next(name for name in weights if "1." in name and ("layernorm.weight" in name or "ln_1.weight" in name))
+    if change is None:
+        file.write_bytes(b"abc")
+    else:
+        change(weights, name)
+        save_file(weights, file, metadata={"format": "pt"})
+    expected = message.format(name=name, kind=kind, scale=name.replace("weight", "scale"))
+    with pytest.raises(UserError, match=f"^{re.escape(f'{tmp_path} {expected}')}$"):
+        load_for_inference(str(tmp_path), dtype=torch.float32)
+
+
+def test_a_config_of_wrong_types_is_refused_in_one_line(tokenizer, tmp_path):
+    save_model(make_model(recipe(), tokenizer), tmp_path, tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_embd": "wide"}))
+    with pytest.raises(
+        UserError, match=r"field 'n_embd'.* expected int, got str .*; mend its config.json.$"
+    ) as refused:
+        load_for_inference(str(tmp_path), dtype=torch.float32)
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_of_a_checkpoint_that_are_not_whole_are_refused(tokenizer, tmp_path):
+    model = make_model(recipe(), tokenizer)
+    save_model(model, tmp_path, tokenizer)
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    with pytest.raises(UserError, match=r"is damaged \(.*header too small\); get its files again"):
+        load_weights(model, tmp_path)
 
 
 def test_inference_runs_in_the_dtype_asked_for_and_without_dropout(tokenizer, tmp_path):

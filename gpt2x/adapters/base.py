@@ -1,12 +1,12 @@
 """The stock model that adapters are added to."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import FinetuneRecipe
 from gpt2x.errors import UserError
 from gpt2x.locate import find_model, from_pretrained
-from gpt2x.models import refuse_adapters
+from gpt2x.models import load_for_inference, refuse_adapters
 from gpt2x.shards.tokenizer import vocabulary_size
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 
@@ -22,10 +22,7 @@ def load_base(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> Pre
     """
     origin = find_model(recipe.init_from)
     _check_form(origin)
-    model, loading = from_pretrained(AutoModelForCausalLM, origin, dtype=torch.float32, output_loading_info=True)
-    if loading["missing_keys"]:
-        missing = min(loading["missing_keys"])
-        raise UserError(f"init_from ({origin}) has no weights for {missing}; give the directory of a whole model.")
+    model = load_for_inference(origin, dtype=torch.float32)
     check_tokenizer(origin, tokenizer)
     _check_fit(recipe, model, tokenizer)
     adopt_tokenizer(model, tokenizer)

@@ -1,6 +1,5 @@
 """Adapters and their base as one model, for what reads whole models only."""
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ import torch
 from gpt2x.adapters.files import ADAPTER_CONFIG, save_merged
 from gpt2x.adapters.layers import peft_warnings_ignored
 from gpt2x.errors import UserError
-from gpt2x.models import find_model, load_for_inference
+from gpt2x.locate import base_of
+from gpt2x.models import load_for_inference
 from gpt2x.shards.tokenizer import load_tokenizer
 
 
@@ -32,8 +32,8 @@ def whole_model(directory: str) -> Iterator[str]:
         raise UserError(
             f"{directory} holds adapters, for which peft is needed, not installed; run pip install -e '.[peft]'."
         ) from error
-    base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = base_of(Path(directory))
     with tempfile.TemporaryDirectory() as merged_dir, peft_warnings_ignored():
-        model = PeftModel.from_pretrained(load_for_inference(find_model(base), dtype=torch.float32), directory)
+        model = PeftModel.from_pretrained(load_for_inference(base, dtype=torch.float32), directory)
         save_merged(model, Path(merged_dir), load_tokenizer(directory))
         yield merged_dir

@@ -16,9 +16,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from gpt2x.errors import UserError
 from gpt2x.locate import does_not_exist, find_model, is_hub_id
+from gpt2x.models import load_whole
 from gpt2x.publishing.model_card import model_card
 from gpt2x.publishing.published_model import ADAPTER_CONFIG, read_adapter_config
-from gpt2x.publishing.reference import load_strictly
 from gpt2x.publishing.run_files import RunFiles
 
 # What lies in a model's directory without being part of the model.
@@ -108,7 +108,7 @@ def _check_whole(model_dir: Path) -> None:
                 f"model and train on its Hub id, or merge them by lora.merge true."
             )
     elif any(model_dir.glob("*.safetensors")) or not is_onnx:
-        load_strictly(str(model_dir), device_map="meta")
+        load_whole(str(model_dir), device_map="meta")
 
 
 def _check_repo_id(repo_id: str) -> None:

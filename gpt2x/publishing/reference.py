@@ -10,8 +10,6 @@ Shapes: B sequences, T tokens, V vocabulary.
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 import modeling_gpt2x
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
-from gpt2x.locate import from_pretrained
+from gpt2x.models import load_whole
 from gpt2x.publishing.comparison import model_logits, positions, sample_batch
 from modeling_gpt2x.modeling_gpt2x import AUTO_MAP
 
@@ -55,56 +52,10 @@ class Reference:
             UserError: where they are damaged, lack a tensor, or hold one of another shape.
         """
         if not _is_our_form_with_our_code(Path(name_or_path)):
-            return cls.of(load_strictly(name_or_path, dtype=torch.float32).eval())
-        load_strictly(name_or_path, device_map="meta")
-        ids_BT, mask_BT = sample_batch(from_pretrained(AutoConfig, name_or_path))
+            return cls.of(load_whole(name_or_path, dtype=torch.float32).eval())
+        config = load_whole(name_or_path, device_map="meta").config
+        ids_BT, mask_BT = sample_batch(config)
         return cls(ids=ids_BT, mask=mask_BT, logits=_logits_by_its_own_code(name_or_path, ids_BT, mask_BT))
-
-
-def load_strictly(name_or_path: str, **options: Any) -> PreTrainedModel:
-    """A model of which every tensor comes from its files; with `device_map="meta"` only their headers are read.
-
-    Args:
-        name_or_path: directory or Hub id.
-        **options: of `from_pretrained`.
-
-    Raises:
-        UserError: where a file is damaged, a tensor is missing or of another shape; it names it.
-    """
-    with _quiet():
-        model, found = from_pretrained(
-            AutoModelForCausalLM,
-            name_or_path,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, by name
-            **options,
-        )
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
-        raise UserError(
-            f"{name_or_path} lacks {missing[0]}, one of {len(missing)} missing tensors that its config.json asks for; "
-            f"use a complete model."
-        )
-    for name, shape, wanted in sorted(found["mismatched_keys"]):
-        raise UserError(
-            f"{name} in {name_or_path} has the shape {list(shape)}, but {list(wanted)} by its config.json; use a "
-            f"complete model."
-        )
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own report of the loading, a table over many lines, and its progress bar."""
-    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if has_bar:
-            logging.enable_progress_bar()
 
 
 def _is_our_form_with_our_code(directory: Path) -> bool:

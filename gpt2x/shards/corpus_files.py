@@ -24,9 +24,9 @@ def source_files(corpus: CorpusSection) -> dict[str, Path]:
         UserError: for a path that matches no file, and an unknown kind of file.
     """
     if corpus.kind == "files":
-        return {str(file): file for file in matching_files(corpus.paths)}
+        return {_name(file): file for file in matching_files(corpus.paths)}
     if corpus.kind == "dataset":
-        return {str(file): file for file in _local_files(corpus)}
+        return {_name(file): file for file in _local_files(corpus)}
     if corpus.kind in ("python_stdlib", "python_docstrings"):
         roots, left_out = [Path(sysconfig.get_path("stdlib"))], NOT_LIBRARY_SOURCES
     else:
@@ -35,6 +35,11 @@ def source_files(corpus: CorpusSection) -> dict[str, Path]:
     base = os.path.commonpath(roots)
     files = [file for root in roots for file in _python_files(root, left_out)]
     return {file.relative_to(base).as_posix(): file for file in files}
+
+
+def _name(file: Path) -> str:
+    """The path as JSON can hold it: names of files need not be UTF-8."""
+    return os.fsencode(file).decode(errors="backslashreplace")
 
 
 def dataset_revision(corpus: CorpusSection) -> str | None:

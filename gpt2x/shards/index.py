@@ -64,6 +64,7 @@ class _Content(_Version):
     eos_token_id: int
     recipe: dict[str, Any]
     dropped: NotRequired[dict[str, int]]
+    sha256: NotRequired[str]  # of the rest; earlier versions wrote none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,13 @@ def write_index(index: Index) -> None:
     """Writes index.json."""
     content: dict[str, Any] = {"format_version": FORMAT_VERSION, **dataclasses.asdict(index)}
     del content["directory"]
+    content["sha256"] = _sha256(content)
     write_file(index.directory / INDEX_FILE, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_index(directory: Path) -> Index:
@@ -184,6 +191,8 @@ def load_index(directory: Path) -> Index:
         if parse_json(text, _Version, where=str(file))["format_version"] != FORMAT_VERSION:
             raise UserError(f"{file} is not of format version {FORMAT_VERSION}; prepare the data again.")
         content = parse_json(text, _Content, where=str(file))
+        if "sha256" in content and content["sha256"] != _sha256(json.loads(text)):
+            raise DamagedError(f"{file} is not what was written there (its own sha256 differs)")
     except DamagedError as error:
         raise UserError(f"{error}; delete it and prepare the data again.") from None
     splits = {"train": content["splits"]["train"], "validation": content["splits"]["validation"]}

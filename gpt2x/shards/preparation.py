@@ -38,7 +38,7 @@ from gpt2x.shards.scan import cache_dir
 from gpt2x.shards.sources import read_record, with_sha256, write_record
 from gpt2x.shards.tasks import prepare_task, run_task
 from gpt2x.shards.tokenizer import (
-    check_training,
+    check_trained_on,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
@@ -69,11 +69,15 @@ def prepare(recipe: PreparationRecipe, *, is_quiet: bool = False) -> Index:
                 print(describe_finished(finished, recipe.corpus), flush=True)
             discard(tasks_dir(recipe.output_dir))
             return finished
+        check_trained_on(recipe.tokenizer, recipe.corpus, as_chat=recipe.chat is not None)
         sources = planned_sources(plan)
         missing = [task for task in range(recipe.num_tasks) if not recorded(plan, sources, task)]
         num_workers = min(recipe.num_workers or usable_cores(), len(missing))
         with _progress(recipe, missing, sources) as progress:
             if num_workers > 1:
+                # The tokenizer lies on this machine by now: no worker asks the Hub for it.
+                tokenizer = dataclasses.replace(recipe.tokenizer, path=plan.tokenizer.name_or_path)
+                recipe = dataclasses.replace(recipe, tokenizer=tokenizer)
                 run_parts(_work, recipe, missing, num_workers=num_workers, report=progress.report)
             else:
                 for task in missing:
@@ -128,17 +132,14 @@ def prepare_tokenizer(
 
 
 def _prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool) -> PreTrainedTokenizerFast:
-    if section.vocab_size is not None:
-        made_of, directory = training_of(section, corpus, as_chat=as_chat), local_path(section.path)
-        if holds_tokenizer(directory):
-            check_training(directory, made_of)
-        else:
-            directory = place_to_write(section.path, field="tokenizer.path")
-            reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
-            say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
-            with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
-                texts = _training_texts(reading, corpus, as_chat=as_chat)
-                save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
+    if section.vocab_size is not None and not holds_tokenizer(local_path(section.path)):
+        directory = place_to_write(section.path, field="tokenizer.path")
+        reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
+        say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
+        with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
+            texts = _training_texts(reading, corpus, as_chat=as_chat)
+            made_of = training_of(section, corpus, as_chat=as_chat)
+            save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
     tokenizer = load_tokenizer(section.path)
     if section.vocab_size not in (None, vocabulary_size(tokenizer)):
         raise UserError(

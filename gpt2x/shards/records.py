@@ -258,15 +258,28 @@ def recorded(plan: Plan, sources: Sources, task: int) -> TaskRecord | None:
 
 def _read(plan: Plan, task: int, sources: str) -> TaskRecord | None:
     try:
-        record = read_json(_record_file(plan.output_dir, task), TaskRecord)
+        content = read_json(_record_file(plan.output_dir, task), _RecordContent)
     except DamagedError:
+        return None
+    record = content["record"]
+    if content["sha256"] != _sha256(record):  # a bit has flipped, and would be in the index for ever
         return None
     return record if (record["made_of"], record["plan"]) == (plan.made_of, sources) else None
 
 
 def record_task(plan: Plan, task: int, record: TaskRecord) -> None:
     """Records a finished task, whose shards are on the disk."""
-    write_file(_record_file(plan.output_dir, task), json.dumps(record).encode())
+    content = _RecordContent(record=record, sha256=_sha256(record))
+    write_file(_record_file(plan.output_dir, task), json.dumps(content).encode())
+
+
+def _sha256(record: TaskRecord) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+class _RecordContent(TypedDict):
+    record: TaskRecord
+    sha256: str
 
 
 class _MadeBy(TypedDict):
@@ -277,6 +290,10 @@ class _MadeOf(TypedDict):
     made_of: _MadeBy
 
 
+class _AnyRecordContent(TypedDict):
+    record: _MadeOf
+
+
 def forget_other_preparations(plan: Plan) -> None:
     """A preparation that was changed half-way must not be finished with the shards of before.
 
@@ -285,7 +302,7 @@ def forget_other_preparations(plan: Plan) -> None:
     """
     for file in sorted(tasks_dir(plan.output_dir).glob("task_*.json")):
         try:
-            found = read_json(file, _MadeOf)["made_of"]
+            found = read_json(file, _AnyRecordContent)["record"]["made_of"]
         except DamagedError:  # another task has just forgotten it; or it counts for nothing and is written again
             continue
         before, now = found["tokenizer_fingerprint"], plan.fingerprint

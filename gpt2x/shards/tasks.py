@@ -31,7 +31,7 @@ from gpt2x.shards.records import (
     tasks_dir,
 )
 from gpt2x.shards.sources import ReadingWatch
-from gpt2x.shards.tokenizer import load_tokenizer, text_encoder
+from gpt2x.shards.tokenizer import check_trained_on, load_tokenizer, text_encoder
 from gpt2x.shards.writer import ShardWriter
 
 
@@ -53,6 +53,7 @@ def prepare_task(recipe: PreparationRecipe, task: int, *, report: Report | None 
         raise UserError(f"task ({task}) must be at least 0 and below num_tasks ({recipe.num_tasks}).")
     plan = plan_of(recipe, load_tokenizer(recipe.tokenizer.path))
     if not finished_index(plan):
+        check_trained_on(recipe.tokenizer, recipe.corpus, as_chat=recipe.chat is not None)
         run_task(plan, task, report or (lambda *_: None))
 
 

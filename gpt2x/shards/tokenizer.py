@@ -14,7 +14,7 @@ from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection, TokenizerSection
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, make_directory, read_json, whole_directory, write_file
-from gpt2x.locate import say
+from gpt2x.locate import local_path, say
 from gpt2x.shards.loaded_tokenizer import is_saved, load_tokenizer
 
 # Beside a tokenizer that was trained here: on what.
@@ -134,12 +134,10 @@ def check_training(directory: Path, wanted: Mapping[str, Any]) -> None:
     Raises:
         UserError: with what differs. One that does not say what it was trained on is used, with a line.
     """
-    if not (directory / TRAINING_FILE).exists():
-        return say(f"using the tokenizer in {directory}, which does not say what it was trained on")
     try:
         found = without_secrets(read_json(directory / TRAINING_FILE, dict[str, Any]))
     except DamagedError as error:
-        return say(f"using the tokenizer in {directory}, which does not say what it was trained on: {error}")
+        return say(f"using the tokenizer in {directory}, which does not say what it was trained on ({error})")
     # A record does not list the fields that came after it; they had no effect.
     differing = [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]
     changed = [f"{key} {found[key]!r} -> {wanted[key]!r}" for key in differing]
@@ -149,6 +147,12 @@ def check_training(directory: Path, wanted: Mapping[str, Any]) -> None:
             f"directory to train it again, set another tokenizer.path, or use it as it is by tokenizer.vocab_size "
             f"null."
         )
+
+
+def check_trained_on(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool = False) -> None:
+    """Raises UserError for a tokenizer that is to be trained on a corpus and was trained on another."""
+    if section.vocab_size is not None:
+        check_training(local_path(section.path), training_of(section, corpus, as_chat=as_chat))
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

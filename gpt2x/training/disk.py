@@ -1,6 +1,9 @@
 """How much room a run needs, on the disk and in memory, before its first step."""
 
+import os
 import shutil
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,15 +42,13 @@ class Room:
 def measure_room(job: Job) -> Room:
     """What a run needs and what there is."""
     num_kept, num_for_ever = _counts(job)
-    checkpoints = job.run.path / "checkpoints"
-    used = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
     saved, final = job.trainee.num_saved(job.plain_model)
     return Room(
         checkpoint_bytes=_BYTES_PER_NUMBER * saved + _optimizer_bytes(job),
         model_bytes=_BYTES_PER_NUMBER * final,
         num_kept=num_kept,
         num_for_ever=num_for_ever,
-        free_bytes=shutil.disk_usage(_existing(job.run.path)).free + used,
+        free_bytes=shutil.disk_usage(_existing(job.run.path)).free + _used_bytes(job.run.path / "checkpoints"),
     )
 
 
@@ -98,6 +99,17 @@ def _optimizer_bytes(job: Job) -> int:
     groups = (group for optimizer in job.optimizers for group in optimizer.param_groups)
     numbers = ((2 if "betas" in group else 1) * parameter.numel() for group in groups for parameter in group["params"])
     return _BYTES_PER_NUMBER * sum(numbers)
+
+
+def _used_bytes(directory: Path) -> int:
+    """Of the files below a directory, as far as they can be looked at."""
+    used = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                status = os.lstat(os.path.join(parent, name))
+                used += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return used
 
 
 def _existing(path: Path) -> Path:

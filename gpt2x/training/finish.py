@@ -68,7 +68,7 @@ def write_losses(run: RunDirectory) -> None:
     _, losses = column(read_metrics(run.path), "train/loss")
     content = io.BytesIO()
     np.save(content, losses)
-    write_file(run.path / "losses.npy", content.getvalue())
+    write_file(run.losses_file, content.getvalue())
 
 
 def write_stats(job: Job, stats: dict[str, Any]) -> None:

@@ -51,11 +51,13 @@ def _local_tensors(job: Job) -> Iterable[tuple[str, Tensor]]:
 def give_up(job: Job, step: int, reason: str) -> UserError:
     """The end of a run whose state is not sound, on all ranks together: not saved, and nothing deleted. What was
     saved of this very step, before it was known, is set aside."""
-    job.saver.wait()
-    if job.accelerator.is_main_process:
-        job.run.check()
-        checkpoint = checkpoint_dir(job.run.path, step)
-        if os.path.lexists(checkpoint):
-            reason += f"; {checkpoint} holds it and is set aside as {set_aside(checkpoint).name}"
-    job.accelerator.wait_for_everyone()
+    try:
+        job.saver.wait()
+        if job.accelerator.is_main_process:
+            job.run.check()
+            checkpoint = checkpoint_dir(job.run.path, step)
+            if os.path.lexists(checkpoint):
+                reason += f"; {checkpoint} holds it and is set aside as {set_aside(checkpoint).name}"
+    finally:
+        job.accelerator.wait_for_everyone()
     return UserError(not_saved(job.run.path, step, reason))

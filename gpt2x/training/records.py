@@ -1,4 +1,4 @@
-"""What a run has recorded, cut back to where it goes on from."""
+"""What a run has left so far, cut back to where it goes on from."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from gpt2x.errors import UserError
-from gpt2x.files import DamagedError, parse_json, read_bytes, set_aside, sync, write_file
+from gpt2x.files import DamagedError, parse_json, read_bytes, remove_leftovers, set_aside, sync, tell_once, write_file
 from gpt2x.training.run_directory import RunDirectory
 
 
@@ -30,8 +30,11 @@ def truncate_records(run: RunDirectory, *, step: int, is_followed_up: bool) -> N
     for file in run.record_files:
         if (content := _content(file)) is None:
             continue
-        lines = content.split(b"\n")
-        kept = b"".join(line + b"\n" for line in lines if _is_kept(line, step, is_followed_up))
+        records = [(line, _record(line)) for line in content.split(b"\n")]
+        num_damaged = sum(record is None and bool(line.strip()) for line, record in records[:-1])
+        if num_damaged:
+            tell_once(f"{file}: {num_damaged} damaged lines are dropped.")
+        kept = b"".join(line + b"\n" for line, record in records if _is_kept(record, step, is_followed_up))
         if kept != content:
             run.check()
             write_file(file, kept)
@@ -57,13 +60,21 @@ def reopen(run: RunDirectory) -> None:
         set_aside(run.stats_file)
 
 
-def refuse_to_start_over(run: RunDirectory, *, damaged: list[str], has_final: bool) -> None:
+def sweep(run: RunDirectory) -> None:
+    """Removes what killed writers of the run's own files have left under temporary names."""
+    run.check()
+    for file in (run.config_file, run.final_dir, run.stats_file, run.losses_file, *run.record_files):
+        remove_leftovers(run.path, file.name)
+    remove_leftovers(run.path / "plots")
+
+
+def refuse_to_start_over(run: RunDirectory, *, damaged: list[str], damage_of_final: str | None) -> None:
     """Raises UserError where a run without a whole checkpoint has something that a start from nothing would lose.
 
     Args:
         run: the run.
         damaged: a line for each checkpoint that is damaged.
-        has_final: whether its final model is there and whole.
+        damage_of_final: what is wrong with its final model; None where it is whole.
     """
     recorded = [file.name for file in run.record_files if _content(file)]
     lost = [path.name for path in (run.final_dir, run.stats_file) if os.path.lexists(path)]
@@ -71,11 +82,11 @@ def refuse_to_start_over(run: RunDirectory, *, damaged: list[str], has_final: bo
     if not (lost or damaged or were_removed):
         return
     there = ", ".join([*lost, *recorded, *(["damaged checkpoints"] if damaged else [])])
-    way_on = (
-        f"its model in {run.final_dir} is whole: go on from it by --init_from {run.final_dir} --run.name NEW"
-        if has_final
-        else "bring its checkpoints back, or start another run with --run.name NEW"
-    )
+    way_on = "bring its checkpoints back, or start another run with --run.name NEW"
+    if damage_of_final is None:
+        way_on = f"its model in {run.final_dir} is whole: go on from it by --init_from {run.final_dir} --run.name NEW"
+    elif os.path.lexists(run.stats_file):
+        way_on = f"its final/ is damaged ({damage_of_final}) and cannot be made again; {way_on}"
     first = f" ({damaged[0].partition(';')[0]})" if damaged else ""
     raise UserError(
         f"{run.path} has no whole checkpoint to go on from{first}, and what it holds ({there}) is not given up for a "
@@ -93,11 +104,16 @@ def _content(file: Path) -> bytes | None:
         raise UserError(f"{error}; it is where the run records: mend that, and the same command goes on.") from error
 
 
-def _is_kept(line: bytes, step: int, is_followed_up: bool) -> bool:
-    """Whether a line is whole and belongs to what counts; a killed run may leave a torn one."""
+def _record(line: bytes) -> Record | None:
+    """None where a line is no record; a killed run may leave a torn one."""
     try:
-        record = parse_json(line, Record, where="line")
+        return parse_json(line, Record, where="line")
     except DamagedError:
+        return None
+
+
+def _is_kept(record: Record | None, step: int, is_followed_up: bool) -> bool:
+    if record is None:
         return False
     belongs_to_step = "train/loss" in record or "suspects" in record
     return record["step"] < step or (record["step"] == step and (is_followed_up or belongs_to_step))

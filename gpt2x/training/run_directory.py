@@ -68,6 +68,11 @@ class RunDirectory:
         return self.path / "stats.json"
 
     @property
+    def losses_file(self) -> Path:
+        """The recorded training losses in order; written when it is finished."""
+        return self.path / "losses.npy"
+
+    @property
     def final_dir(self) -> Path:
         """The trained model."""
         return self.path / "final"
@@ -190,10 +195,11 @@ def write_config(run: RunDirectory, recipe: TrainingRecipe) -> None:
     """Records the resolved recipe, and makes the place of the checkpoints, which by being there says that none were
     removed. What is no recipe and has the name is set aside."""
     run.check()
-    make_directory(run.path / "checkpoints")
+    make_directory(run.path)
     try:
         read_yaml(run.config_file)
     except DamagedError:
         if os.path.lexists(run.config_file):
             set_aside(run.config_file)
     write_file(run.config_file, to_yaml(recipe).encode())
+    make_directory(run.path / "checkpoints")

@@ -104,7 +104,7 @@ class CheckpointSaver:
         """Tells that a loss of the weights of this step is finite: older checkpoints may give way to one of it."""
         if self._unconfirmed is not None and self._unconfirmed["step"] <= step and not self.is_busy:
             if not self.has_failed:
-                self._pending = self._thread.submit(self.retention.prune, self.run.path, self._unconfirmed)
+                self._pending = self._thread.submit(self._prune, self._unconfirmed)
             self._unconfirmed = None
 
     def wait_for_copy(self) -> None:
@@ -155,6 +155,10 @@ class CheckpointSaver:
         except (OSError, UnwritableError) as error:
             self.run.check()  # which says more where the directory has gone in the meantime
             raise UserError(_failure(target, error, copies)) from error
+
+    def _prune(self, trainer: Trainer) -> None:
+        self.run.check()
+        self.retention.prune(self.run.path, trainer)
 
 
 def _untagged(tag: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """From a recipe to a job: everything that is made once, before step 1."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from gpt2x.training.hellaswag import open_hellaswag
 from gpt2x.training.job import Job
 from gpt2x.training.optimizer_state import load_optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import make_optimizers
-from gpt2x.training.records import clear, refuse_to_start_over, reopen, truncate_records
+from gpt2x.training.records import clear, refuse_to_start_over, reopen, sweep, truncate_records
 from gpt2x.training.retention import Retention, is_of_this_decay
 from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.saving import CheckpointSaver
@@ -117,11 +116,7 @@ def _checkpoint_to_resume(run: RunDirectory, budget_size: float) -> tuple[Path |
     )
     newest, _ = newest_checkpoint(run.path) if checkpoint is None else (checkpoint, [])
     if newest is None:
-        refuse_to_start_over(
-            run,
-            damaged=lines,
-            has_final=os.path.lexists(run.final_dir) and damage_of_final(run.final_dir) is None,
-        )
+        refuse_to_start_over(run, damaged=lines, damage_of_final=damage_of_final(run.final_dir))
     elif newest is not checkpoint:
         lines.append(f"{newest} has begun to decay to another budget, and none from before is left; going on from it.")
     return newest, lines
@@ -171,6 +166,7 @@ def _check_optimizer(checkpoint: Path, saved: str, name: str) -> None:
 
 def _settle_records(run: RunDirectory, checkpoint: Path | None, progress: Progress, *, is_spent: bool) -> None:
     """Nothing recorded may be later than the weights, or what is about to be made again."""
+    sweep(run)
     if not is_spent:
         reopen(run)
     if checkpoint is None:

@@ -140,6 +140,7 @@ def test_packed_training_gives_the_gradients_of_the_documents_alone(attention: s
 def test_packing_compiles_into_one_graph(with_mask: bool) -> None:
     model, (packed, position_ids) = build("sliding"), pack(*LENGTHS)
     mask = torch.ones_like(packed) if with_mask else None
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     logits = compiled(packed, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
     torch.testing.assert_close(logits, alone(model, packed, LENGTHS), **TOLERANCE)

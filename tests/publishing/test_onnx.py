@@ -1,7 +1,6 @@
 """The ONNX file: its signature, and text from it token by token as from the torch model."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from gpt2x.publishing.onnx import check_onnx, write_onnx  # noqa: E402
 from gpt2x.publishing.onnx_generation import OnnxDecoder, Sampling, generate, generate_text, sample  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-JAVASCRIPT = Path(__file__).parent / "transformers_js"
 PROMPTS = {"one": [[5, 60, 7, 99, 280]], "three, padded": [[9, 17, 250], [4] * 3 + [77] * 6, list(range(40, 60))]}
 
 
@@ -211,25 +209,6 @@ def test_angles_that_depend_on_the_length_are_refused(rope_type, tmp_path):
     model.config.rope_parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(UserError, match=rf"rope_type \({rope_type}\) changes the angles with the text's length"):
         write_onnx(model, tmp_path, dtype="float32")
-
-
-def test_transformers_js_reads_the_same_tokens_and_writes_the_same_text(exported, model, tokenizer):
-    installed = JAVASCRIPT / "node_modules" / "@huggingface" / "transformers" / "dist" / "transformers.node.mjs"
-    library = Path(os.environ.get("TRANSFORMERS_JS", installed))
-    if shutil.which("node") is None or not library.is_file():
-        pytest.skip(
-            "needs Node and transformers.js: `npm install --ignore-scripts` in tests/publishing/transformers_js"
-        )
-    prompt = "def main(self):\n    return 12 + 'é'"
-    (exported / "prompt.txt").write_text(prompt)
-    ids = tokenizer(prompt)["input_ids"]
-    command = ["node", JAVASCRIPT / "generate.mjs", library, exported, "fp32", json.dumps(ids), "32"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    (exported / "prompt.txt").unlink()
-    assert ran.returncode == 0, ran.stderr
-    options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
-    assert json.loads(ran.stdout) == {"encoded": ids, "continuation": expected[0, len(ids) :].tolist()}
 
 
 # ------------------------------------------------------------------------------------------------------- the sampler

@@ -1,7 +1,6 @@
 """What an export is compared with is what the files say: a head of their own, and no tensor that is not there."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -94,16 +93,11 @@ def test_code_of_a_repository_that_a_config_names_is_not_executed(saved):
 
 @pytest.mark.parametrize("form", ["llama", "gpt2"])
 @pytest.mark.parametrize("to", ["native", "gguf"])
-def test_a_head_of_its_own_in_a_file_that_is_said_to_be_tied_is_kept_or_refused(saved, form, to):
+def test_a_head_of_its_own_in_a_file_that_is_said_to_be_tied_is_kept(saved, form, to):
     directory = saved(form, tie_word_embeddings=True)
     with_a_head_of_its_own(directory)
     expected = STOCK[form].from_pretrained(directory, dtype=torch.float32).eval()
-    try:
-        exported = export(directory, to)
-    except UserError as error:
-        if not re.search("differs from the model by|lm_head.weight", str(error)):
-            raise
-        return
+    exported = export(directory, to)
     assert exported.difference.largest < 1e-3
     if to == "native":
         ids = torch.arange(20)[None]
@@ -140,9 +134,7 @@ def test_weights_that_are_not_those_of_the_file_are_noticed(saved, monkeypatch):
 def test_a_model_that_lacks_a_tensor_is_refused_by_its_name(saved, form, to):
     directory = saved(form)
     change_weights(directory, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-    message = (
-        rf"{form} lacks model\.layers\.1\.mlp\.up_proj\.weight, one of 1 missing tensors that its config\.json asks"
-    )
+    message = rf"{form} lacks model\.layers\.1\.mlp\.up_proj\.weight, which a {form} model needs; use a complete"
     with pytest.raises(UserError, match=message):
         export(directory, to)
     assert not (directory / "exports").exists()
@@ -152,7 +144,7 @@ def test_a_tensor_of_another_shape_is_refused_by_its_name(saved):
     directory = saved("llama")
     with_a_head_of_its_own(directory, rows=300)
     message = (
-        r"lm_head\.weight in .*llama has the shape \[300, 32\], but \[304, 32\] by its config\.json; use a complete"
+        r"llama holds lm_head\.weight of the shape \(300, 32\), and by its config it has \(304, 32\); use the config"
     )
     with pytest.raises(UserError, match=message):
         export(directory, "native")
@@ -175,9 +167,9 @@ def test_a_damaged_model_is_refused_in_one_line(saved, form, content, to):
         (lambda config: "{", r"config\.json is no JSON"),
         (lambda config: "[" * 100_000, r"config\.json is no JSON"),
         (lambda config: json.dumps([config]), r"config\.json is not as gpt2x writes it"),
-        (lambda config: json.dumps({**config, "hidden_size": "wide"}), "cannot be loaded: .*hidden_size"),
+        (lambda config: json.dumps({**config, "hidden_size": "wide"}), "hidden_size.*mend its config"),
         (lambda config: json.dumps({**config, "model_type": [1]}), "cannot be loaded: "),
-        (lambda config: json.dumps({**config, "hidden_act": {}}), "cannot be loaded: "),
+        (lambda config: json.dumps({**config, "hidden_act": {}}), "hidden_act.*mend its config"),
     ],
     ids=["cut", "deep", "list", "type", "model_type", "activation"],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from gpt2x.shards.index import load_index
 
@@ -61,8 +62,9 @@ def test_a_tokenizer_trained_first_is_the_one_that_preparing_uses(run, tmp_path,
     assert printed.startswith("tokenizer of 280 ids: tokenizer\n")
     saved = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
     *_, command = printed.strip().split("\n")[1].partition("scripts/")
-    script, *arguments = command.replace("DIRECTORY", "shards").split()
-    assert run(script, *corpus, *arguments)[0] == 0
+    script, *arguments = shlex.split(command.replace("DIRECTORY", "shards"))
+    assert run(script, *arguments)[0] == 0
+    assert load_index(tmp_path / "shards").recipe["paths"] == [f"{tmp_path}/*.txt"]
     assert (tmp_path / "shards" / "tokenizer" / "tokenizer.json").read_bytes() == saved
 
 
@@ -86,6 +88,13 @@ def test_help_and_mistakes_in_a_recipe_are_answered_before_anything_heavy_is_imp
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.endswith("[]\n")
     assert done.returncode == (0 if arguments == ["--help"] else 2)
+
+
+def test_both_scripts_have_the_same_default_corpus():
+    """Else the tokenizer would be trained on documents that the preparation then holds out."""
+    flags = runpy.run_path(str(ROOT / "scripts" / "train_tokenizer.py"))["DEFAULT_CORPUS"]
+    recipe = yaml.safe_load((ROOT / "configuration" / "data" / "python-stdlib.yaml").read_text())
+    assert sorted(flags) == sorted(f"--corpus.{field}={value}" for field, value in recipe["corpus"].items())
 
 
 def test_the_default_recipe_is_found_from_any_directory(run):

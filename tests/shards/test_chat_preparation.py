@@ -201,6 +201,14 @@ def test_preparing_again_changes_no_file(recipe):
     assert {file: file.stat().st_mtime_ns for file in recipe.output_dir.rglob("*")} == before
 
 
+def test_shards_are_taken_where_their_tokenizer_was_not_copied_with_them(recipe, base_tokenizer, tmp_path):
+    shutil.copytree(base_tokenizer, tmp_path / "base")
+    recipe = dataclasses.replace(recipe, tokenizer=TokenizerSection(path=str(tmp_path / "base")))
+    index = prepare(recipe)
+    shutil.rmtree(tmp_path / "base")
+    assert prepare(recipe) == index
+
+
 def test_the_same_conversation_is_on_one_side_of_the_split(recipe, chats_file):
     rows = [json.loads(line) for line in chats_file.read_text().splitlines()]
     turned = [{"conversations": row["messages"]} for row in rows]

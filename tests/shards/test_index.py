@@ -27,8 +27,10 @@ def index(recipe):
 
 
 def change(index, edit):
+    """Edits an index as an earlier version wrote it, which had no sha256 of its own."""
     file = index.directory / "index.json"
     content = json.loads(file.read_text())
+    content.pop("sha256", None)
     edit(content)
     file.write_text(json.dumps(content))
 
@@ -123,6 +125,31 @@ def test_an_index_that_is_no_regular_file_is_refused_at_once(tmp_path, make):
         UserError, match=r"index.json (is no regular file|cannot be read \(.*\)); delete it and prepare"
     ):
         load_index(tmp_path)
+
+
+def test_a_bit_that_flips_in_the_index_is_noticed(index):
+    """Most of it is compared with nothing else: counts of bytes, for one, which bits per byte are divided by."""
+    file = index.directory / "index.json"
+    content, refused = file.read_bytes(), 0
+    generator = random.Random(0)
+    for _ in range(100):
+        flipped = bytearray(content)
+        flipped[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        file.write_bytes(flipped)
+        try:
+            assert load_index(index.directory) == index  # of a space, or of the name of the sha256
+        except UserError:
+            refused += 1
+    assert refused > 60
+
+
+def test_an_index_that_was_edited_is_refused(index):
+    file = index.directory / "index.json"
+    content = json.loads(file.read_text())
+    content["splits"]["validation"][0]["num_bytes"] += 1
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"index.json is not what was written there \(its own sha256 differs\); del"):
+        load_index(index.directory)
 
 
 def test_what_a_later_version_adds_is_passed_over(index):

@@ -51,8 +51,8 @@ def corpus(corpus_dir) -> CorpusSection:
 @pytest.fixture
 def recipe(recipe):
     """One part after the other in this process; the tokenizer is there."""
-    tokenizer = dataclasses.replace(recipe.tokenizer, vocab_size=270)
-    prepare_tokenizer(tokenizer, recipe.corpus)
+    prepare_tokenizer(dataclasses.replace(recipe.tokenizer, vocab_size=270), recipe.corpus)
+    tokenizer = dataclasses.replace(recipe.tokenizer, vocab_size=None)
     return dataclasses.replace(recipe, tokenizer=tokenizer, num_workers=1)
 
 
@@ -160,6 +160,7 @@ def test_shards_whose_texts_are_not_here_are_taken_with_a_line(recipe, corpus_di
     index = prepare(recipe)
     shutil.rmtree(corpus_dir)
     shutil.rmtree(recipe.tokenizer.path)
+    recipe = dataclasses.replace(recipe, tokenizer=dataclasses.replace(recipe.tokenizer, vocab_size=270))
     assert prepare(recipe) == index
     assert capsys.readouterr().out.endswith("tokens); the texts are not on this machine, and not compared\n")
 
@@ -196,6 +197,14 @@ def test_the_record_names_files_alike_wherever_python_is_installed(tmp_path, mon
         for kind in ("python_stdlib", "python_packages"):
             found = source_files(CorpusSection(kind=kind))
             assert found == {"abc.py": library / "abc.py", "json/decoder.py": library / "json" / "decoder.py"}
+
+
+def test_a_file_whose_name_is_not_utf_8_is_recorded(recipe, corpus_dir):
+    (corpus_dir / "2.jsonl").rename(os.fsdecode(os.fsencode(corpus_dir) + b"/\xff.jsonl"))
+    index = prepare(recipe)
+    assert prepared_texts(recipe.output_dir) == whole_texts(corpus_dir)
+    assert prepare(recipe) == index
+    assert any(file["name"].endswith(r"/\xff.jsonl") for file in sources.read_record(recipe.output_dir)["files"])
 
 
 def test_local_files_of_a_dataset_are_compared(recipe, corpus_dir, monkeypatch, tmp_path):
@@ -343,6 +352,7 @@ preparation.prepare({recipe!r})
 
 def test_of_two_that_prepare_the_same_the_second_finds_it_done(recipe, corpus_dir):
     shutil.rmtree(recipe.tokenizer.path)
+    recipe = dataclasses.replace(recipe, tokenizer=dataclasses.replace(recipe.tokenizer, vocab_size=270))
     code = PREPARE.format(root=str(Path(__file__).parents[2]), recipe=recipe)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pair = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]

@@ -1,6 +1,7 @@
 """A ledger says where each shard begins and ends, and is either whole or not there."""
 
 import json
+import os
 
 import pytest
 
@@ -10,9 +11,12 @@ from gpt2x.streams.ledger import (
     Position,
     StreamShard,
     changes,
+    failure_file,
     ledger_file,
     ledger_of_json,
+    read_failure,
     read_ledger,
+    write_failure,
 )
 
 
@@ -68,6 +72,27 @@ def test_a_damaged_ledger_counts_as_none(tmp_path, content):
     ledger_file(tmp_path).write_bytes(content)
     assert read_ledger(tmp_path) is None
     assert read_ledger(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    "edit", [{"shards": {}}, {"shards": [1]}, {"beginning": []}, {"validation": 3}, {"definition": 1}]
+)
+def test_a_ledger_of_strange_types_counts_as_none(ledger, tmp_path, edit):
+    ledger_file(tmp_path).write_text(json.dumps({**ledger.as_json(), **(edit or {"definition": 1})}))
+    assert read_ledger(tmp_path) is None
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.mkdir(), lambda file: file.symlink_to("/dev/zero")])
+def test_a_ledger_and_a_failure_that_are_no_regular_files_count_as_none(tmp_path, make):
+    make(ledger_file(tmp_path))
+    make(failure_file(tmp_path))
+    assert read_ledger(tmp_path) is None
+    assert read_failure(tmp_path) is None
+
+
+def test_a_failure_is_read_back(tmp_path):
+    write_failure(tmp_path / "cache", "the server is gone")
+    assert read_failure(tmp_path / "cache") == "the server is gone"
 
 
 def test_changes_of_the_definition_are_named(ledger):

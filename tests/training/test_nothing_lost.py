@@ -164,6 +164,18 @@ def test_a_damaged_final_is_made_again_from_the_last_checkpoint(run, start, dama
     assert [name.name for name in path.glob("final*") if name.name != "final"] == kept
 
 
+def test_a_damaged_final_without_a_checkpoint_is_said_to_be_one(run, start):
+    recipe, path = run
+    shutil.rmtree(path / "checkpoints")
+    cut(path / "final")
+    message = (
+        r"what it holds \(final, stats.json, .*\) is not given up .*; its final/ is damaged \(model.safetensors has 3 "
+        r"bytes instead of \d+\) and cannot be made again; bring its checkpoints back, or start another run"
+    )
+    with pytest.raises(UserError, match=message):
+        start(recipe)
+
+
 def test_a_final_of_an_older_version_is_looked_at_as_far_as_it_can_be(run):
     final = run[1] / "final"
     (final / "manifest.json").unlink()
@@ -182,6 +194,16 @@ def test_what_others_have_put_into_final_is_kept_when_the_run_is_extended(run, t
     assert (run[1] / "final.kept-1" / "model.gguf").read_text() == "mine"
     write_final(final, lambda directory: (directory / "config.json").write_text("[]") and "gpt2")
     assert not (run[1] / "final.kept-2").exists()
+
+
+def test_what_killed_writers_left_goes_and_what_others_have_put_there_stays(recipe, pretrain, start):
+    stopped = pretrain(recipe, stop_after=3)
+    for name in ("final.tmp-0123abcd", "onnx.tmp-0123abcd", "notes"):
+        (stopped.path / name).mkdir()
+    (stopped.path / "stats.json.tmp-0123abcd").touch()
+    start(recipe)
+    names = {path.name for path in stopped.path.iterdir()}
+    assert names == {"checkpoints", "config.yaml", "metrics.jsonl", "onnx.tmp-0123abcd", "notes"}
 
 
 # --- config.yaml -----------------------------------------------------------------------------------------------------

@@ -63,7 +63,13 @@ def test_a_forgotten_output_dir_is_refused_with_the_remedy(capsys):
     message = r"^'data/python-stdlib' holds data of another recipe \(paths \['mine.jsonl'\] -> \['yours.jsonl'\]\)"
     with pytest.raises(UserError, match=message + REMEDY):
         check(recipe(paths="yours.jsonl"))
-    check(recipe("--data.preparation.output_dir", "data/yours", paths="yours.jsonl"))
+    places = [
+        "--data.preparation.output_dir",
+        "data/yours",
+        "--data.preparation.tokenizer.path",
+        "data/yours/tokenizer",
+    ]
+    check(recipe(*places, paths="yours.jsonl"))
     assert Path("data/yours/index.json").is_file()
 
 
@@ -114,7 +120,8 @@ def test_that_finished_shards_are_taken_is_said(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_fine_tuning_refuses_a_forgotten_output_dir_too():
+def test_fine_tuning_refuses_a_forgotten_output_dir_too(monkeypatch):
+    monkeypatch.setattr("gpt2x.training.checks.find_model", lambda name: name, raising=False)  # there is no model
     rows = [
         {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"{n}!"}]} for n in range(40)
     ]

@@ -106,6 +106,16 @@ def test_a_line_torn_by_a_kill_is_dropped(recipe, pretrain, torn):
     assert [record["step"] for record in resumed.records() if "train/loss" in record] == list(range(1, 21))
 
 
+def test_damaged_lines_among_the_records_are_dropped_and_told(recipe, pretrain, capsys):
+    stopped = pretrain(recipe, stop_after=3)
+    file = stopped.job.run.metrics_file
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([lines[0], b'{"step": "2"}', b"[" * 5000, *lines[2:]]))
+    resumed = pretrain(recipe, stop_after=4)
+    assert [record["step"] for record in resumed.records()] == [1, 3, 4]
+    assert f"{file}: 2 damaged lines are dropped." in capsys.readouterr().err
+
+
 def test_a_run_killed_during_its_final_validation_and_samples_records_them_once(recipe, changed, pretrain):
     recipe = changed(recipe, evaluation={"prompts": ["def", "été"]})
     finished = pretrain(recipe)  # without stats.json, which comes last

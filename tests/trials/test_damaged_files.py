@@ -192,14 +192,23 @@ def world(runs, tmp_path_factory):
     assert code == 0, output
     code, output = runs.run("--config", world / "tiny.yaml")
     assert code == 0, output
-    with locked(world / "runs/tiny"):
-        for name in ("run.lock", "run.lease"):
-            shutil.copy(world / "runs/tiny" / name, world / name)
-    for name in ("run.lock", "run.lease"):
-        (world / name).rename(world / "runs/tiny" / name)
+    leave_lock(world / "runs/tiny")
     pristine = runs.directory / "pristine"
     shutil.copytree(world, pristine)
     return world
+
+
+def leave_lock(run_dir):
+    """What a killed run leaves: its lock and a lease of a process that is no more."""
+    code = "import sys, time; from pathlib import Path; from gpt2x.training.lock import locked\n"
+    code += "with locked(Path(sys.argv[1])):\n    print('locked', flush=True)\n    time.sleep(60)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(run_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline() == "locked\n"
+        process.kill()
+    assert (run_dir / "run.lock").exists()
+    assert (run_dir / "run.lease").exists()
 
 
 def prepare_two_of_three(world):
@@ -257,6 +266,7 @@ def one_file(world, kind):
 @pytest.mark.parametrize("name", KINDS)
 def test_five_hundred_mutations_are_damaged_or_harmless_to_the_reader(name, world, monkeypatch):
     monkeypatch.setattr(files, "LEASE_S", 0.2)
+    monkeypatch.setattr(files, "SILENT_S", 0.02)
     monkeypatch.setattr("gpt2x.shards.scan.cache_dir", lambda: world / "hf" / "gpt2x")
     kind, rng = KINDS[name], random.Random(name)
     restore(world.with_name("pristine"), world)

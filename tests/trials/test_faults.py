@@ -37,7 +37,7 @@ POINTS = [
     ("gpt2x.training.checkpoints", "write_manifest", (1, 2, 3)),
     ("gpt2x.manifest", "sha256_of", (1, 5, 12, 20)),
     ("gpt2x.files", "_settle", (1, 2, 3, 4)),
-    ("gpt2x.files", "sync", (1, 5, 12, 20, 30, 40, 50)),
+    ("gpt2x.files", "sync", (1, 5, 12, 20, 30, 40)),
     ("gpt2x.training.retention", "remove_checkpoints", (1, 2, 3)),
     ("gpt2x.files", "shutil.rmtree", (1,)),
     ("gpt2x.training.steps", "count_targets", (1, 2, 13, 14)),

@@ -30,7 +30,7 @@ import numpy as np
 from gpt2x.batches.stream import StreamSource
 from gpt2x.config import CorpusSection, StreamSection
 from gpt2x.errors import exit_on_user_error
-from gpt2x.shards.files import write_durably
+from gpt2x.files import write_file
 
 run, endpoint_files, num_steps = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 checkpoint = run / "checkpoint.json"
@@ -55,7 +55,7 @@ with exit_on_user_error():
         if (step + 1) % CHECKPOINT_STEPS == 0:
             states = {name: source.state((step + 1) * DRAWS) for name, source in sources.items()}
             content = {"step": step + 1, "hashes": hashes, "sources": states}
-            write_durably(checkpoint, [json.dumps(content).encode()])
+            write_file(checkpoint, json.dumps(content).encode())
         print(json.dumps({"step": step + 1, "hash": hashes[-1]}), flush=True)
     epochs = [source.epochs(num_steps * DRAWS) for source in sources.values()]
     (run / "finished.json").write_text(json.dumps({"hashes": hashes, "epochs": epochs}))

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -148,6 +150,19 @@ def test_what_is_finished_is_left_alone_and_other_data_refused(directory, recipe
     with pytest.raises(UserError, match=r"\(other imported\); set another output_dir, or delete that directory"):
         import_tokens(recipe)
     assert file.is_file()
+
+
+def test_of_two_that_import_into_one_directory_the_second_finds_it_done(directory, recipe, ids, capsys):
+    written.nanogpt(directory, "train", ids)
+    recipe, results = dataclasses.replace(recipe, validation_fraction=0), []
+    pair = [threading.Thread(target=lambda: results.append(import_tokens(recipe))) for _ in range(2)]
+    for thread in pair:
+        thread.start()
+    for thread in pair:
+        thread.join()
+    assert results[0] == results[1]
+    line = rf"{recipe.output_dir}: already imported on \d{{4}}-\d\d-\d\d \([\d,]+ tokens\)\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
 
 
 def test_a_split_that_gets_no_document_is_refused(directory, recipe, documents):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gpt2x.config import ChatSection
+from gpt2x.config.parts import shipped_or
 from gpt2x.errors import UserError
 from gpt2x.shards.second_names import SecondNames, Span
 from gpt2x.shards.values import is_unicode
@@ -174,10 +175,12 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerFast, section: ChatSection) -> 
 def _read_template(section: ChatSection) -> str:
     assert section.template is not None
     try:
-        template = section.template.read_text(encoding="utf-8")
+        template = shipped_or(section.template).read_text(encoding="utf-8-sig")
         render_jinja_template([], chat_template=template)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat.template ({section.template}) cannot be read ({error}); correct the path.") from None
+        raise UserError(
+            f"chat.template ({section.template}) cannot be read ({_reason(error)}); correct the path."
+        ) from None
     except TemplateSyntaxError as error:
         raise UserError(
             f"chat.template ({section.template}), line {error.lineno}, is no Jinja ({error.message}); correct it."

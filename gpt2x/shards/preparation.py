@@ -22,7 +22,7 @@ from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
 from gpt2x.shards.chats import read_chats, spoken_text, write_chats
 from gpt2x.shards.corpus import Piece, Reading, Share, open_corpus, read_pieces, size_to_read
-from gpt2x.shards.cutting import can_be_cut
+from gpt2x.shards.cutting import can_be_cut, without_runs
 from gpt2x.shards.encoding import encoded
 from gpt2x.shards.index import SPLITS, Index, ShardEntry, write_index
 from gpt2x.shards.progress import ProgressBar, Report
@@ -115,7 +115,7 @@ def _training_texts(reading: Reading, corpus: CorpusSection, *, as_chat: bool) -
         chats = read_chats(reading, corpus, dropped=Counter())
         return (spoken_text(chat) for chat in chats if not chat.is_validation)
     pieces = read_pieces(reading, corpus, dropped=Counter(), cuts=True)
-    return (piece.text for piece in pieces if not piece.is_validation)
+    return (without_runs(piece.text) for piece in pieces if not piece.is_validation)
 
 
 def prepare_task(recipe: PreparationRecipe, task: int, *, report: Report | None = None) -> None:

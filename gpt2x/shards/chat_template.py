@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -73,20 +73,38 @@ class ChatEncoder:
         self._tokenizer, self._learn = tokenizer, learn
         self._second_names: dict[str, SecondNames] = {}
 
-    def encode(self, messages: Sequence[Mapping[str, str]], *, name: str) -> EncodedChat:
+    def encode(self, messages: Sequence[Mapping[str, Any]], *, name: str) -> EncodedChat:
         """Encodes a whole conversation.
 
         Args:
-            messages: each with its role and its content.
+            messages: each with its role and its content; one with learned: False is not learned.
             name: what a complaint calls the conversation, its file and row say.
 
         Raises:
             UserError: where a message is no text, or the template refuses it.
         """
-        names, text, spans = self._render(messages, name, add_generation_prompt=False)
-        learned = spans if self._learn == "assistant" else [(0, len(text))]
+        texts = [{key: value for key, value in message.items() if key != "learned"} for message in messages]
+        names, text, spans = self._render(texts, name, add_generation_prompt=False)
+        learned = self._learned(spans, messages, name) if self._learn == "assistant" else [(0, len(text))]
+        if self._learn == "all" and any(message.get("learned") is False for message in messages):
+            raise UserError(
+                f"{name} has a turn that is not to be learned, and chat.learn all learns everything; set it to "
+                f"assistant, or leave the turn's train, loss or weight out."
+            )
         ids, targets = names.encode(text, spans, learned)
         return EncodedChat(ids, targets, sum(names.num_bytes(text[start:end]) for start, end in learned))
+
+    def _learned(self, spans: list[Span], messages: Sequence[Mapping[str, Any]], name: str) -> list[Span]:
+        """The spans of the assistant's turns without those that are not to be learned."""
+        is_learned = [one.get("learned") is not False for one in messages if one["role"] == "assistant"]
+        if all(is_learned):
+            return spans
+        if len(spans) != len(is_learned):
+            raise UserError(
+                f"{name} has a turn that is not to be learned, and the chat template does not write each turn of the "
+                f"assistant by itself; use another template, or leave the row out."
+            )
+        return [span for span, learned in zip(spans, is_learned, strict=True) if learned]
 
     def prompt(self, messages: Sequence[Mapping[str, str]], *, name: str = "the conversation") -> list[int]:
         """Ids of a conversation and of the beginning of the assistant's next turn.

@@ -10,11 +10,11 @@ import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from gpt2x.config import ChatSection
 from gpt2x.config.parts import shipped_or
 from gpt2x.errors import UserError
+from gpt2x.shards.rendering import compiled, render
 from gpt2x.shards.second_names import SecondNames, Span
 from gpt2x.shards.values import is_unicode
 
@@ -123,17 +123,17 @@ class ChatEncoder:
         names = self._names_for(messages, name)
         swapped = [{key: names.swap(value) for key, value in message.items()} for message in messages]
         try:
-            rendered, spans = render_jinja_template(
-                [swapped],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._has_spans,
+            rendered, spans = render(
+                self._template,
+                swapped,
+                tracks=self._has_spans,
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.special_tokens_map,
             )
         except TEMPLATE_ERRORS as error:
             reason = _reason(error)
             raise UserError(f"{name}: the chat template refuses it ({reason}); correct or remove it.") from None
-        return names, *names.swap_between(rendered[0], spans[0] if spans else [])
+        return names, *names.swap_between(rendered, spans)
 
     def _names_for(self, messages: Sequence[Mapping[str, str]], name: str) -> SecondNames:
         texts = [text for message in messages for text in message.values()]
@@ -194,7 +194,7 @@ def _read_template(section: ChatSection) -> str:
     assert section.template is not None
     try:
         template = shipped_or(section.template).read_text(encoding="utf-8-sig")
-        render_jinja_template([], chat_template=template)
+        compiled(template)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"chat.template ({section.template}) cannot be read ({_reason(error)}); correct the path."

@@ -3,11 +3,13 @@
 python scripts/train_tokenizer.py --tokenizer tokenization/python-bpe.yaml
 """
 
+import json
+import shlex
 import sys
 from collections.abc import Sequence
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config import TokenizerRecipe
+from gpt2x.config import CorpusSection, TokenizerRecipe
 from gpt2x.errors import exit_on_user_error
 
 
@@ -25,9 +27,21 @@ def main(argv: Sequence[str]) -> None:
     # --- 3. What was made, and how to go on ---
     print(f"tokenizer of {vocabulary_size(tokenizer):,} ids: {recipe.tokenizer.path}")
     print(
-        f"make token shards with it: python scripts/prepare_data.py "
-        f"--tokenizer.path {recipe.tokenizer.path} --tokenizer.vocab_size null --output_dir DIRECTORY"
+        f"make token shards with it: python scripts/prepare_data.py {_corpus_flags(recipe.corpus)} "
+        f"--tokenizer.path {shlex.quote(recipe.tokenizer.path)} --tokenizer.vocab_size null --output_dir DIRECTORY"
     )
+
+
+def _corpus_flags(corpus: CorpusSection) -> str:
+    """The corpus as it is written on a command line: its kind, and what is not as by default."""
+    default, flags = CorpusSection(), []
+    for name, value in vars(corpus).items():
+        if name == "document_separator" and value is not None:
+            value = value.encode("unicode_escape").decode()
+        if name == "kind" or value != getattr(default, name):
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            flags.append(f"--corpus.{name}={shlex.quote(text)}")
+    return " ".join(flags)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def _object_row(name: str, row: dict[str, Any]) -> Row:
 def _objects(text: IO[str], file: Path) -> Iterator[dict[str, Any]]:
     """Never holds much more than one object, however long the array."""
     buffer, position = text.read(CHARACTERS_PER_READ), 0
-    position = _end_of(BLANK, buffer, position)
+    while buffer and (position := _end_of(BLANK, buffer, 0)) == len(buffer):
+        buffer = text.read(CHARACTERS_PER_READ)
     is_array, number = buffer[position : position + 1] == "[", 0
     position += is_array
     while True:

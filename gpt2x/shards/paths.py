@@ -1,9 +1,10 @@
 """Which files the paths of a corpus mean: each file once, in an order that the file system has no say in."""
 
+import fnmatch
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from gpt2x.errors import UserError
@@ -53,43 +54,62 @@ def passed_over(patterns: list[str]) -> str | None:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of its folders, sorted; not what is hidden. Links are followed, but no folder is
-    entered twice; where links lead to a folder that is found without them, it goes by its own name."""
-    seen = {os.path.realpath(folder)}
-    found, linked = [], [folder]
+    """The files of a folder and of its folders, sorted; not what is hidden."""
+    yield from sorted(path for path, is_folder in _below(folder) if not is_folder)
+
+
+def _below(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Files and folders, and which of them are folders. Links are followed, but no folder is entered twice; where
+    links lead to a folder that is found without them, it goes by its own name."""
+    seen, linked = {os.path.realpath(folder)}, [folder]
     while linked:
         waiting, linked = linked, []
         while waiting:
             with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    path = Path(entry.path)
-                    if entry.name.startswith("."):
-                        continue
-                    if not entry.is_dir():
-                        found += [path] if entry.is_file() else []
-                    elif entry.is_symlink():
-                        linked.append(path)
-                    elif (place := os.path.realpath(path)) not in seen:
-                        seen.add(place)
-                        waiting.append(path)
-        linked = list(_unseen(linked, seen))
-    yield from sorted(found)
-
-
-def _unseen(links: Iterable[Path], seen: set[str]) -> Iterator[Path]:
-    for link in sorted(links):
-        place = os.path.realpath(link)
-        if place not in seen:
-            seen.add(place)
-            yield link
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+            for entry in visible:
+                if entry.is_file():
+                    yield Path(entry.path), False
+                elif entry.is_dir() and entry.is_symlink():
+                    linked.append(Path(entry.path))
+                elif entry.is_dir() and (place := os.path.realpath(entry.path)) not in seen:
+                    seen.add(place)
+                    waiting.append(Path(entry.path))
+                    yield waiting[-1], True
+        places = {os.path.realpath(link): link for link in sorted(linked, reverse=True)}
+        linked = [link for place, link in places.items() if place not in seen]
+        seen |= set(places)
+        yield from ((link, True) for link in linked)
 
 
 def _matches(patterns: list[str]) -> Iterator[Path]:
     for pattern in patterns:
-        matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if os.path.lexists(pattern):
+            matches = [pattern]
+        elif "**" in Path(pattern).parts:
+            matches = sorted(map(str, _deep_matches(Path(pattern))))
+        else:
+            matches = sorted(glob.glob(pattern))
         if not matches:
             raise UserError(f"corpus.paths: {pattern!r} matches no file; correct the path, or quote the pattern.")
         yield from map(Path, matches)
+
+
+def _deep_matches(pattern: Path) -> Iterator[Path]:
+    """As glob has them, which goes round and round where a folder links to one above it."""
+    place = pattern.parts.index("**")
+    for root in map(Path, glob.glob(str(Path(*pattern.parts[:place])))):
+        if root.is_dir():
+            found = (path for path, _ in _below(root))
+            yield from (path for path in found if _fits(path.relative_to(root).parts, pattern.parts[place:]))
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ arrays and a loop run the same function.
 
 import dataclasses
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from gpt2x.shards.corpus import Piece, Reading, Share, open_corpus, read_pieces,
 from gpt2x.shards.cutting import can_be_cut, without_runs
 from gpt2x.shards.encoding import encoded
 from gpt2x.shards.index import SPLITS, Index, ShardEntry, write_index
+from gpt2x.shards.paths import passed_over
 from gpt2x.shards.progress import ProgressBar, Report
 from gpt2x.shards.records import (
     Plan,
@@ -60,6 +62,8 @@ def prepare(recipe: PreparationRecipe) -> Index:
     if finished := finished_index(plan):
         shutil.rmtree(tasks_dir(recipe.output_dir), ignore_errors=True)
         return finished
+    if recipe.corpus.kind == "files" and (others := passed_over(recipe.corpus.paths)):
+        print(others, file=sys.stderr)
     missing = [task for task in range(recipe.num_tasks) if not recorded(plan, task)]
     num_workers = min(recipe.num_workers or usable_cores(), len(missing))
     with _progress(recipe, missing) as progress:
@@ -201,7 +205,10 @@ def finalize(recipe: PreparationRecipe) -> Index:
 def _finalize(plan: Plan) -> Index:
     records = _all_records(plan)
     splits = {split: _in_order(ShardEntry(**e) for r in records for e in r["splits"][split]) for split in SPLITS}
-    _check_split(plan.recipe, {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS})
+    dropped = dict(sum((Counter(record["dropped"]) for record in records), Counter()))
+    _check_split(
+        plan.recipe, {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS}, dropped
+    )
     index = Index(
         directory=plan.output_dir,
         splits=splits,
@@ -209,7 +216,7 @@ def _finalize(plan: Plan) -> Index:
         vocab_size=plan.vocab_size,
         eos_token_id=plan.tokenizer.eos_token_id,
         recipe=plan.made_of,
-        dropped=dict(sum((Counter(record["dropped"]) for record in records), Counter())),
+        dropped=dropped,
     )
     if Path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
         save_tokenizer(plan.tokenizer, index.tokenizer_dir)
@@ -242,12 +249,14 @@ def _in_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:
     return tuple(sorted(entries, key=lambda entry: (len(entry.file), entry.file)))
 
 
-def _check_split(recipe: PreparationRecipe, num_documents: dict[str, int]) -> None:
+def _check_split(recipe: PreparationRecipe, num_documents: dict[str, int], dropped: dict[str, int]) -> None:
     total, fraction = sum(num_documents.values()), recipe.corpus.validation_fraction
     if total == 0:
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        what = f" but what is left out ({left_out}); correct corpus.text_column, or" if left_out else ";"
         raise UserError(
-            f"the corpus ({recipe.corpus.paths or recipe.corpus.dataset or recipe.corpus.kind}) has no document; give "
-            f"it some text."
+            f"the corpus ({recipe.corpus.paths or recipe.corpus.dataset or recipe.corpus.kind}) has no document{what} "
+            f"give it some text."
         )
     for split in SPLITS if fraction else ("train",):
         if num_documents[split] == 0:

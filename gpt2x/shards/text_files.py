@@ -123,7 +123,7 @@ def _separated_rows(file: Path, corpus: CorpusSection, advance: Advance) -> Iter
             while (end := buffer.find(separator, start)) >= 0:
                 number += 1
                 document.add(bytes(buffer[start:end]))
-                yield document.ended(f"{file}:{number}")
+                yield from document.ended(f"{file}:{number}")
                 start = end + len(separator)
             # A separator may lie across the chunks' border.
             kept = max(len(buffer) - len(separator) + 1, start)
@@ -132,7 +132,7 @@ def _separated_rows(file: Path, corpus: CorpusSection, advance: Advance) -> Iter
             opened.tell(advance)
     document.add(bytes(buffer))
     if document.size:
-        yield document.ended(f"{file}:{number + 1}")
+        yield from document.ended(f"{file}:{number + 1}")
 
 
 class _Document:
@@ -152,13 +152,15 @@ class _Document:
             self._spooled.stream.writelines(self._parts)
             self._parts.clear()
 
-    def ended(self, name: str) -> Row | LongFile:
-        """What was read, as a row; begins the next document."""
+    def ended(self, name: str) -> Iterator[Row | LongFile]:
+        """What was read, as one row; begins the next document."""
         parts, spooled = self._parts, self._spooled
         self._parts, self._spooled, self.size = [], None, 0
         if spooled is None:
-            return _bytes_row(name, b"".join(parts), self.corpus)
-        return LongFile(name, lambda: spooled, _unheard)
+            yield _bytes_row(name, b"".join(parts), self.corpus)
+        else:
+            with closing(spooled.stream):
+                yield LongFile(name, lambda: spooled, _unheard)
 
 
 def size_of(files: list[Path]) -> int:

@@ -1,21 +1,50 @@
 """The command line of a recipe: a YAML file, overrides, and complaints of one line."""
 
+import codecs
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from gpt2x.addresses import without_secrets
 from gpt2x.config import BUDGETS
+from gpt2x.config.parts import (
+    TEMPLATE,
+    at_home,
+    compose,
+    find_part,
+    hint_of,
+    is_optional,
+    is_structured,
+    load_yaml,
+    placed,
+    read_recipe,
+)
+
+_load_value = get_loader("yaml")
+
+
+def _load_text(text: str) -> Any:
+    """A value as YAML has it, but that a text such as --- or # x, which is nothing to YAML, is no null."""
+    value = _load_value(text)
+    return text if value is None and text.strip() != "null" else value
+
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+set_loader("yaml", _load_text, (yaml.YAMLError,))
 
 RecipeType = TypeVar("RecipeType")
 _NOT_FIELDS = ("help", "config", "print_config", "print_shtab")
+_PATHS = (
+    "Paths: parts of a recipe (sections, chat templates, tokenizer recipes) lie beside the file that names them, or "
+    "else among those that come with gpt2x; data, models, runs and outputs lie in the working directory; ~ is your "
+    "home."
+)
 
 
 class RecipeParser(ArgumentParser):
@@ -87,25 +116,27 @@ def parse_recipe(
         prog=script,
         description=recipe_class.__doc__,
         usage=f"{script} [--config RECIPE.yaml] [--FIELD VALUE ...]",
+        epilog=_PATHS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="The recipe, a YAML file.")
     parser.add_class_arguments(recipe_class, sub_configs=True)
     if positional is not None and argv and not argv[0].startswith("-"):
         argv = [f"--{positional}", *argv]
-    arguments = _config_first(argv, default_config)
-    parsed = parser.parse_args(arguments)
-    config_file = Path(arguments[1]) if arguments[:1] == ["--config"] else None
+    config_file, overrides = _config_and_overrides(argv, default_config)
     try:
-        fields = vars(parser.instantiate(parsed))
-        fields.pop("config", None)
-        return recipe_class(**fields), config_file
+        fields, arguments = _composed(config_file, [*_replaced_budgets(overrides), *overrides], recipe_class)
+        # Quoted and tagged, nothing can be read as something else than it is.
+        recipe = ["--config", yaml.safe_dump(fields, default_style='"', allow_unicode=True)] if fields else []
+        found = vars(parser.instantiate(parser.parse_args([*recipe, *arguments])))
+        found.pop("config", None)
+        return at_home(recipe_class(**found)), config_file
     except ValueError as error:
         parser.error(str(error))
 
 
-def _config_first(argv: Sequence[str], default_config: Path | None) -> list[str]:
-    """The arguments with --config moved to the front, since jsonargparse lets the later of two values win."""
+def _config_and_overrides(argv: Sequence[str], default_config: Path | None) -> tuple[Path | None, list[str]]:
+    """The recipe's file, and the other arguments."""
     config, overrides, arguments = default_config, [], iter(argv)
     for argument in arguments:
         if argument == "--config":
@@ -114,7 +145,61 @@ def _config_first(argv: Sequence[str], default_config: Path | None) -> list[str]
             config = Path(argument.removeprefix("--config="))
         else:
             overrides.append(argument)
-    return (["--config", str(config)] if config is not None else []) + _replaced_budgets(overrides) + overrides
+    return config, overrides
+
+
+def _composed(
+    config_file: Path | None, overrides: Sequence[str], recipe_class: type
+) -> tuple[dict[str, Any], list[str]]:
+    """The recipe put together from its files, and the arguments that are left to be parsed.
+
+    Sections that are files, null and escapes are put into the recipe here: to jsonargparse they are text.
+    """
+    here = Path()
+    file = None if config_file is None else find_part(str(config_file), here) or config_file
+    fields = {} if file is None else read_recipe(file, recipe_class)
+    left: list[str] = []
+    for key, value, words in _options(overrides):
+        hint, name = hint_of(recipe_class, key), key.rpartition(".")[2]
+        if value == "null" and is_optional(hint):
+            _put(fields, key, None)
+        elif is_structured(hint) and value:
+            given = load_yaml(value)
+            _put(fields, key, compose(given, hint, directory=here, where="the command line", key=key))
+        elif name == "document_separator" and value:
+            _put(fields, key, _unescaped(value))
+        elif name == TEMPLATE and value and hint is not None:
+            _put(fields, key, placed(value, here))
+        else:
+            left += words
+    return fields, left
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Options one by one: key, value (empty where none stands there), and the words themselves."""
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        key, is_one_word, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and not is_one_word and words and not words[0].startswith("--"):
+            yield key, words[0], [word, words.pop(0)]
+        else:
+            yield key, value, [word]
+
+
+def _put(fields: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(fields.get(section), dict):
+            fields[section] = {}
+        fields = fields[section]
+    fields[name] = value
+
+
+def _unescaped(value: str) -> str:
+    r"""A separator from a shell, where \n can only be meant as a line end."""
+    escape = re.compile(r"\\(?:[nrtfv0\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
+    return escape.sub(lambda found: codecs.decode(found[0], "unicode_escape"), value)
 
 
 def _replaced_budgets(overrides: Sequence[str]) -> list[str]:

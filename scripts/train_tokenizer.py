@@ -11,6 +11,9 @@ from gpt2x.command_line import parse_recipe
 from gpt2x.config import TokenizerRecipe
 from gpt2x.errors import exit_on_user_error
 
+# That of configuration/data/python-stdlib.yaml, whose held-out documents no tokenizer of the quickstart may see.
+DEFAULT_CORPUS = ("--corpus.kind=python_stdlib", "--corpus.validation_fraction=0.06")
+
 
 def corpus_arguments(argv: Sequence[str]) -> list[str]:
     """The arguments that say which corpus it is."""
@@ -19,15 +22,10 @@ def corpus_arguments(argv: Sequence[str]) -> list[str]:
     return [word for pair in pairs if pair[0].startswith(("--corpus", "--config")) for word in pair]
 
 
-# That of configuration/data/python-stdlib.yaml, whose held-out documents no tokenizer of the quickstart may see.
-DEFAULT_CORPUS = ("--corpus.kind=python_stdlib", "--corpus.validation_fraction=0.06")
-
-
 def main(argv: Sequence[str]) -> None:
     """Trains the tokenizer that a command line describes."""
     # --- 1. The recipe. What imports transformers waits until it is known to be right ---
-    names_a_corpus = any(argument.startswith(("--corpus", "--config")) for argument in argv)
-    arguments = argv if names_a_corpus else [*argv, *DEFAULT_CORPUS]
+    arguments = argv if corpus_arguments(argv) else [*argv, *DEFAULT_CORPUS]
     recipe, _ = parse_recipe(TokenizerRecipe, arguments, script="train_tokenizer.py")
     from gpt2x.shards.preparation import prepare_tokenizer
     from gpt2x.shards.tokenizer import check_trained_on, vocabulary_size

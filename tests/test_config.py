@@ -385,17 +385,19 @@ def test_a_mistake_in_a_recipe_is_one_line(capsys, tmp_path, changes, line):
 
 def test_a_recipe_that_is_not_there_is_named(capsys, tmp_path):
     line = complaint(capsys, "--config", tmp_path / "none.yaml")
-    assert line == f"Parser key \"config\": File does not exist: '{tmp_path / 'none.yaml'}'"
+    assert line == f"{tmp_path / 'none.yaml'} cannot be read (No such file or directory); correct the path."
 
 
 def test_a_recipe_that_is_no_yaml_is_refused_in_one_line(capsys, tmp_path):
     (tmp_path / "x.yaml").write_text("train: [\n")
-    assert complaint(capsys, "--config", tmp_path / "x.yaml").startswith("Problems parsing config: ")
+    line = complaint(capsys, "--config", tmp_path / "x.yaml")
+    assert re.fullmatch(rf"{tmp_path}/x.yaml: line 2: .*; this is no YAML\.", line)
 
 
 def test_a_section_file_that_is_not_there_is_named(capsys, tmp_path):
     recipe_file = write_yaml(tmp_path / "x.yaml", SMALL | {"model": "../model/none.yaml"})
-    assert "Unable to load config '../model/none.yaml'" in complaint(capsys, "--config", recipe_file)
+    line = complaint(capsys, "--config", recipe_file)
+    assert line.startswith(f"{recipe_file}: model (../model/none.yaml) is no file beside it, and none that gpt2x has;")
 
 
 # --- the resolved recipe ---------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The configuration of everything that gpt2x runs: typed, documented, validated.
 
 A recipe is YAML whose sections are the dataclasses below; any field can be overridden on the command line
-(``--train.max_steps 100``), and a section may be the path of another YAML file, relative to the recipe that names it
-(``model: ../model/gpt2.yaml``). Neither torch nor transformers is imported here, so that ``--help`` and every
-complaint about a recipe are instant.
+(``--train.max_steps 100``), and a section may be the path of another YAML file, beside the one that names it
+(``model: ../model/gpt2.yaml``), see ``parts``. Neither torch nor transformers is imported here, so that ``--help`` and
+every complaint about a recipe are instant.
 """
 
 from gpt2x.config.data import (

@@ -18,7 +18,8 @@ class CorpusSection:
     """The sources of this interpreter's standard library without its tests, those of every installed package, what
     the library's docstrings answer (with chat), files of one's own, or a dataset of the `datasets` library."""
     paths: list[str] = field(default_factory=list)
-    """For kind files: files, folders or glob patterns of .txt, .jsonl (also .gz and .zst), .parquet and .arrow."""
+    """For kind files: files, folders or glob patterns of .txt, .jsonl, .json, .csv, .tsv (also .gz and .zst), .parquet
+    and .arrow. A path that exists is that path, whatever letters it has."""
     dataset: str | None = None
     """For kind dataset: a Hub id, or a builder of local or remote files: json, parquet, arrow, text."""
     dataset_config: str | None = None
@@ -30,10 +31,10 @@ class CorpusSection:
     streaming: bool = True
     """Whether a dataset is read over the network as it is used, instead of being downloaded first."""
     text_column: str = "text"
-    """The field that holds the text, of a dataset or of .jsonl, .parquet and .arrow; a field of chat messages
+    """The field that holds the text, of a dataset or of files with columns (all but .txt); a field of chat messages
     gives their contents."""
     document_separator: str | None = None
-    """Cuts a .txt file into documents; null makes each file one document."""
+    """Cuts a .txt file into documents; null makes each file one document. On the command line \\n is a line end."""
     validation_fraction: float = 0.05
     """Share of the documents, chosen by the hash of their text, that is held out."""
     split_seed: int = 0
@@ -109,10 +110,10 @@ class PreparationRecipe:
                 f"corpus.kind ({corpus.kind}) has no conversations; with chat set it to files or dataset."
             )
         for path in corpus.paths:
-            if path.endswith((".txt", ".txt.gz", ".txt.zst")):
+            if path.lower().endswith((".txt", ".txt.gz", ".txt.zst")):
                 raise ValueError(
                     f"corpus.paths ({path}) has no columns, and chat reads conversations from columns; give .jsonl, "
-                    f".parquet or .arrow, or leave chat out."
+                    f".json, .csv, .tsv, .parquet or .arrow, or leave chat out."
                 )
         if corpus.text_column != "text":
             raise ValueError(

@@ -7,8 +7,14 @@ from typing import Any
 from gpt2x.errors import UserError
 from gpt2x.shards.values import shown
 
-Message = dict[str, str]
-"""Who speaks (role: system, user, assistant or tool) and what is said (content)."""
+Message = dict[str, Any]
+"""Who speaks (role: system, user, assistant or tool) and what is said (content), and learned: False for a turn that is
+not to be learned."""
+
+# What is said besides the content, which our templates do not write; and whether a turn is learned.
+UNWRITTEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+FLAGS = ("train", "loss", "weight")
+NO_TOOLS: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null")
 
 # What data sets call them; ShareGPT's names, and those that its followers have added.
 ROLES = {
@@ -84,21 +90,29 @@ def _message(value: Any, place: str) -> Message:
             f"{place} is said by {shown(role)}, who is none of {', '.join(ROLES)}; rename the role or leave the row "
             f"out."
         )
-    if value.get("tool_calls"):
-        raise UserError(
-            f"{place} has tool_calls, which no chat template of text writes out; put them into its {content_key} or "
-            f"leave the row out."
-        )
-    if value.get("weight") == 0:
-        raise UserError(
-            f"{place} has weight 0, and of a conversation everything is learned that the assistant says; leave the "
-            f"weight or the row out."
-        )
+    for key in UNWRITTEN:
+        if value.get(key):
+            raise UserError(
+                f"{place} has {key}, which no chat template of text writes out; put them into its {content_key} or "
+                f"leave the row out."
+            )
     if not isinstance(content, str):
         raise UserError(
             f"{place} must have text as its {content_key}, not {shown(content)}; correct the row or leave it out."
         )
-    return {"role": ROLES[role], "content": content}
+    message = {"role": ROLES[role], "content": content}
+    return message if _is_learned(value, place, message["role"]) else message | {"learned": False}
+
+
+def _is_learned(value: dict[str, Any], place: str, role: str) -> bool:
+    """Whether no flag says that a turn is not learned. Of what is never learned a flag may say anything."""
+    flags = {flag: value[flag] for flag in FLAGS if value.get(flag) is not None}
+    for flag, found in flags.items():
+        if role == "assistant" and found not in (0, 1):
+            raise UserError(
+                f"{place} has {flag} {shown(found)}, and a turn is learned or not; give it 1 (true) or 0 (false)."
+            )
+    return all(found != 0 for found in flags.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +163,11 @@ class Layout:
             UserError: names the row and the column that does not hold what the layout says.
         """
         assert self.read is not None, "rows of plain text have no messages"
+        if row.get("tools") not in NO_TOOLS:
+            raise UserError(
+                f"{name}: column 'tools' holds tools, which no chat template of text writes out; put them into a "
+                f"system message or leave the row out."
+            )
         cells = Cells(name=name, row=row)
         messages = self.read(cells)
         said = cells.text("system") if row.get("system") is not None else ""
@@ -171,11 +190,13 @@ def _alpaca(cells: Cells) -> list[Message]:
 
 # The first that fits counts: Alpaca's own rows also have a text, UltraChat's messages also a prompt.
 LAYOUTS = (
-    Layout(required=("messages",), optional=("system",), read=lambda cells: cells.messages("messages")),
-    Layout(required=("conversations",), optional=("system",), read=lambda cells: cells.messages("conversations")),
-    Layout(required=("prompt", "completion"), optional=("system",), read=_pair("prompt", "completion")),
-    Layout(required=("instruction", "output"), optional=("input", "system"), read=_alpaca),
-    Layout(required=("question", "answer"), optional=("system",), read=_pair("question", "answer")),
+    Layout(required=("messages",), optional=("system", "tools"), read=lambda cells: cells.messages("messages")),
+    Layout(
+        required=("conversations",), optional=("system", "tools"), read=lambda cells: cells.messages("conversations")
+    ),
+    Layout(required=("prompt", "completion"), optional=("system", "tools"), read=_pair("prompt", "completion")),
+    Layout(required=("instruction", "output"), optional=("input", "system", "tools"), read=_alpaca),
+    Layout(required=("question", "answer"), optional=("system", "tools"), read=_pair("question", "answer")),
     Layout(required=("text",), read=None),
 )
 

@@ -4,16 +4,17 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from gpt2x.config import ChatSection
+from gpt2x.config.parts import shipped_or
 from gpt2x.errors import UserError
+from gpt2x.shards.rendering import compiled, render
 from gpt2x.shards.second_names import SecondNames, Span
 from gpt2x.shards.values import is_unicode
 
@@ -72,20 +73,38 @@ class ChatEncoder:
         self._tokenizer, self._learn = tokenizer, learn
         self._second_names: dict[str, SecondNames] = {}
 
-    def encode(self, messages: Sequence[Mapping[str, str]], *, name: str) -> EncodedChat:
+    def encode(self, messages: Sequence[Mapping[str, Any]], *, name: str) -> EncodedChat:
         """Encodes a whole conversation.
 
         Args:
-            messages: each with its role and its content.
+            messages: each with its role and its content; one with learned: False is not learned.
             name: what a complaint calls the conversation, its file and row say.
 
         Raises:
             UserError: where a message is no text, or the template refuses it.
         """
-        names, text, spans = self._render(messages, name, add_generation_prompt=False)
-        learned = spans if self._learn == "assistant" else [(0, len(text))]
+        texts = [{key: value for key, value in message.items() if key != "learned"} for message in messages]
+        names, text, spans = self._render(texts, name, add_generation_prompt=False)
+        learned = self._learned(spans, messages, name) if self._learn == "assistant" else [(0, len(text))]
+        if self._learn == "all" and any(message.get("learned") is False for message in messages):
+            raise UserError(
+                f"{name} has a turn that is not to be learned, and chat.learn all learns everything; set it to "
+                f"assistant, or leave the turn's train, loss or weight out."
+            )
         ids, targets = names.encode(text, spans, learned)
         return EncodedChat(ids, targets, sum(names.num_bytes(text[start:end]) for start, end in learned))
+
+    def _learned(self, spans: list[Span], messages: Sequence[Mapping[str, Any]], name: str) -> list[Span]:
+        """The spans of the assistant's turns without those that are not to be learned."""
+        is_learned = [one.get("learned") is not False for one in messages if one["role"] == "assistant"]
+        if all(is_learned):
+            return spans
+        if len(spans) != len(is_learned):
+            raise UserError(
+                f"{name} has a turn that is not to be learned, and the chat template does not write each turn of the "
+                f"assistant by itself; use another template, or leave the row out."
+            )
+        return [span for span, learned in zip(spans, is_learned, strict=True) if learned]
 
     def prompt(self, messages: Sequence[Mapping[str, str]], *, name: str = "the conversation") -> list[int]:
         """Ids of a conversation and of the beginning of the assistant's next turn.
@@ -104,17 +123,17 @@ class ChatEncoder:
         names = self._names_for(messages, name)
         swapped = [{key: names.swap(value) for key, value in message.items()} for message in messages]
         try:
-            rendered, spans = render_jinja_template(
-                [swapped],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._has_spans,
+            rendered, spans = render(
+                self._template,
+                swapped,
+                tracks=self._has_spans,
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.special_tokens_map,
             )
         except TEMPLATE_ERRORS as error:
             reason = _reason(error)
             raise UserError(f"{name}: the chat template refuses it ({reason}); correct or remove it.") from None
-        return names, *names.swap_between(rendered[0], spans[0] if spans else [])
+        return names, *names.swap_between(rendered, spans)
 
     def _names_for(self, messages: Sequence[Mapping[str, str]], name: str) -> SecondNames:
         texts = [text for message in messages for text in message.values()]
@@ -174,10 +193,12 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerFast, section: ChatSection) -> 
 def _read_template(section: ChatSection) -> str:
     assert section.template is not None
     try:
-        template = section.template.read_text(encoding="utf-8")
-        render_jinja_template([], chat_template=template)
+        template = shipped_or(section.template).read_text(encoding="utf-8-sig")
+        compiled(template)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat.template ({section.template}) cannot be read ({error}); correct the path.") from None
+        raise UserError(
+            f"chat.template ({section.template}) cannot be read ({_reason(error)}); correct the path."
+        ) from None
     except TemplateSyntaxError as error:
         raise UserError(
             f"chat.template ({section.template}), line {error.lineno}, is no Jinja ({error.message}); correct it."

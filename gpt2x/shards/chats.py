@@ -12,6 +12,7 @@ from gpt2x.errors import UserError
 from gpt2x.shards.chat_layouts import Message
 from gpt2x.shards.chat_template import ChatEncoder, EncodedChat
 from gpt2x.shards.corpus import Reading, is_validation
+from gpt2x.shards.cutting import LONGEST_WHOLE, can_be_cut, ids_of
 from gpt2x.shards.records import Plan
 from gpt2x.shards.rows import Row, text_of
 from gpt2x.shards.tokenizer import text_encoder
@@ -110,11 +111,12 @@ class _Encode:
         self.section: ChatSection = plan.recipe.chat
         self.tokenizer = plan.tokenizer
         self._texts = text_encoder(plan.tokenizer)
+        self._cuts = can_be_cut(self._texts)
         self._chats: ChatEncoder | None = None
 
     def __call__(self, chat: Chat, dropped: Counter[str]) -> EncodedChat | None:
         """None for a conversation to leave out, after counting it."""
-        whole = self._text(chat.text) if chat.messages is None else self._chat(chat.messages, chat.name)
+        whole = self._text(chat.text, chat.name) if chat.messages is None else self._chat(chat.messages, chat.name)
         found = self._cut(whole)
         # The first token of a document is never predicted.
         if found.targets[1:].any():
@@ -124,14 +126,16 @@ class _Encode:
         dropped[UNLEARNED] += 1
         return None
 
-    def _text(self, text: str) -> EncodedChat:
-        encoding = self._texts.encode(text, add_special_tokens=False)
-        ids = np.array([*encoding.ids, self.tokenizer.eos_token_id])
+    def _text(self, text: str, name: str) -> EncodedChat:
+        found = ids_of(text, self._texts, cuts=self._cuts, name=name)
+        ids = np.append(found, self.tokenizer.eos_token_id).astype(np.int64)
         return EncodedChat(ids=ids, targets=np.ones(ids.size, bool), num_bytes=len(text.encode()))
 
     def _chat(self, messages: list[Message], name: str) -> EncodedChat:
         if not messages:
             return EncodedChat(ids=np.array([], np.int64), targets=np.array([], bool), num_bytes=0)
+        if sum(len(message["content"]) for message in messages) > LONGEST_WHOLE:
+            raise UserError(f"{name} has more than {LONGEST_WHOLE:,} characters; cut it into several or leave it out.")
         if self._chats is None:  # a corpus of plain texts needs no template
             self._chats = ChatEncoder(self.tokenizer, learn=self.section.learn)
         return self._chats.encode(messages, name=name)

@@ -1,25 +1,25 @@
 """Where documents come from, which of them a task reads, and on which side of the split each one falls."""
 
-import codecs
 import hashlib
+import io
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, IterableDataset
-
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
 from gpt2x.shards.chat_layouts import Layout, find_layout
 from gpt2x.shards.corpus_files import source_files
-from gpt2x.shards.cutting import CHARACTERS_PER_PIECE, chunks_of, cut
+from gpt2x.shards.cutting import CHARACTERS_PER_PIECE, as_whole, chunks_of, cut, pieces_of
+from gpt2x.shards.dataset_rows import open_share
 from gpt2x.shards.docstrings import conversations
-from gpt2x.shards.rows import Advance, Row, open_dataset, open_rows, text_of
-from gpt2x.shards.text_files import LongFile, OpenedFile, columns_of, kind_of, rows_of, size_of
+from gpt2x.shards.paths import kind_of
+from gpt2x.shards.rows import Advance, Row, text_of
+from gpt2x.shards.text_files import LongFile, columns_of, rows_of, size_of
 
 
 class Piece(NamedTuple):
@@ -62,7 +62,8 @@ class Reading(NamedTuple):
 def is_validation(text: str, corpus: CorpusSection) -> bool:
     """Whether a document is held out: a function of its text and the split's seed, so duplicates stay together."""
     digest = _split_hash(corpus)
-    digest.update(text.encode())
+    for chunk in chunks_of(text):
+        digest.update(chunk.encode())
     return _is_held_out(digest, corpus)
 
 
@@ -77,8 +78,8 @@ def _is_held_out(digest: Any, corpus: CorpusSection) -> bool:
 def read_pieces(reading: Reading, corpus: CorpusSection, *, dropped: Counter[str], cuts: bool) -> Iterator[Piece]:
     """The documents of a share, long ones in pieces, in an order that the file system has no say in.
 
-    Texts are what the bytes say: line ends and byte order marks stay. Documents without anything but whitespace and
-    documents that are not UTF-8 are left out.
+    Texts are what the bytes say, line ends too, without a byte order mark. Documents without anything but whitespace
+    and documents that are not UTF-8 are left out.
 
     Args:
         reading: what to read.
@@ -95,7 +96,7 @@ def read_pieces(reading: Reading, corpus: CorpusSection, *, dropped: Counter[str
             continue
         text = _text(row, corpus, dropped)
         if text is not None:
-            parts = cut(chunks_of(text)) if cuts and len(text) > 2 * CHARACTERS_PER_PIECE else iter((text,))
+            parts = pieces_of(text) if cuts else iter((as_whole([text], row.name),))
             yield from _as_pieces(row.name, parts, is_validation(text, corpus))
 
 
@@ -119,10 +120,10 @@ def _as_pieces(name: str, parts: Iterator[str], held_out: bool) -> Iterator[Piec
 
 
 def _long_file(row: LongFile, corpus: CorpusSection, *, dropped: Counter[str], cuts: bool) -> Iterator[Piece]:
-    """Reads the file twice, since the side it falls on is known at its end."""
+    """Reads the document twice, since the side it falls on is known at its end."""
     digest, is_empty = _split_hash(corpus), True
     try:
-        for text in _chunks(row.file, lambda _: None):
+        for text in _chunks(row, lambda _: None):
             digest.update(text.encode())
             is_empty = is_empty and text.isspace()
     except UnicodeDecodeError:
@@ -131,19 +132,21 @@ def _long_file(row: LongFile, corpus: CorpusSection, *, dropped: Counter[str], c
     if is_empty:
         dropped["empty"] += 1
         return
-    chunks = _chunks(row.file, row.advance)
-    parts = cut(chunks) if cuts else iter(("".join(chunks),))
+    chunks = _chunks(row, row.advance)
+    parts = cut(chunks) if cuts else iter((as_whole(chunks, row.name),))
     yield from _as_pieces(row.name, parts, _is_held_out(digest, corpus))
 
 
-def _chunks(file: Path, advance: Advance) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with OpenedFile(file) as opened:
-        while content := opened.stream.read(CHARACTERS_PER_PIECE):
-            if text := decoder.decode(content):
-                yield text
-            opened.tell(advance)
-    decoder.decode(b"", final=True)
+def _chunks(row: LongFile, advance: Advance) -> Iterator[str]:
+    """In slices as those of chunks_of, so that it makes no difference what a text is read from."""
+    with row.open() as opened:
+        text = io.TextIOWrapper(opened.stream, encoding="utf-8", newline="")
+        try:
+            while chunk := text.read(CHARACTERS_PER_PIECE):
+                yield chunk
+                opened.tell(advance)
+        finally:
+            text.detach()
 
 
 def open_corpus(
@@ -201,7 +204,7 @@ def _layout_of(files: list[Path], corpus: CorpusSection) -> Layout | None:
         if kind_of(file) == ".txt":
             raise UserError(
                 f"corpus.paths: '{file}' has no columns, and chat reads conversations from columns; give .jsonl, "
-                f".parquet or .arrow, or leave chat out."
+                f".json, .csv, .tsv, .parquet or .arrow, or leave chat out."
             )
     return next((find_layout(found, str(file)) for file in files if (found := columns_of(file))), None)
 
@@ -243,53 +246,12 @@ def _docstring_rows(file: Path) -> Iterator[Row]:
 
 
 def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share, *, as_chat: bool) -> Reading:
-    task, num_tasks, revision = share.task, share.num_tasks, share.revision
-    try:
-        rows, layout = _opened_as_chat(corpus, revision) if as_chat else (open_rows(corpus, revision=revision), None)
-    except ConnectionError as error:
-        raise UserError(f"corpus.dataset ({corpus.dataset}): {error}; try again when it can be reached.") from None
-    if isinstance(rows, Dataset):
-        first = rows.num_rows // num_tasks * task + min(task, rows.num_rows % num_tasks)
-        columns = layout.columns_in(rows.column_names, str(corpus.dataset)) if layout else [corpus.text_column]
-        rows = rows.select_columns(columns).shard(num_tasks, task, contiguous=True)
-        return Reading(_dataset_rows(enumerate(rows, first), corpus, advance, layout), rows.num_rows, "rows", layout)
-    num_rows = rows.info.splits[corpus.dataset_split].num_examples if _knows_its_length(rows, corpus) else None
-    if rows.num_shards >= num_tasks:
-        part = rows.shard(num_tasks, task, contiguous=False)
-        every = _dataset_rows(enumerate(part), corpus, advance, layout, part=share)
-        return Reading(every, num_rows and num_rows // num_tasks, "rows", layout)
-    every = _dataset_rows(enumerate(rows), corpus, advance, layout)
-    return Reading(islice(every, task, None, num_tasks), num_rows, "rows", layout)
-
-
-def _opened_as_chat(corpus: CorpusSection, revision: str | None) -> tuple[Dataset | IterableDataset, Layout | None]:
-    rows, columns = open_dataset(corpus, revision=revision)
-    return rows, find_layout(columns, f"corpus.dataset ({corpus.dataset})") if columns else None
-
-
-def _knows_its_length(rows: IterableDataset, corpus: CorpusSection) -> bool:
-    return bool(rows.info.splits) and corpus.dataset_split in rows.info.splits
-
-
-def _dataset_rows(
-    rows: Iterable[tuple[int, dict[str, Any]]],
-    corpus: CorpusSection,
-    advance: Advance,
-    layout: Layout | None,
-    *,
-    part: Share = WHOLE,
-) -> Iterator[Row]:
-    """Names rows by their number, in a part of the dataset where nobody knows how many stand before it."""
-    where = f"{corpus.dataset} part {part.task} of {part.num_tasks}" if part.num_tasks > 1 else str(corpus.dataset)
-    for number, row in rows:
-        yield _dataset_row(f"{where} row {number}", row if layout else _column_of(row, corpus.text_column))
-        advance(1)
-
-
-def _column_of(row: dict[str, Any], column: str) -> dict[str, Any]:
-    """A row of a stream may lack the column; that is a row without text."""
-    return {column: row.get(column)}
-
-
-def _dataset_row(name: str, columns: dict[str, Any]) -> Row:
-    return Row(name, lambda dropped: columns)
+    found = open_share(
+        corpus,
+        advance,
+        task=share.task,
+        num_tasks=share.num_tasks,
+        revision=share.revision,
+        as_chat=as_chat,
+    )
+    return Reading(found.rows, found.num_rows, "rows", found.layout)

@@ -12,6 +12,8 @@ from gpt2x.shards.corpus import Piece
 # What is given to the tokenizer at once: enough for its threads; more takes half as long again, as the encodings,
 # a hundred bytes per token, leave the processor's caches.
 CHARACTERS_PER_BATCH = 400_000
+# An encoding takes a kilobyte however short its text is.
+TEXTS_PER_BATCH = 4_000
 
 
 def encoded(pieces: Iterable[Piece], encoder: Tokenizer) -> Iterator[tuple[list[Piece], list[Encoding]]]:
@@ -40,12 +42,13 @@ Texts = TypeVar("Texts", bound=HasText)
 
 
 def batches(pieces: Iterable[Texts]) -> Iterator[list[Texts]]:
-    """What is given to the tokenizer at once, in order: whole pieces until there are CHARACTERS_PER_BATCH."""
+    """What is given to the tokenizer at once, in order: whole pieces until there are CHARACTERS_PER_BATCH, or
+    TEXTS_PER_BATCH of them."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece.text)
-        if size >= CHARACTERS_PER_BATCH:
+        if size >= CHARACTERS_PER_BATCH or len(batch) >= TEXTS_PER_BATCH:
             yield batch
             batch, size = [], 0
     if batch:

@@ -7,6 +7,7 @@ arrays and a loop run the same function.
 
 import dataclasses
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -19,7 +20,9 @@ from gpt2x.files import UnwritableError, discard, locked, make_directory, remove
 from gpt2x.locate import holds_tokenizer, local_path, place_to_write, say
 from gpt2x.shards.chats import read_chats, spoken_text
 from gpt2x.shards.corpus import Reading, open_corpus, read_pieces, size_to_read
+from gpt2x.shards.cutting import without_runs
 from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, entry_of, write_index
+from gpt2x.shards.paths import passed_over
 from gpt2x.shards.progress import ProgressBar, Report
 from gpt2x.shards.records import (
     Plan,
@@ -71,6 +74,8 @@ def prepare(recipe: PreparationRecipe, *, is_quiet: bool = False) -> Index:
             return finished
         check_trained_on(recipe.tokenizer, recipe.corpus, as_chat=recipe.chat is not None)
         sources = planned_sources(plan)
+        if recipe.corpus.kind == "files" and (others := passed_over(recipe.corpus.paths)):
+            print(others, file=sys.stderr)
         missing = [task for task in range(recipe.num_tasks) if not recorded(plan, sources, task)]
         num_workers = min(recipe.num_workers or usable_cores(), len(missing))
         with _progress(recipe, missing, sources) as progress:
@@ -154,7 +159,7 @@ def _training_texts(reading: Reading, corpus: CorpusSection, *, as_chat: bool) -
         chats = read_chats(reading, corpus, dropped=Counter())
         return (spoken_text(chat) for chat in chats if not chat.is_validation)
     pieces = read_pieces(reading, corpus, dropped=Counter(), cuts=True)
-    return (piece.text for piece in pieces if not piece.is_validation)
+    return (without_runs(piece.text) for piece in pieces if not piece.is_validation)
 
 
 def finalize(recipe: PreparationRecipe) -> Index:
@@ -174,7 +179,9 @@ def _finalize(plan: Plan) -> Index:
     sources = planned_sources(plan)
     records = _all_records(plan, sources)
     splits = {split: _in_order(entry_of(e) for r in records for e in r["splits"][split]) for split in SPLITS}
-    _check_split(plan.recipe, {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS})
+    dropped = dict(sum((Counter(record["dropped"]) for record in records), Counter()))
+    num_documents = {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS}
+    _check_split(plan.recipe, num_documents, dropped)
     index = Index(
         directory=plan.output_dir,
         splits=splits,
@@ -182,7 +189,7 @@ def _finalize(plan: Plan) -> Index:
         vocab_size=plan.vocab_size,
         eos_token_id=plan.tokenizer.eos_token_id,
         recipe=plan.made_of,
-        dropped=dict(sum((Counter(record["dropped"]) for record in records), Counter())),
+        dropped=dropped,
     )
     if local_path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
         save_tokenizer(plan.tokenizer, index.tokenizer_dir, replaces=True)
@@ -219,12 +226,14 @@ def _in_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:
     return tuple(sorted(entries, key=lambda entry: (len(entry.file), entry.file)))
 
 
-def _check_split(recipe: PreparationRecipe, num_documents: dict[str, int]) -> None:
+def _check_split(recipe: PreparationRecipe, num_documents: dict[str, int], dropped: dict[str, int]) -> None:
     total, fraction = sum(num_documents.values()), recipe.corpus.validation_fraction
     if total == 0:
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        what = f" but what is left out ({left_out}); correct corpus.text_column, or" if left_out else ";"
         raise UserError(
-            f"the corpus ({recipe.corpus.paths or recipe.corpus.dataset or recipe.corpus.kind}) has no document; give "
-            f"it some text."
+            f"the corpus ({recipe.corpus.paths or recipe.corpus.dataset or recipe.corpus.kind}) has no document{what} "
+            f"give it some text."
         )
     for split in SPLITS if fraction else ("train",):
         if num_documents[split] == 0:

@@ -4,12 +4,17 @@ The reader of datasets is the `datasets` library: a Hub id, or a builder (json, 
 remote files.
 """
 
+import glob
+import os
+import sys
+import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowException
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
@@ -19,6 +24,10 @@ from gpt2x.shards.values import is_unicode, shown
 BUILDERS = ("json", "parquet", "arrow", "text", "csv")
 
 Advance = Callable[[int], None]
+
+
+class UnreadableError(UserError):
+    """A dataset that is not there, or whose files are not what they should be."""
 
 
 class Row(NamedTuple):
@@ -43,44 +52,93 @@ def open_rows(corpus: CorpusSection, *, revision: str | None = None) -> Dataset 
         ConnectionError: where the dataset is elsewhere and cannot be reached; trying again may help.
     """
     rows, found = open_dataset(corpus, revision=revision)
+    check_column(corpus, found)
+    return rows
+
+
+def check_column(corpus: CorpusSection, found: Sequence[str]) -> None:
+    """Raises UserError where rows were found, and no column of texts in them."""
     if found and corpus.text_column not in found:
         raise UserError(
             f"corpus.dataset ({corpus.dataset}) has no column {corpus.text_column!r}, only: {', '.join(found)}; "
             f"set corpus.text_column to one of them."
         )
-    return rows
 
 
-def open_dataset(corpus: CorpusSection, *, revision: str | None = None) -> tuple[Dataset | IterableDataset, list[str]]:
+def open_dataset(
+    corpus: CorpusSection,
+    *,
+    revision: str | None = None,
+    builder: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> tuple[Dataset | IterableDataset, list[str]]:
     """Opens the split of a dataset as open_rows does, and finds its columns: none where it has no row to tell them.
 
+    Args:
+        corpus: of kind dataset.
+        revision: the commit of a dataset of the Hub; by default the newest.
+        builder: reads the files in place of the corpus' own.
+        columns: all that is read of parquet files; they must be there.
+
     Raises:
-        UserError: where there is no such dataset, configuration or split, and for files that cannot be read.
+        UserError: where there is no such dataset, configuration, split or row, and for files that cannot be read.
         ConnectionError: where the dataset is elsewhere and cannot be reached; trying again may help.
     """
     assert corpus.dataset is not None, "a corpus of kind dataset names one"
     if corpus.dataset in BUILDERS and not corpus.data_files:
         raise UserError(f"corpus.dataset ({corpus.dataset}) reads files; name them in corpus.data_files.")
+    # What exists is meant, whatever letters its name has.
+    files = [glob.escape(file) if os.path.lexists(file) else file for file in corpus.data_files]
+    options: dict[str, Any] = {} if columns is None else {"columns": list(columns)}
+    if builder == "text":  # so that no row at all is no mistake
+        options["features"] = Features({"text": Value("string")})
     try:
         rows = load_dataset(
-            corpus.dataset,
+            builder or corpus.dataset,
             name=corpus.dataset_config,
-            data_files=corpus.data_files or None,
+            data_files=files or None,
             split=corpus.dataset_split,
             streaming=corpus.streaming,
             revision=revision,
+            **options,
         )
         return rows, rows.column_names or list(next(iter(rows.take(1)), {}))
     except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
-        raise UserError(_complaint(corpus, error)) from None
+        raise UnreadableError(_complaint(corpus, error)) from None
+    except (StopIteration, RuntimeError) as error:
+        if not isinstance(error, StopIteration) and not isinstance(error.__cause__, StopIteration):
+            raise
+        raise UserError(
+            f"corpus.dataset ({corpus.dataset}) holds no row; correct corpus.data_files or dataset_split."
+        ) from None
 
 
 def _complaint(corpus: CorpusSection, error: Exception) -> str:
-    reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
     return (
-        f"corpus.dataset ({corpus.dataset}) cannot be read: {reason}; correct corpus.dataset, dataset_config, "
-        f"dataset_split or data_files."
+        f"corpus.dataset ({corpus.dataset}) cannot be read: {reason_of(error)}; correct corpus.dataset, "
+        f"dataset_config, dataset_split or data_files."
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """An error, or what caused it, in one line."""
+    found = error.__cause__ or error
+    # Where Arrow cannot parse JSON, datasets opens the file anew in a way that it cannot open http:// files.
+    if isinstance(found, TypeError) and "encoding" in str(found):
+        return "a row is no JSON, or of another type than those before"
+    return " ".join(str(found).split()).rstrip(".")[:300] or type(found).__name__
+
+
+def broken_connections() -> tuple[type[BaseException], ...]:
+    """What broken connections raise: OSErrors, and those of libraries that are loaded; others cannot have raised."""
+    roots = {"httpx": "HTTPError", "httpx2": "HTTPError", "aiohttp": "ClientError"}
+    loaded = [getattr(sys.modules[module], name) for module, name in roots.items() if module in sys.modules]
+    return (OSError, *loaded)
+
+
+def reading_errors() -> tuple[type[BaseException], ...]:
+    """What reading a dataset's rows raises where they are not what they should be, or are gone."""
+    return (ValueError, TypeError, EOFError, zlib.error, ArrowException, DatasetGenerationError, *broken_connections())
 
 
 def text_of(value: Any, *, name: str, column: str, dropped: Counter[str] | None = None) -> str | None:

@@ -10,16 +10,18 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from gpt2x.errors import UserError
+from gpt2x.shards.paths import kind_of
 from gpt2x.shards.rows import Advance, Row
 
-TABLES = (".parquet", ".arrow")
 ROWS_PER_BATCH = 128
+# Where rows are long, a batch has as many fewer.
+BYTES_PER_BATCH = 32_000_000
 
 
 def table_columns(file: Path) -> list[str]:
     """The names of a table's columns; reads no row."""
     with pyarrow.memory_map(str(file)) as source:
-        if file.suffix == ".parquet":
+        if kind_of(file) == ".parquet":
             return pyarrow.parquet.ParquetFile(source).schema_arrow.names
         return _arrow(source).schema.names
 
@@ -53,14 +55,27 @@ def table_rows(file: Path, columns: Sequence[str], advance: Advance) -> Iterator
 
 def _batches(file: Path, source: Any, columns: list[str]) -> tuple[int | None, Iterator[Any]]:
     """The number of rows where it is known, and the rows in parts."""
-    if file.suffix == ".parquet":
+    if kind_of(file) == ".parquet":
         table = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
-        parts = table.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns, use_threads=False)
+        parts = table.iter_batches(
+            batch_size=_rows_per_batch(table.metadata, columns), columns=columns, use_threads=False
+        )
         return table.metadata.num_rows, parts
     opened = _arrow(source)
     if isinstance(opened, pyarrow.ipc.RecordBatchFileReader):
         return None, (opened.get_batch(number) for number in range(opened.num_record_batches))
     return None, iter(opened)
+
+
+def _rows_per_batch(metadata: Any, columns: list[str]) -> int:
+    """By the row group with the longest rows."""
+    longest = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        parts = (group.column(place) for place in range(group.num_columns))
+        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
+        longest = max(longest, size // max(group.num_rows, 1))
+    return max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // longest))
 
 
 def _arrow(source: Any) -> Any:

@@ -12,7 +12,8 @@ def shown(value: Any) -> str:
 def is_unicode(text: str) -> bool:
     """Whether UTF-8 can spell it: not with half of a surrogate pair, which JSON can spell."""
     try:
-        text.encode()
+        for start in range(0, len(text), 1_000_000):  # a long one is not held twice
+            text[start : start + 1_000_000].encode()
     except UnicodeEncodeError:
         return False
     return True

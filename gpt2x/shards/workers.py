@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -68,6 +69,7 @@ def _start(work: Work, recipe: Any, num_threads: int) -> tuple[Connection, BaseP
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
     """Ctrl-C reaches every process of the terminal; those started here leave it to the parent, from the first line."""
+    resource_tracker.ensure_running()  # the first spawn starts it, which lets interrupts through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

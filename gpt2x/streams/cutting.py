@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
 from gpt2x.shards.corpus import is_validation
+from gpt2x.shards.cutting import CHARACTERS_PER_PIECE, can_be_cut, ids_of
 from gpt2x.shards.encoding import batches
 from gpt2x.shards.files import token_dtype
 from gpt2x.shards.rows import text_of
@@ -118,12 +119,17 @@ class Cutter:
     def _encoded(self, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
         """Every document with its ids and the end of text."""
         for batch in batches(documents):
-            encodings = self.tokenizer.encode_batch_fast([one.text for one in batch], add_special_tokens=False)
-            for document, encoding in zip(batch, encodings, strict=True):
-                ids = np.array([*encoding.ids, self.vocabulary.eos_token_id])
+            short = [one.text if len(one.text) <= CHARACTERS_PER_PIECE else "" for one in batch]
+            encodings = self.tokenizer.encode_batch_fast(short, add_special_tokens=False)
+            for document, text, encoding in zip(batch, short, encodings, strict=True):
+                found = encoding.ids if text == document.text else self._ids_of_long(document.text)
+                ids = np.array([*found, self.vocabulary.eos_token_id])
                 if ids.max() >= self.vocabulary.size:
                     raise UserError(
                         f"the tokenizer gives id {ids.max()}, outside its vocabulary of {self.vocabulary.size}; "
                         f"repair the tokenizer or use another."
                     )
                 yield document, ids.astype(self.dtype)
+
+    def _ids_of_long(self, text: str) -> np.ndarray:
+        return ids_of(text, self.tokenizer, cuts=can_be_cut(self.tokenizer), name=f"a row of {self.corpus.dataset}")

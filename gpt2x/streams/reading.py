@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
-from gpt2x.shards.rows import open_rows
+from gpt2x.shards.rows import broken_connections, open_rows, reading_errors
 from gpt2x.streams.ledger import Position
 
 ROWS_AHEAD = 64
@@ -89,6 +89,8 @@ def read_rows(corpus: CorpusSection, start: Position, patience: Patience, *, was
             _say(f"{_described(error)}; trying again in {delay_s:.1f} s")
             time.sleep(min(delay_s, left_s))
             delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+        except reading_errors() as error:  # rows that are not what they should be, which waiting does not mend
+            raise StreamBrokenError(_described(error)) from error
         finally:
             reader.stop()
 
@@ -158,10 +160,7 @@ def _never_there_s(corpus: CorpusSection) -> float:
 
 
 def _retried_errors() -> tuple[type[BaseException], ...]:
-    """What broken connections raise: OSErrors, and those of libraries that are loaded; others cannot have raised."""
-    roots = {"httpx": "HTTPError", "httpx2": "HTTPError", "aiohttp": "ClientError"}
-    loaded = [getattr(sys.modules[module], name) for module, name in roots.items() if module in sys.modules]
-    return (OSError, UserError, *loaded)
+    return (UserError, *broken_connections())
 
 
 def _is_lasting(error: BaseException) -> bool:

@@ -37,8 +37,14 @@ def changes_between(recorded: Mapping[str, Any], recipe: TrainingRecipe) -> Chan
     fields = [field for field in before | after if field.split(".")[0] not in _NOT_PART_OF_A_RUN]
     # what the version that recorded the recipe did not have yet
     fields = [field for field in fields if field in before or field.split(".")[0] not in _SECTIONS_THAT_GROW]
+    fields = [field for field in fields if not _is_same_template(field, before.get(field), after.get(field))]
     fields += ["run.seed"]
     return {field: (before.get(field), after.get(field)) for field in fields if before.get(field) != after.get(field)}
+
+
+def _is_same_template(field: str, old: Any, new: Any) -> bool:
+    """Older versions recorded a template's path as it was given, not where it lies."""
+    return field.endswith("chat.template") and bool(old) and str(new).endswith(f"/{old}")
 
 
 def describe(changes: Changes) -> list[str]:

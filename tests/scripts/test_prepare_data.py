@@ -265,3 +265,24 @@ def test_conversations_that_a_recipe_cannot_hold_are_refused_in_one_line(run, to
     assert complaint.endswith(
         "corpus.kind (python_stdlib) has no conversations; with chat set it to files or dataset.\n"
     )
+
+
+def test_the_command_after_a_training_names_the_whole_corpus(run, tmp_path, tokenizer):
+    (tmp_path / "it's [1].txt").write_text("\n".join(f"document {number} of {number**3}" for number in range(300)))
+    corpus = ["--corpus.kind=files", '--corpus.paths=["it\'s [1].txt"]', r"--corpus.document_separator=\n"]
+    _, printed, _ = run("train_tokenizer.py", *corpus, "--corpus.validation_fraction=0.3", *tokenizer)
+    *_, command = printed.strip().split("\n")[1].partition("scripts/")
+    script, *arguments = shlex.split(command.replace("DIRECTORY", "shards"))
+    assert run(script, *arguments)[0] == 0
+    made = load_index(tmp_path / "shards")
+    assert (made.recipe["paths"], made.recipe["document_separator"]) == (["it's [1].txt"], "\n")
+    assert made.total("train", "num_documents") + made.total("validation", "num_documents") == 300
+
+
+def test_preparing_says_what_it_passes_over_in_a_folder(run, tmp_path, corpus, tokenizer):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt", "c.png"):
+        (tmp_path / "in" / name).write_text("the only text there is " * 20)
+    flags = ["--corpus.kind=files", "--corpus.paths=[in]", "--corpus.validation_fraction=0"]
+    _, _, complaints = run("prepare_data.py", *flags, *tokenizer, "--tokenizer.vocab_size=262", "--output_dir=shards")
+    assert complaints.endswith("corpus.paths: files of other kinds are passed over: 1 .png\n")

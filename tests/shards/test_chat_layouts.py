@@ -194,8 +194,8 @@ MISTAKES = {
     "a.jsonl:2: message 1 of 'messages' has tool_calls, which no chat template of text writes out; put them into": {
         "messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]
     },
-    "a.jsonl:2: message 2 of 'messages' has weight 0, and of a conversation everything is learned that the": {
-        "messages": [ASKED, {"role": "assistant", "content": "x", "weight": 0}]
+    "a.jsonl:2: message 2 of 'messages' has weight 0.5, and a turn is learned or not; give it 1 (true) or 0 (fal": {
+        "messages": [ASKED, {"role": "assistant", "content": "x", "weight": 0.5}]
     },
 }
 
@@ -293,3 +293,39 @@ def test_columns_of_the_same_name_are_refused(tmp_path, as_chat):
     corpus = files(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet has 2 columns 'text'; rename all but one\.$"):
         list(open_corpus(corpus, lambda _: None, as_chat=as_chat).rows)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "function_call"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_what_is_said_besides_the_content_is_refused_by_name(tmp_path, key, name):
+    rows = [{"messages": [ASKED, ANSWERED | {key: ""}]}, {"messages": [ASKED, ANSWERED | {key: "Two and two."}]}]
+    complaint = rf"{name}:2: message 2 of 'messages' has {key}, which no chat template of text writes out; put them"
+    with pytest.raises(UserError, match=complaint):
+        read(files(write(tmp_path / name, rows)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_column_of_tools_is_refused_where_it_holds_some(tmp_path, name):
+    without = [{"messages": CHAT, "tools": tools} for tools in (None, "", "[]")]
+    assert len(read(files(write(tmp_path / name, without)))) == 3
+    with pytest.raises(UserError, match=rf"{name}:4: column 'tools' holds tools, which no chat template of text writ"):
+        read(files(write(tmp_path / name, [*without, {"messages": CHAT, "tools": '[{"name": "f"}]'}])))
+
+
+FLAGS = [("train", False, True), ("loss", False, True), ("weight", 0, 1), ("weight", 0.0, 1.0)]
+
+
+@pytest.mark.parametrize(("flag", "off", "on"), FLAGS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_an_unlearned_turn_is_marked_and_its_conversation_falls_on_the_same_side(tmp_path, flag, off, on, name):
+    plain = [ASKED, ANSWERED, ASKED, ANSWERED]
+    flagged = [ASKED | {flag: off}, ANSWERED | {flag: off}, ASKED | {flag: on}, ANSWERED | {flag: on}]
+    (chat,) = read(files(write(tmp_path / name, [{"messages": flagged}])))
+    assert [message.get("learned", True) for message in chat.messages] == [False, False, True, True]
+    (expected,) = read(files(write(tmp_path / f"plain-{name}", [{"messages": plain}])))
+    assert (chat.text, chat.is_validation) == (expected.text, expected.is_validation)
+
+
+def test_a_flag_on_what_is_never_learned_may_say_anything(tmp_path):
+    (chat,) = read(files(write(tmp_path / "a.jsonl", [{"messages": [ASKED | {"weight": 0.5}, ANSWERED]}])))
+    assert chat.messages == CHAT

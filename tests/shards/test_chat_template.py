@@ -376,3 +376,52 @@ def test_an_answer_that_is_learned_whole_with_its_question_must_be_ended_too(tok
     section = ChatSection(template=tmp_path / "bare.jinja", learn="all")
     with pytest.raises(UserError, match=r"does not end what the assistant says with <\|endoftext\|>"):
         chat_tokenizer(tokenizer, section)
+
+
+# --- turns that are not to be learned --------------------------------------------------------------------------------
+
+
+def flagged(messages, *unlearned):
+    return [message | {"learned": False} if place in unlearned else message for place, message in enumerate(messages)]
+
+
+@pytest.mark.parametrize(
+    ("unlearned", "learned"),
+    [
+        ((), ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"]),
+        ((3,), ["one<|im_end|>", "three<|im_end|>"]),
+        ((0, 1, 2, 4), ["two<|im_end|>", "three<|im_end|>"]),
+        ((1, 3, 5), []),
+    ],
+)
+def test_a_turn_that_is_not_to_be_learned_is_there_and_not_learned(chatml, encoder, unlearned, learned):
+    messages = turns("1", "one", "2", "two", "3", "three")
+    chat = encoder.encode(flagged(messages, *unlearned), name="row")
+    assert learned_texts(chatml, chat) == learned
+    assert chat.ids.tolist() == encoder.encode(messages, name="row").ids.tolist()
+    assert chat.num_bytes == sum(len(text.removesuffix("<|im_end|>")) for text in learned)
+
+
+def test_a_turn_that_is_not_to_be_learned_is_refused_where_everything_is(chatml):
+    everything = ChatEncoder(chatml, learn="all")
+    complaint = "^row has a turn that is not to be learned, and chat.learn all learns everything; set it to assistant"
+    with pytest.raises(UserError, match=complaint):
+        everything.encode(flagged(turns("1", "one"), 0), name="row")
+
+
+def test_turns_that_the_template_does_not_write_one_by_one_are_refused(tokenizer, tmp_path):
+    text = (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}{% generation %}"
+        "{% for m in messages if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endfor %}{% endgeneration %}"
+    )
+    (tmp_path / "a.jinja").write_text(text)
+    encoder = ChatEncoder(chat_tokenizer(tokenizer, replace(SECTION, template=tmp_path / "a.jinja")))
+    assert encoder.encode(turns("1", "one", "2", "two"), name="row").targets.any()
+    with pytest.raises(UserError, match=r"^row has a turn that is not to be learned, and the chat template does not"):
+        encoder.encode(flagged(turns("1", "one", "2", "two"), 1), name="row")
+
+
+def test_a_byte_order_mark_before_a_template_is_passed_over(tokenizer, tmp_path):
+    (tmp_path / "bom.jinja").write_text(CHATML.read_text(), encoding="utf-8-sig")
+    with_mark = chat_tokenizer(tokenizer, replace(SECTION, template=tmp_path / "bom.jinja"))
+    assert with_mark.chat_template == CHATML.read_text()

@@ -357,7 +357,7 @@ def test_a_corpus_without_documents_is_refused(recipe, corpus_dir):
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
     for file in corpus_dir.iterdir():
         file.write_text("\n")
-    with pytest.raises(UserError, match=r"the corpus \(.*\) has no document; give it some text"):
+    with pytest.raises(UserError, match=r"the corpus \(.*\) has no document but what is left out \(1 empty\); corr"):
         prepare(recipe)
 
 

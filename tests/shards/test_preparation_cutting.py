@@ -1,6 +1,7 @@
 """A long text may be cut into pieces, and nobody can tell from its ids."""
 
 import dataclasses
+import json
 import random
 from collections import Counter
 
@@ -10,10 +11,12 @@ from published_data import needed
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from gpt2x.config import CorpusSection, TokenizerSection
+from gpt2x.errors import UserError
 from gpt2x.shards import corpus as corpora
 from gpt2x.shards import cutting, text_files
-from gpt2x.shards.corpus import is_validation, open_corpus, read_pieces
-from gpt2x.shards.cutting import can_be_cut, chunks_of, cut
+from gpt2x.shards.corpus import Piece, is_validation, open_corpus, read_pieces
+from gpt2x.shards.cutting import can_be_cut, chunks_of, cut, ids_of
+from gpt2x.shards.encoding import batches
 from gpt2x.shards.preparation import prepare, prepare_tokenizer
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -83,6 +86,86 @@ def test_a_text_without_lines_is_one_piece(monkeypatch):
     monkeypatch.setattr(cutting, "CHARACTERS_PER_PIECE", 10)
     assert list(cut(chunks_of("word " * 100))) == ["word " * 100]
     assert list(cut(chunks_of("\n" * 100))) == ["\n" * 100]
+
+
+@pytest.mark.parametrize("pattern", [None, LLAMA3, GPT4O], ids=["GPT-2", "Llama 3", "GPT-4o"])
+def test_without_lines_a_text_is_cut_between_words_to_the_same_ids(pattern, monkeypatch):
+    monkeypatch.setattr(cutting, "CHARACTERS_PER_PIECE", 40)
+    monkeypatch.setattr(cutting, "LONGEST_PIECE", 80)
+    encoder = byte_level(pattern)
+    num_pieces = 0
+    for seed in range(20):
+        # Behind every awkward stretch come two words, so that no cut has to be anywhere.
+        awkward = [awkward_text(100 * seed + number)[:20].replace("\n", ".") for number in range(99)]
+        text = "".join(f"{part} weird été Über 中文 words" for part in awkward)
+        pieces = list(cut(chunks_of(text)))
+        num_pieces += len(pieces)
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 80 + 40
+        assert [token for piece in pieces for token in encoder.encode(piece).ids] == encoder.encode(text).ids
+    assert num_pieces > 200
+
+
+@pytest.mark.parametrize("text", ["x" * 1000, " " * 1000, "1,2;" * 250, "\n" * 1000, "中文" * 500])
+def test_a_text_without_words_is_cut_all_the_same(text, monkeypatch):
+    monkeypatch.setattr(cutting, "CHARACTERS_PER_PIECE", 10)
+    monkeypatch.setattr(cutting, "LONGEST_PIECE", 40)
+    pieces = list(cut(chunks_of(text)))
+    assert "".join(pieces) == text
+    assert {len(piece) for piece in pieces} == {40}
+
+
+@pytest.mark.parametrize("text", ["word " * 2000, "üx" * 5000, "line\nand line " * 700])
+def test_the_pieces_of_a_text_do_not_depend_on_the_file_it_is_in(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "LONG_FILE_BYTES", 1000)
+    monkeypatch.setattr(cutting, "LONGEST_PIECE", 400)
+    for module in (cutting, corpora):
+        monkeypatch.setattr(module, "CHARACTERS_PER_PIECE", 100)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(f"before;{text};behind")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "d.csv").write_text('text\n"' + text + '"\n')
+    found = []
+    for name in ("a.txt", "b.txt", "c.jsonl", "d.csv"):
+        separator = ";" if name == "b.txt" else None
+        corpus = CorpusSection(kind="files", paths=[str(tmp_path / name)], document_separator=separator)
+        pieces = read_pieces(open_corpus(corpus, lambda _: None), corpus, dropped=Counter(), cuts=True)
+        found.append([piece.text for piece in pieces if piece.text not in ("before", "behind")])
+    assert found[1:] == found[:1] * 3
+    assert len(found[0]) > 20
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_tokenizer_that_must_see_a_document_whole_is_not_given_a_huge_one(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(cutting, "LONGEST_WHOLE", 500)
+    monkeypatch.setattr(text_files, "LONG_FILE_BYTES", 300)
+    (tmp_path / name).write_text("x" * 501 if name == "a.txt" else json.dumps({"text": "x" * 501}))
+    corpus = CorpusSection(kind="files", paths=[str(tmp_path / name)])
+    complaint = rf"{name}(:1)? has more than 500 characters, and this tokenizer must see a document whole; cut it into"
+    with pytest.raises(UserError, match=complaint):
+        list(read_pieces(open_corpus(corpus, lambda _: None), corpus, dropped=Counter(), cuts=False))
+
+
+def test_the_ids_of_a_long_text_are_those_of_its_pieces(monkeypatch):
+    monkeypatch.setattr(cutting, "CHARACTERS_PER_PIECE", 40)
+    encoder, text = byte_level(None), awkward_text(7)
+    assert ids_of(text, encoder, cuts=True, name="x").tolist() == encoder.encode(text).ids
+    assert ids_of(text, encoder, cuts=False, name="x").tolist() == encoder.encode(text).ids
+
+
+def test_a_tokenizer_is_trained_without_words_of_no_language(monkeypatch):
+    monkeypatch.setattr(cutting, "LONGEST_PIECE", 100)
+    monkeypatch.setattr(cutting, "LONGEST_RUN", 50)
+    assert cutting.without_runs("a b " + "x" * 99 + " c" + " " * 99) == "a b  c"
+    assert cutting.without_runs("x" * 99) == "x" * 99
+    assert cutting.without_runs("word 12 -- __ " * 20) == "word 12 -- __ " * 20
+
+
+def test_many_tiny_documents_are_not_all_encoded_at_once():
+    pieces = [Piece(str(number), "x", False, True) for number in range(10_000)]
+    sizes = [len(batch) for batch in batches(pieces)]
+    assert sum(sizes) == 10_000
+    assert max(sizes) <= 4_000
 
 
 def test_a_tokenizer_that_sees_more_than_lines_is_not_given_pieces():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,10 @@ from gpt2x.shards.workers import run_parts
 def note_process(recipe: Path, part: int, report) -> None:
     report(1, part)
     (recipe / str(part)).write_text(f"{os.getpid()} {os.environ['RAYON_NUM_THREADS']}")
+
+
+def note_mask(recipe: Path, part: int, report) -> None:
+    (recipe / str(part)).write_text(str(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])))
 
 
 def die(recipe: Path, part: int, report) -> None:
@@ -43,6 +48,17 @@ def test_every_part_is_worked_on_once_by_processes_that_share_the_cores(tmp_path
     assert len({process for process, _ in notes}) == 2
     assert {threads for _, threads in notes} == {str(max(len(os.sched_getaffinity(0)) // 2, 1))}
     assert not workers()
+
+
+def test_the_first_workers_of_a_process_do_not_hear_ctrl_c(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; sys.path[:0] = sys.argv[2:];"
+        "from gpt2x.shards.workers import run_parts; from test_preparation_workers import note_mask;"
+        "run_parts(note_mask, Path(sys.argv[1]), range(2), num_workers=2, report=print)"
+    )
+    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), *paths], check=True)
+    assert [(tmp_path / str(part)).read_text() for part in range(2)] == ["True", "True"]
 
 
 def test_a_dead_worker_is_named_with_its_task_and_the_others_end(tmp_path):

@@ -82,3 +82,12 @@ def test_an_id_outside_the_vocabulary_is_refused(texts, cutter):
     cutter.vocabulary = Vocabulary(size=200, eos_token_id=0, fingerprint="f")
     with pytest.raises(UserError, match=r"the tokenizer gives id \d+, outside its vocabulary of 200; repair"):
         list(cutter.cut(rows_of(texts[0]), Position()))
+
+
+def test_a_long_document_is_encoded_in_pieces_to_the_same_ids(texts, section, cutter, monkeypatch):
+    every = rows_of([text for file in texts for text in file])
+    expected = [tokens(piece) for piece in cutter.cut(every, every[0].start)]
+    for module in ("gpt2x.shards.cutting", "gpt2x.streams.cutting"):
+        monkeypatch.setattr(f"{module}.CHARACTERS_PER_PIECE", 50)
+    assert [tokens(piece) for piece in cutter.cut(every, every[0].start)] == expected
+    assert max(len(row.value) for row in every) > 100

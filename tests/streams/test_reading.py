@@ -9,6 +9,7 @@ import huggingface_hub.utils
 import pytest
 from datasets import IterableDataset
 from huggingface_hub.errors import HfHubHTTPError
+from pyarrow import ArrowInvalid
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
@@ -138,6 +139,14 @@ def test_the_cause_of_an_error_is_named_with_it(serve):
     serve({3: error})
     with pytest.raises(StreamBrokenError, match="Server Disconnected: status 404"):
         values()
+
+
+@pytest.mark.parametrize("error", [EOFError("Compressed file ended"), ArrowInvalid("JSON parse error in row 1")])
+def test_rows_that_are_not_what_they_should_be_are_broken_for_good(serve, pauses, error):
+    serve({4: error})
+    with pytest.raises(StreamBrokenError, match=str(error)):
+        values()
+    assert pauses == []
 
 
 def test_a_package_that_is_needed_for_the_files_is_named(serve):

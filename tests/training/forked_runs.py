@@ -173,6 +173,7 @@ def child(order, rank):
     sys.argv, code = [order["script"], *order["argv"]], 1
     try:
         runpy.run_path(order["script"], run_name="__main__")
+        code = 0
     except SystemExit as left:
         code = left.code
     except BaseException:

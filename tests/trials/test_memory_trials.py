@@ -1,5 +1,7 @@
-"""Memory that does not grow with the corpus."""
+"""Memory that does not grow with the corpus, nor with a document of it."""
 
+import gzip
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 
 from gpt2x.config import TokenizerSection
 from gpt2x.shards.files import write_shard
-from gpt2x.shards.index import Index, ShardEntry, write_index
+from gpt2x.shards.index import Index, ShardEntry, load_index, write_index
 from gpt2x.shards.tokenizer import save_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
 
 ROOT = Path(__file__).parents[2]
@@ -89,3 +91,65 @@ def test_training_on_ten_times_the_data_takes_no_more_memory(tmp_path):
         peaks[num_shards] = peak_anonymous_mb([*command, *flags], directory=tmp_path)
     print(peaks)
     assert peaks[40] - peaks[4] < 50
+
+
+WORDS = "some words of a text that has no line end at all "
+SIZE = 300_000_000
+
+
+def write_text(file, parts):
+    with gzip.open(file, "wt", compresslevel=1) if file.suffix == ".gz" else file.open("w") as stream:
+        for part in parts:
+            stream.write(part)
+
+
+# The file, what is written into it, and the separator.
+LONG_TEXTS = {
+    "words without a line end": ("a.txt", lambda: (WORDS * 1000 for _ in range(SIZE // len(WORDS) // 1000)), None),
+    "words without a separator": ("a.txt", lambda: (WORDS * 1000 for _ in range(SIZE // len(WORDS) // 1000)), "\n"),
+    "one letter on one line": ("a.jsonl.gz", lambda: ['{"text": "', *("a" * 10**6 for _ in range(255)), '"}\n'], None),
+    "blanks": ("a.txt", lambda: ["x", *(" " * 10**6 for _ in range(300)), "x"], None),
+    "a million tiny documents": ("a.jsonl", lambda: (json.dumps({"text": str(n)}) + "\n" for n in range(10**6)), None),
+}
+
+
+@pytest.mark.trial
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc, which Linux has")
+@pytest.mark.parametrize("case", LONG_TEXTS)
+def test_no_text_takes_a_gigabyte(tmp_path, case):
+    name, parts, separator = LONG_TEXTS[case]
+    write_text(tmp_path / name, parts())
+    base = ["a" * 2**power for power in range(1, 9)] + [" " * 2**power for power in range(1, 9)]
+    tokenizer = train_tokenizer([WORDS * 9, *base * 3], TokenizerSection(path="x", vocab_size=310))
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "--tokenizer.path=tokenizer"]
+    command += [
+        "--tokenizer.vocab_size=null",
+        "--corpus.kind=files",
+        f"--corpus.paths=[{name}]",
+        "--output_dir=shards",
+    ]
+    command += ["--corpus.validation_fraction=0", "--num_workers=1"]
+    command += [f"--corpus.document_separator={separator!r}".replace("'", "")] if separator else []
+    peak = peak_anonymous_mb(command, directory=tmp_path)
+    print(case, peak)
+    assert peak < 1000
+    index = load_index(tmp_path / "shards")
+    num_documents = 10**6 if "million" in case else 1
+    assert index.total("train", "num_documents") == num_documents
+    assert index.dropped == {}
+    # Not a byte of the text is lost on the way.
+    texts = map(str, range(10**6)) if "million" in case else (part for part in parts() if '"' not in part)
+    assert index.total("train", "num_bytes") == sum(map(len, texts))
+
+
+@pytest.mark.trial
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc, which Linux has")
+def test_a_tokenizer_is_trained_on_a_text_without_a_line_end_in_less_than_a_gigabyte(tmp_path):
+    write_text(tmp_path / "a.txt", (WORDS * 1000 for _ in range(SIZE // len(WORDS) // 1000)))
+    write_text(tmp_path / "b.txt", ("x" * 10**6 for _ in range(100)))
+    command = [sys.executable, ROOT / "scripts" / "train_tokenizer.py", "--tokenizer.path=tokenizer"]
+    command += ["--tokenizer.vocab_size=270", "--corpus.kind=files", "--corpus.paths=[a.txt, b.txt]"]
+    peak = peak_anonymous_mb([*command, "--corpus.validation_fraction=0"], directory=tmp_path)
+    print(peak)
+    assert peak < 1000

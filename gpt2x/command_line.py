@@ -158,11 +158,12 @@ def _composed(
     here = Path()
     file = None if config_file is None else find_part(str(config_file), here) or config_file
     fields = {} if file is None else read_recipe(file, recipe_class)
-    left: list[str] = []
+    left: list[tuple[str, list[str]]] = []
     for key, value, words in _options(overrides):
         hint, name = hint_of(recipe_class, key), key.rpartition(".")[2]
         if value == "null" and is_optional(hint):
             _put(fields, key, None)
+            left = [option for option in left if not option[0].startswith(f"{key}.")]  # the later one wins
         elif is_structured(hint) and value:
             given = load_yaml(value)
             _put(fields, key, compose(given, hint, directory=here, where="the command line", key=key))
@@ -171,8 +172,8 @@ def _composed(
         elif name == TEMPLATE and value and hint is not None:
             _put(fields, key, placed(value, here))
         else:
-            left += words
-    return fields, left
+            left.append((key, words))
+    return fields, [word for _, words in left for word in words]
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:

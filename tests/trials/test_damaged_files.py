@@ -46,7 +46,7 @@ pytestmark = pytest.mark.trial
 
 WORDS = ["def", "return", "(", ")", ":", "\n", "self", "value", "=", "1", "naïve", "if"]
 THROUGH_READER, THROUGH_COMMAND = 500, 20
-LAST = "runs/tiny/checkpoints/step-000012"
+LAST = "runs/tiny/checkpoints/step-000013"
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def open_train_shards(world):
 
 
 def read_model(world):
-    find_model(str(world / "runs/tiny/final"))
-    RunFiles.of(world / "runs/tiny")
-    PublishedModel.of(world / "runs/tiny")
+    find_model(str(world / "runs/stream/final"))
+    RunFiles.of(world / "runs/stream")
+    PublishedModel.of(world / "runs/stream")
 
 
 def take_lock(world):
@@ -87,10 +87,10 @@ def finish_preparation(world):
     prepare(preparation(world, output="parts"))
 
 
-PRETRAIN = ("pretrain.py", "--config", "{world}/tiny.yaml", "--train.max_steps", "14")
+PRETRAIN = ("pretrain.py", "--config", "{world}/tiny.yaml")
 AGAIN = ("pretrain.py", "--config", "{world}/tiny.yaml", "--run.name", "other")
 STREAM = ("pretrain.py", "--config", "{world}/stream.yaml")
-RUN = ("runs/tiny/final/model.safetensors", "runs/tiny/checkpoints")
+RUN = ("runs/tiny/final", "runs/tiny/checkpoints/step-000014")
 KINDS = {
     "manifest": Kind(f"{LAST}/manifest.json", lambda w: newest_checkpoint(w / "runs/tiny"), PRETRAIN, RUN),
     "trainer": Kind(f"{LAST}/state/trainer.json", lambda w: newest_checkpoint(w / "runs/tiny"), PRETRAIN, RUN),
@@ -120,9 +120,9 @@ KINDS = {
     ),
     "scan cache": Kind("hf/gpt2x/scan-*.json", open_train_shards, AGAIN, ("runs/other/checkpoints",)),
     "model config": Kind(
-        "runs/tiny/final/config.json",
+        "runs/stream/final/config.json",
         read_model,
-        ("generate.py", "{world}/runs/tiny/final", "--max_new_tokens", "2", "--prompt", "def"),
+        ("generate.py", "{world}/runs/stream/final", "--max_new_tokens", "2", "--prompt", "def"),
         may_fail=True,
     ),
 }
@@ -150,7 +150,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(runs, tmp_path_factory):
-    """A finished run, one on a stream, finished and half finished shards, all in one directory, and a copy of it."""
+    """A run that was stopped, a finished one on a stream, finished and half finished shards; and a copy of it all."""
     world = runs.directory / "world"
     (world / "texts").mkdir(parents=True)
     generator = random.Random(0)
@@ -170,7 +170,7 @@ def world(runs, tmp_path_factory):
         "run": {"dir": f"{world}/runs"},
         "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32},
         "data": {"path": f"{world}/shards", "sequence_length": 16},
-        "train": {"max_steps": 12, "save_steps": 4, "save_total_limit": 2, "num_threads": 1, "mixed_precision": "no"}
+        "train": {"max_steps": 14, "save_steps": 4, "save_total_limit": 2, "num_threads": 1, "mixed_precision": "no"}
         | {"tokens_per_step": 128, "micro_batch_size": 8},
         "evaluation": {"eval_steps": 6, "sample_steps": 6, "num_validation_prompts": 1, "max_new_tokens": 4},
     }
@@ -191,8 +191,9 @@ def world(runs, tmp_path_factory):
     prepare_two_of_three(world)
     code, output = runs.run("--config", world / "stream.yaml", "--train.max_steps", "6")
     assert code == 0, output
-    code, output = runs.run("--config", world / "tiny.yaml")
-    assert code == 0, output
+    stop = "gpt2x.training.loop:optimizer_step:before:13:SIGTERM"
+    code, output = runs.run("--config", world / "tiny.yaml", at=stop)
+    assert code == 143, output
     leave_lock(world / "runs/tiny")
     pristine = runs.directory / "pristine"
     shutil.copytree(world, pristine)

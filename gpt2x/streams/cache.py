@@ -90,7 +90,7 @@ class StreamCache:
         """Takes over what is new in the ledger's file."""
         try:
             found = ledger_file(self.directory).stat()
-        except FileNotFoundError:
+        except OSError:  # not there yet, or a link that leads nowhere, which the filler replaces
             return
         if (seen := (found.st_mtime_ns, found.st_ino, found.st_size)) != self._ledger_seen:
             cached = read_ledger(self.directory)

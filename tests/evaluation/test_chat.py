@@ -214,6 +214,7 @@ def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_turns_but_not
     assert set(lines) == {f"(the conversation outgrew {POSITIONS} tokens; its oldest turns are forgotten)"}
 
 
+@pytest.mark.trial
 def test_the_same_turn_again_and_again_outgrows_the_model_like_any_other(random_model, chatml):
     conversation = Conversation(random_model, chatml, GREEDY, notify=lambda line: None)
     for _ in range(6):

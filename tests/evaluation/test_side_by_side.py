@@ -83,6 +83,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.trial
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux gives memory back at once")
 def test_memory_that_is_kept_is_not_asked_for_again():
     command = [sys.executable, "-c", PASSES]

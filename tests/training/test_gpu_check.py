@@ -21,6 +21,7 @@ def script():
     del sys.modules["gpu_check"]
 
 
+@pytest.mark.trial
 def test_every_section_of_the_check_for_a_gpu_runs_and_is_right_on_the_cpu(script, tmp_path, capsys):
     with torch.compiler.set_stance("force_eager"):  # compiling is what takes long; test_gpu.py has a trial of it
         status = script.main([str(tmp_path), "--smoke"])

@@ -18,6 +18,9 @@ from gpt2x.errors import UserError
 from gpt2x.run import run as run_recipe
 from gpt2x.training.signals import StopRequest
 
+# Five processes, a minute in all; tests/training/test_finetuning.py trains in this one.
+pytestmark = pytest.mark.trial
+
 ROOT = Path(__file__).parents[2]
 CHAT = ROOT / "configuration" / "finetune" / "chat.yaml"
 # What a README command gets besides, so that it ends in seconds.

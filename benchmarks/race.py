@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe
-from gpt2x.evaluation import validate
+from gpt2x.evaluation.validation import validate
 from gpt2x.shards.index import INDEX_FILE, Index, load_index
 from gpt2x.shards.preparation import prepare
 from gpt2x.training.devices import usable_cores

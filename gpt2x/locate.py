@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from gpt2x.addresses import without_secrets
+from gpt2x.commands import shell_command
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
 from gpt2x.manifest import MANIFEST, damage_of_model, named_checkpoints
@@ -76,7 +77,9 @@ def does_not_exist(name: str, wanted: str) -> UserError:
             where = "runs here" if place.parent == Path("runs") else f"in {place.parent} there are"
             return UserError(f"{name} does not exist; {where}: {', '.join(listed[:8])}{more}.")
     if place.parts[:1] == ("runs",) and not Path("runs").exists():
-        return UserError(f"{name} does not exist; there are no runs here yet, scripts/pretrain.py makes one.")
+        return UserError(
+            f"{name} does not exist; there are no runs here yet, `{shell_command('pretrain')}` makes one."
+        )
     return UserError(f"{name} does not exist; give {wanted}.")
 
 
@@ -173,6 +176,21 @@ def holds_tokenizer(directory: Path) -> bool:
     return any(any(directory.glob(pattern)) for pattern in patterns)
 
 
+def check_tokenizer(name: str) -> None:
+    """Raises UserError where a name is neither a directory that holds a tokenizer nor a Hub id; fetches nothing."""
+    directory = local_path(name)
+    if directory.is_dir():
+        if not holds_tokenizer(directory):
+            raise no_tokenizer(name)
+    elif directory.exists() or not is_hub_id(name):
+        raise does_not_exist(name, "a tokenizer's directory (scripts/train_tokenizer.py makes one) or a Hub id")
+
+
+def no_tokenizer(name: str) -> UserError:
+    """The complaint about a directory without a tokenizer."""
+    return UserError(f"{name} holds no tokenizer; train one by scripts/train_tokenizer.py, or correct the path.")
+
+
 def find_tokenizer(name: str) -> Path:
     """The directory of a tokenizer; one on the Hub is fetched.
 
@@ -182,8 +200,7 @@ def find_tokenizer(name: str) -> Path:
     directory = local_path(name)
     if directory.is_dir():
         return directory
-    if directory.exists() or not is_hub_id(name):
-        raise does_not_exist(name, "a tokenizer's directory (scripts/train_tokenizer.py makes one) or a Hub id")
+    check_tokenizer(name)
     check_hub(name)
     from huggingface_hub import snapshot_download
 

@@ -1,7 +1,6 @@
 """Models by recipe: made, continued, loaded and saved."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from gpt2x.config import FinetuneRecipe, ModelSection, Recipe, TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.locate import base_of, find_model, from_pretrained, one_line_of
+from gpt2x.prerequisites import check_installed, refuse_adapters
 from gpt2x.shards.tokenizer import write_tokenizer
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
@@ -101,14 +101,6 @@ def save_model(
     return written
 
 
-def refuse_adapters(origin: str) -> None:
-    """Raises UserError where a directory to start from holds adapters."""
-    if (Path(origin) / "adapter_config.json").is_file():
-        raise UserError(
-            f"init_from ({origin}) holds adapters, not a model; make it one by lora.merge true in the run they are of."
-        )
-
-
 def load_weights(model: PreTrainedModel, directory: Path) -> None:
     """Reads the weights that save_model wrote into a model of the same shape.
 
@@ -138,8 +130,7 @@ def load_for_inference(name_or_path: str, *, dtype: torch.dtype) -> PreTrainedMo
     directory = Path(name_or_path)
     if not (directory / "adapter_config.json").is_file():
         return load_whole(name_or_path, dtype=dtype).eval()
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{name_or_path} holds adapters and needs peft, not installed; run pip install -e '.[peft]'.")
+    check_installed("peft", what=f"{name_or_path} (adapters)")
     model = load_whole(base_of(directory), dtype=dtype)
     with one_line_of(name_or_path):
         model.load_adapter(name_or_path)

@@ -5,13 +5,14 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from gpt2x.commands import shell_command
 from gpt2x.config import FinetuneRecipe, TrainingRecipe
 from gpt2x.training.signals import StopRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from gpt2x.evaluation import Validation
+    from gpt2x.evaluation.validation import Validation
     from gpt2x.training.job import Job
     from gpt2x.training.run_directory import RunDirectory
     from gpt2x.training.state import Progress
@@ -132,5 +133,5 @@ def _last_lines(job: "Job", progress: "Progress", validation: "Validation | None
 
 def _what_next(job: "Job") -> str:
     if isinstance(job.recipe, FinetuneRecipe) and job.tokenizer.chat_template is not None:
-        return f"chat with it:   python scripts/generate.py {job.run.final_dir} --chat true"
-    return f"sample from it: python scripts/generate.py {job.run.final_dir}"
+        return f"chat with it:   {shell_command('generate', job.run.final_dir, '--chat', 'true')}"
+    return f"sample from it: {shell_command('generate', job.run.final_dir)}"

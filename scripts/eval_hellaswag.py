@@ -10,30 +10,29 @@ import sys
 from gpt2x.command_line import parse_recipe
 from gpt2x.config.evaluation import HellaSwagRecipe
 from gpt2x.errors import exit_on_user_error
-from gpt2x.locate import find_model
+from gpt2x.evaluation.hellaswag_items import load_hellaswag
+from gpt2x.prerequisites import check_model
 
 
 def main(recipe: HellaSwagRecipe) -> None:
     """Prints the scores as a table and records them with the run."""
-    directory = find_model(recipe.model)
-    import torch  # seconds, which a name that is wrong need not wait for
+    # 1. The items, before the model is loaded for nothing
+    directory = check_model(recipe.model)
+    items = load_hellaswag(recipe.data, num_items=recipe.num_items)
+    import torch  # seconds, which a mistake need not wait for
     from accelerate import Accelerator
     from transformers.utils import logging
 
     from gpt2x.evaluation.hellaswag import HellaSwag, evaluate_hellaswag, print_scores, result_record
-    from gpt2x.evaluation.hellaswag_items import load_hellaswag
     from gpt2x.evaluation.quantization import num_bytes, quantize_int8
     from gpt2x.evaluation.results import record_results
     from gpt2x.evaluation.side_by_side import keep_freed_memory
     from gpt2x.models import load_for_inference
     from gpt2x.shards.tokenizer import load_tokenizer
 
-    # 1. The items, before the model is loaded for nothing
-    logging.disable_progress_bar()
-    items = load_hellaswag(recipe.data, num_items=recipe.num_items)
-    tokenizer = load_tokenizer(directory)
-
     # 2. The model
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(directory)
     on_cpu = recipe.quantize is not None or not torch.accelerator.is_available()
     if on_cpu:
         keep_freed_memory()

@@ -8,14 +8,14 @@ import sys
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.errors import exit_on_user_error
-from gpt2x.locate import find_model
+from gpt2x.publishing.export_checks import check_export
 from gpt2x.publishing.recipes import ExportRecipe
 
 
 def main(recipe: ExportRecipe) -> None:
     """Exports the model and prints what came out."""
-    find_model(recipe.model)
-    from transformers.utils import logging  # seconds, which a name that is wrong need not wait for
+    check_export(recipe)
+    from transformers.utils import logging  # seconds, which a mistake need not wait for
 
     from gpt2x.publishing.export import export_model
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import GenerationRecipe
 from gpt2x.errors import UserError, exit_on_user_error
-from gpt2x.locate import find_model
+from gpt2x.prerequisites import check_chat_template, check_model
 
 
 def main(recipe: GenerationRecipe) -> None:
@@ -19,12 +19,14 @@ def main(recipe: GenerationRecipe) -> None:
     if recipe.chat and recipe.prompt is not None and not recipe.prompt.strip():
         raise UserError("prompt is blank; give a text, or leave it out to be asked.")
 
-    directory = find_model(recipe.model)
-    import torch  # seconds, which a name that is wrong need not wait for
+    directory = check_model(recipe.model)
+    if recipe.chat:
+        check_chat_template(directory, name=recipe.model)
+    import torch  # seconds, which a mistake need not wait for
     from transformers.utils import logging
 
-    from gpt2x.evaluation import stream_text
     from gpt2x.evaluation.chat import chat
+    from gpt2x.evaluation.samples import stream_text
     from gpt2x.models import load_for_inference
     from gpt2x.shards.tokenizer import load_tokenizer
 

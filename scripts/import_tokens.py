@@ -7,14 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from gpt2x.command_line import parse_recipe
+from gpt2x.commands import shell_command
 from gpt2x.errors import exit_on_user_error
 from gpt2x.shards.import_recipe import ImportRecipe
+from gpt2x.shards.recipe_checks import check_import
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the import that a command line describes."""
-    # --- 1. The recipe. What imports transformers waits until it is known to be right ---
+    # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
     recipe, _ = parse_recipe(ImportRecipe, argv, script="import_tokens.py")
+    with exit_on_user_error():
+        check_import(recipe)
     from gpt2x.shards.foreign_import import import_tokens
     from gpt2x.shards.statistics import statistics
 
@@ -26,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     # --- 3. What was made, and how to go on ---
     print(found)
     print(f"token shards and their tokenizer: {index.directory}")
-    print(f"train on them: python scripts/pretrain.py --data.path {index.directory}")
+    print(f"train on them: {shell_command('pretrain', '--data.path', index.directory)}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2x.command_line import parse_recipe
+from gpt2x.commands import shell_command
 from gpt2x.config import PreparationRecipe
 from gpt2x.errors import exit_on_user_error
+from gpt2x.shards.recipe_checks import check_preparation, check_task
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configuration" / "data" / "python-stdlib.yaml"
 
@@ -42,12 +44,16 @@ def names_a_corpus(argv: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the preparation that a command line describes."""
-    # --- 1. The recipe. What imports transformers waits until it is known to be right ---
+    # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
     default = None if names_a_corpus(argv) else DEFAULT_CONFIG
     command, _ = parse_recipe(PreparationCommand, argv, script="prepare_data.py", default_config=default)
     fields = dict(vars(command))
     task = fields.pop("task")
     recipe = PreparationRecipe(**fields)
+    with exit_on_user_error():
+        check_preparation(recipe)
+        if task is not None:
+            check_task(task, recipe)
     from gpt2x.shards.chat_preview import preview
     from gpt2x.shards.preparation import prepare, prepare_task
     from gpt2x.shards.statistics import longest_document, statistics
@@ -69,11 +75,11 @@ def main(argv: Sequence[str]) -> None:
     if shown is not None:
         print(shown)
     print(f"token shards and their tokenizer: {index.directory}")
-    script, length = "pretrain.py", ""
+    way_on = shell_command("pretrain", "--data.path", index.directory)
     if recipe.chat is not None:
-        script = "finetune.py --init_from MODEL"
-        length = f" --data.sequence_length {recipe.chat.max_length or longest}"
-    print(f"train on them: python scripts/{script} --data.path {index.directory}{length}")
+        length = ["--data.sequence_length", str(recipe.chat.max_length or longest)]
+        way_on = shell_command("finetune", "--init_from", "MODEL", "--data.path", index.directory, *length)
+    print(f"train on them: {way_on}")
 
 
 if __name__ == "__main__":

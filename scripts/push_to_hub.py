@@ -14,6 +14,7 @@ from gpt2x.publishing.recipes import PushRecipe
 
 def main(recipe: PushRecipe) -> None:
     """Uploads and prints the address."""
+    # What imports torch waits until there is something to push, a place for it and a token.
     from gpt2x.publishing.hub import Push, push_run
 
     push = Push(

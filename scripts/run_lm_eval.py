@@ -9,14 +9,17 @@ import sys
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config.evaluation import LmEvalRecipe
-from gpt2x.errors import exit_on_user_error
-from gpt2x.locate import find_model
+from gpt2x.errors import UserError, exit_on_user_error
+from gpt2x.prerequisites import check_installed, check_model
 
 
 def main(recipe: LmEvalRecipe) -> None:
     """Prints every figure of every task and records them with the run."""
-    directory = find_model(recipe.model)
-    from transformers.utils import logging  # seconds, which a name that is wrong need not wait for
+    check_installed("eval", what="run_lm_eval.py")
+    directory = check_model(recipe.model)
+    if recipe.include_path is not None and not recipe.include_path.is_dir():
+        raise UserError(f"include_path ({recipe.include_path}) must be a directory with tasks; correct it.")
+    from transformers.utils import logging  # seconds, which a mistake need not wait for
 
     from gpt2x.evaluation.lm_eval import run_lm_eval
     from gpt2x.evaluation.results import record_results

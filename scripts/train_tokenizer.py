@@ -3,13 +3,15 @@
 python scripts/train_tokenizer.py --tokenizer tokenization/python-bpe.yaml
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
 from gpt2x.command_line import parse_recipe
+from gpt2x.commands import shell_command
 from gpt2x.config import TokenizerRecipe
 from gpt2x.errors import exit_on_user_error
+from gpt2x.locate import holds_tokenizer, local_path
+from gpt2x.shards.recipe_checks import check_corpus, check_tokenizer_section
 
 # That of configuration/data/python-stdlib.yaml, whose held-out documents no tokenizer of the quickstart may see.
 DEFAULT_CORPUS = ("--corpus.kind=python_stdlib", "--corpus.validation_fraction=0.06")
@@ -24,9 +26,13 @@ def corpus_arguments(argv: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Trains the tokenizer that a command line describes."""
-    # --- 1. The recipe. What imports transformers waits until it is known to be right ---
+    # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
     arguments = argv if corpus_arguments(argv) else [*argv, *DEFAULT_CORPUS]
     recipe, _ = parse_recipe(TokenizerRecipe, arguments, script="train_tokenizer.py")
+    with exit_on_user_error():
+        check_tokenizer_section(recipe.tokenizer)
+        if recipe.tokenizer.vocab_size is not None and not holds_tokenizer(local_path(recipe.tokenizer.path)):
+            check_corpus(recipe.corpus)
     from gpt2x.shards.preparation import prepare_tokenizer
     from gpt2x.shards.tokenizer import check_trained_on, vocabulary_size
 
@@ -37,12 +43,8 @@ def main(argv: Sequence[str]) -> None:
 
     # --- 3. What was made, and how to go on ---
     print(f"tokenizer of {vocabulary_size(tokenizer):,} ids: {recipe.tokenizer.path}")
-    path = shlex.quote(recipe.tokenizer.path)
-    same_corpus = "".join(f"{shlex.quote(word)} " for word in corpus_arguments(argv))
-    print(
-        f"make token shards with it: python scripts/prepare_data.py {same_corpus}--tokenizer.path {path} "
-        f"--tokenizer.vocab_size null --output_dir DIRECTORY"
-    )
+    same = [*corpus_arguments(argv), "--tokenizer.path", recipe.tokenizer.path, "--tokenizer.vocab_size", "null"]
+    print(f"make token shards with it: {shell_command('prepare_data', *same, '--output_dir', 'DIRECTORY')}")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ TOPS = ("scripts", "benchmarks", "gpt2x", "modeling_gpt2x")
 # Each may import those before it. reporting stands beside them: it reads files and knows errors and files only.
 ORDER = [
     "addresses",
+    "commands",
     "errors",
     "files",
     "manifest",
     "locate",
+    "prerequisites",
     "config",
     "command_line",
     "shards",
@@ -35,7 +37,17 @@ ORDER = [
     "preflight",
     "run",
 ]
-WITHOUT_TORCH = ("addresses", "errors", "files", "manifest", "locate", "config", "reporting")
+WITHOUT_TORCH = (
+    "addresses",
+    "commands",
+    "errors",
+    "files",
+    "manifest",
+    "locate",
+    "prerequisites",
+    "config",
+    "reporting",
+)
 ALLOWED_TOPS = {
     "scripts": {"gpt2x", "modeling_gpt2x", "benchmarks"},
     "benchmarks": {"gpt2x", "modeling_gpt2x", "benchmarks"},

@@ -212,7 +212,8 @@ def test_a_run_that_is_not_there_is_refused_with_those_that_are_the_most_similar
 
 def test_before_the_first_run_the_script_is_named_that_makes_one():
     with pytest.raises(
-        UserError, match=r"^runs/quickstart does not exist; there are no runs here yet, scripts/pretrain"
+        UserError,
+        match=r"^runs/quickstart does not exist; there are no runs here yet, `.*/pretrain.py` makes",
     ):
         find_model("runs/quickstart")
 

@@ -117,6 +117,24 @@ def test_every_requirement_has_a_tested_version():
     assert {normal(name) for name in required} <= {normal(name) for name in pinned}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_offline"),
+    [
+        ("", True),
+        (" ", True),
+        ("--config configuration/pretrain/stream-fineweb-edu.yaml", False),
+        ("--init_from a/b", False),
+    ],
+)
+def test_make_keeps_only_the_quickstart_as_it_is_off_the_network(tmp_path, arguments, is_offline):
+    (tmp_path / "installed").touch()  # else make would list how the environment is made
+    command = ["make", "--dry-run", "-C", str(ROOT), f"VENV={tmp_path}", f"ARGS={arguments}", "pretrain"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in shown.splitlines() if "scripts/pretrain.py" in line]
+    assert ("HF_HUB_OFFLINE=1" in line) == is_offline
+    assert line.rstrip().endswith(f"scripts/pretrain.py {arguments}".rstrip())
+
+
 def test_no_file_is_larger_than_a_megabyte():
     assert [file for file in files_of_the_repository() if file.stat().st_size > LARGEST_FILE] == []
 

@@ -6,12 +6,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from gpt2x.config import FinetuneRecipe
 from gpt2x.errors import UserError
 from gpt2x.locate import find_model, from_pretrained
-from gpt2x.models import load_for_inference, refuse_adapters
+from gpt2x.models import load_for_inference
+from gpt2x.prerequisites import check_adaptable, refuse_adapters
 from gpt2x.shards.tokenizer import vocabulary_size
 from gpt2x.vocabulary import adopt_tokenizer, check_tokenizer
-
-# The stock forms, for each of which the tests show that packed documents do not see each other.
-MODEL_TYPES = ("gpt2", "llama", "qwen3", "nanochat")
 
 
 def load_base(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -33,11 +31,7 @@ def load_base(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> Pre
 def _check_form(origin: str) -> None:
     refuse_adapters(origin)
     config = from_pretrained(AutoConfig, origin)
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(
-            f"init_from ({origin}) is of the type {config.model_type}, and adapters are for the stock forms "
-            f"{', '.join(MODEL_TYPES)}; give one of these, or leave lora out to train all weights."
-        )
+    check_adaptable(origin, config.model_type)
     if "quantization_config" in config.to_dict():
         raise UserError(
             f"init_from ({origin}) is quantized, and adapters are trained beside weights that are not; give the model "

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gpt2x.config import LoraSection
 from gpt2x.errors import UserError
+from gpt2x.prerequisites import check_installed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,10 +31,9 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, *, seed: int) -> 
     Raises:
         UserError: where peft is not installed, or an adapter has no place in the model.
     """
-    try:
-        from peft import LoraConfig, TaskType, get_peft_model
-    except ImportError as error:
-        raise UserError("lora needs peft, not installed; run pip install -e '.[peft]'.") from error
+    check_installed("peft", what="lora")
+    from peft import LoraConfig, TaskType, get_peft_model
+
     targets = _target_modules(model, section.target_modules)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,

@@ -9,9 +9,9 @@ import torch
 
 from gpt2x.adapters.files import ADAPTER_CONFIG, save_merged
 from gpt2x.adapters.layers import peft_warnings_ignored
-from gpt2x.errors import UserError
 from gpt2x.locate import base_of
 from gpt2x.models import load_for_inference
+from gpt2x.prerequisites import check_installed
 from gpt2x.shards.tokenizer import load_tokenizer
 
 
@@ -26,12 +26,9 @@ def whole_model(directory: str) -> Iterator[str]:
     if not adapter_config.is_file():
         yield directory
         return
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise UserError(
-            f"{directory} holds adapters, for which peft is needed, not installed; run pip install -e '.[peft]'."
-        ) from error
+    check_installed("peft", what=f"{directory} (adapters)")
+    from peft import PeftModel
+
     base = base_of(Path(directory))
     with tempfile.TemporaryDirectory() as merged_dir, peft_warnings_ignored():
         model = PeftModel.from_pretrained(load_for_inference(base, dtype=torch.float32), directory)

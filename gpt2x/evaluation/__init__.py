@@ -1,6 +1,1 @@
-"""What a model is worth: validation on held-out documents, and samples."""
-
-from gpt2x.evaluation.samples import sample_texts, stream_text
-from gpt2x.evaluation.validation import Validation, validate
-
-__all__ = ["Validation", "sample_texts", "stream_text", "validate"]
+"""What a model is worth: validation on held-out documents, samples, conversations, HellaSwag, lm-eval."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCrite
 from gpt2x.config import GenerationRecipe
 from gpt2x.errors import UserError
 from gpt2x.evaluation.samples import sampling_arguments
+from gpt2x.prerequisites import no_chat_template
 from gpt2x.shards.chat_layouts import Message
 from gpt2x.shards.chat_template import ChatEncoder
 from modeling_gpt2x.cache_gpt2x import CACHE_NAME
@@ -69,9 +70,7 @@ class Conversation:
     ) -> None:
         """Raises UserError where the tokenizer has no chat template."""
         if tokenizer.chat_template is None:
-            raise UserError(
-                f"{options.model} has no chat template; fine-tune it by scripts/finetune.py, or leave --chat out."
-            )
+            raise no_chat_template(options.model)
         self._model, self._tokenizer, self._options, self._notify = model, tokenizer, options, notify
         self._encoder = ChatEncoder(tokenizer, learn="all")
         self._stops = _stop_tokens(model, tokenizer)

@@ -18,7 +18,6 @@ from gpt2x.evaluation.hellaswag_items import (
     NUM_VALIDATION_ITEMS,
     HellaSwagItem,
     Style,
-    encode_items,
     item_texts,
 )
 
@@ -109,6 +108,35 @@ class HellaSwagQuestions:
     def check(self, model: PreTrainedModel) -> None:
         """Raises UserError where an ending is longer than what the model takes."""
         check_lengths(model, self.questions)
+
+
+def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[HellaSwagItem], style: Style) -> list[Question]:
+    """Token ids of contexts and endings.
+
+    ``hellaswag`` encodes context and ending together and cuts after as many tokens as the context alone has, with the
+    spaces at the context's end counted to the ending; ``hellaswag_completion`` encodes them apart.
+    """
+    texts = [item_texts(item, style) for item in items]
+    contexts = [context for context, _ in texts]
+    if style == "hellaswag_completion":
+        endings = [f" {ending}" for _, item_endings in texts for ending in item_endings]
+        encoded = iter(_ids(tokenizer, endings, add_special_tokens=False))
+        starts = [0] * len(texts)
+    else:
+        wholes = [f"{context} {ending}" for context, item_endings in texts for ending in item_endings]
+        encoded = iter(_ids(tokenizer, wholes))
+        contexts = [context.rstrip() for context in contexts]
+        starts = []
+    encoded_contexts = _ids(tokenizer, contexts)
+    starts = starts or [len(ids) for ids in encoded_contexts]
+    return [
+        Question(context=ids, continuations=[next(encoded)[start:] for _ in endings])
+        for ids, start, (_, endings) in zip(encoded_contexts, starts, texts, strict=True)
+    ]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> list[list[int]]:
+    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)["input_ids"]
 
 
 def evaluate_hellaswag(

@@ -1,16 +1,17 @@
-"""HellaSwag's items (arXiv:1905.07830), and the two ways in which they are put to a language model."""
+"""HellaSwag's items (arXiv:1905.07830), and the two ways in which they are put to a language model as text.
+
+Imports neither torch nor transformers: items that are not there are told before.
+"""
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
+from gpt2x.config import EvaluationSection
 from gpt2x.errors import UserError
-from gpt2x.evaluation.continuations import Question
 
 HUB_ID = "Rowan/hellaswag"
 NUM_VALIDATION_ITEMS = 10_042
@@ -63,6 +64,17 @@ def load_hellaswag(
     if num_items > len(items):
         raise UserError(f"{option} ({num_items}) must not exceed the {len(items)} items of {source}; lower it.")
     return [items[i * len(items) // num_items] for i in range(num_items)]
+
+
+def load_run_items(section: EvaluationSection) -> list[HellaSwagItem]:
+    """The items that a run is scored on.
+
+    Raises:
+        UserError: for whatever is wrong with them.
+    """
+    return load_hellaswag(
+        str(section.hellaswag), num_items=section.hellaswag_items, option="evaluation.hellaswag_items"
+    )
 
 
 def _hub_rows() -> Iterable[Mapping[str, Any]]:
@@ -130,32 +142,3 @@ def item_texts(item: HellaSwagItem, style: Style) -> tuple[str, list[str]]:
 def _without_tags(text: str) -> str:
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[HellaSwagItem], style: Style) -> list[Question]:
-    """Token ids of contexts and endings.
-
-    ``hellaswag`` encodes context and ending together and cuts after as many tokens as the context alone has, with the
-    spaces at the context's end counted to the ending; ``hellaswag_completion`` encodes them apart.
-    """
-    texts = [item_texts(item, style) for item in items]
-    contexts = [context for context, _ in texts]
-    if style == "hellaswag_completion":
-        endings = [f" {ending}" for _, item_endings in texts for ending in item_endings]
-        encoded = iter(_ids(tokenizer, endings, add_special_tokens=False))
-        starts = [0] * len(texts)
-    else:
-        wholes = [f"{context} {ending}" for context, item_endings in texts for ending in item_endings]
-        encoded = iter(_ids(tokenizer, wholes))
-        contexts = [context.rstrip() for context in contexts]
-        starts = []
-    encoded_contexts = _ids(tokenizer, contexts)
-    starts = starts or [len(ids) for ids in encoded_contexts]
-    return [
-        Question(context=ids, continuations=[next(encoded)[start:] for _ in endings])
-        for ids, start, (_, endings) in zip(encoded_contexts, starts, texts, strict=True)
-    ]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> list[list[int]]:
-    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)["input_ids"]

@@ -1,14 +1,15 @@
 """EleutherAI's lm-evaluation-harness on a model of ours, or of anyone."""
 
-import importlib.util
 from typing import Any
 
 import torch
 
+from gpt2x.commands import tool
 from gpt2x.config.evaluation import LmEvalRecipe
 from gpt2x.errors import UserError
 from gpt2x.locate import find_model
 from gpt2x.models import load_for_inference
+from gpt2x.prerequisites import check_installed
 from gpt2x.shards.tokenizer import load_tokenizer
 
 
@@ -23,8 +24,7 @@ def run_lm_eval(recipe: LmEvalRecipe) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: where lm-eval is not installed, or does not know a task.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("run_lm_eval.py needs lm-eval, not installed; run pip install -e '.[eval]'.")
+    check_installed("eval", what="run_lm_eval.py")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -33,7 +33,7 @@ def run_lm_eval(recipe: LmEvalRecipe) -> dict[str, dict[str, Any]]:
     known = TaskManager(include_path=None if recipe.include_path is None else str(recipe.include_path))
     unknown = [name for name in tasks if name not in known.all_tasks]
     if unknown:
-        raise UserError(f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them.")
+        raise UserError(f"lm-eval knows no task {', '.join(unknown)}; `{tool('lm_eval', 'ls', 'tasks')}` lists them.")
     directory = find_model(recipe.model)
     model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -1,22 +1,20 @@
 """One model to one form: written beside its place, compared with the original, and only then there."""
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gpt2x.adapters import whole_model
-from gpt2x.errors import UserError
-from gpt2x.locate import find_model, local_path
+from gpt2x.locate import local_path
 from gpt2x.models import load_for_inference
 from gpt2x.publishing.comparison import Difference
-from gpt2x.publishing.files import check_output, size_bytes, whole_or_nothing
+from gpt2x.publishing.export_checks import check_export
+from gpt2x.publishing.files import size_bytes, whole_or_nothing
 from gpt2x.publishing.recipes import ExportRecipe
 from gpt2x.publishing.reference import Reference
 from gpt2x.shards.tokenizer import load_tokenizer, write_tokenizer
 
-_NEEDED = {"native": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
 # Model types that transformers.js loads by name.
 _JAVASCRIPT_TYPES = ("gpt2", "llama", "qwen3", "nanochat")
 
@@ -42,18 +40,9 @@ def export_model(recipe: ExportRecipe) -> Export:
         UserError: where there is no whole model, where the form cannot hold it, where the result computes something
             else, where it cannot be written, and where a library that the form needs is not installed.
     """
-    _check_installed(recipe.to)
     exporters = {"native": _export_native, "onnx": _export_onnx, "gguf": _export_gguf}
-    found = find_model(recipe.model)
-    check_output(recipe.output_dir, source=found)
-    with whole_model(found) as directory:
+    with whole_model(check_export(recipe)) as directory:
         return exporters[recipe.to](recipe, directory)
-
-
-def _check_installed(form: str) -> None:
-    missing = [name for name in _NEEDED[form] if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--to {form} needs {', '.join(missing)}, not installed; run pip install -e '.[{form}]'.")
 
 
 def _export_native(recipe: ExportRecipe, directory: str) -> Export:

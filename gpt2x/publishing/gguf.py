@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from gpt2x.errors import UserError
 from gpt2x.locate import from_pretrained
 from gpt2x.publishing.comparison import Difference, compare, model_logits
+from gpt2x.publishing.export_checks import check_gguf_type
 from gpt2x.publishing.gguf_tokenizer import add_tokenizer
 from gpt2x.publishing.reference import Reference
 
@@ -77,11 +78,7 @@ def write_gguf(
 def check_expressible(config: PreTrainedConfig) -> None:
     """Raises a UserError that names what GGUF cannot hold, if there is anything."""
     model_type = config.model_type
-    if model_type not in _ARCHITECTURES:
-        raise UserError(
-            f"model_type ({model_type}) must be gpt2, llama or qwen3, the forms that llama.cpp computes; "
-            "export to onnx instead."
-        )
+    check_gguf_type(model_type)
     field = "activation_function" if model_type == "gpt2" else "hidden_act"
     if getattr(config, field) not in _ACTIVATIONS[model_type]:
         raise UserError(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -14,9 +13,9 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from gpt2x.commands import shell_command, tool
 from gpt2x.errors import UserError
 from gpt2x.locate import does_not_exist, find_model, is_hub_id
-from gpt2x.models import load_whole
 from gpt2x.publishing.model_card import model_card
 from gpt2x.publishing.published_model import ADAPTER_CONFIG, read_adapter_config
 from gpt2x.publishing.run_files import RunFiles
@@ -24,7 +23,7 @@ from gpt2x.publishing.run_files import RunFiles
 # What lies in a model's directory without being part of the model.
 _LEFT_OUT = ("exports", "plots")
 _REASONS = {
-    401: "the Hub does not accept the token (401); set HF_TOKEN to a valid one or run `hf auth login`",
+    401: "the Hub does not accept the token (401); set HF_TOKEN to a valid one or run `{login}`",
     403: "the token may not write there (403); use one with write access",
     404: "the repository is not there or the token may not see it (404); use one with write access",
     413: "the Hub refuses a file as too large (413); export a smaller dtype",
@@ -63,9 +62,7 @@ def push_run(directory: Path, push: Push) -> str:
         UserError: one line that says what went wrong and how to try again; nothing is half uploaded, and of a damaged
             model nothing at all.
     """
-    _check_repo_id(push.repo_id)
-    if get_token() is None:
-        raise _failed(directory, push, "there is no token; set HF_TOKEN or run `hf auth login`")
+    check_push(push.repo_id)
     files = files_to_push(directory)
     with tempfile.TemporaryDirectory() as scratch_dir:
         if "README.md" not in files:
@@ -73,6 +70,19 @@ def push_run(directory: Path, push: Push) -> str:
             card = model_card(directory, repo_id=push.repo_id, license=push.license)
             files["README.md"].write_text(card, encoding="utf-8")
         return _upload(directory, push, files)
+
+
+def check_push(repo_id: str) -> None:
+    """Raises UserError where a push cannot go to a repository for its name, or for want of a token; asks nobody."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"repo_id ({repo_id!r}) must be USER/NAME: {' '.join(str(error).split())}") from error
+    if repo_id.count("/") != 1:
+        raise UserError(f"repo_id ({repo_id!r}) must be USER/NAME; put your user name or organization in front.")
+    if get_token() is None:
+        login = tool("hf", "auth", "login")
+        raise UserError(f"{repo_id} cannot be pushed to, as there is no token; set HF_TOKEN or run `{login}`.")
 
 
 def files_to_push(directory: Path) -> dict[str, Path]:
@@ -108,16 +118,9 @@ def _check_whole(model_dir: Path) -> None:
                 f"model and train on its Hub id, or merge them by lora.merge true."
             )
     elif any(model_dir.glob("*.safetensors")) or not is_onnx:
+        from gpt2x.models import load_whole  # imports torch
+
         load_whole(str(model_dir), device_map="meta")
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"repo_id ({repo_id!r}) must be USER/NAME: {' '.join(str(error).split())}") from error
-    if repo_id.count("/") != 1:
-        raise UserError(f"repo_id ({repo_id!r}) must be USER/NAME; put your user name or organization in front.")
 
 
 def _upload(directory: Path, push: Push, files: dict[str, Path]) -> str:
@@ -157,7 +160,7 @@ def _answer(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 def _reason(answer: dict[str, Any]) -> str:
     status, message = answer["status"], answer["message"]
     if status in _REASONS:
-        return _REASONS[status]
+        return _REASONS[status].format(login=tool("hf", "auth", "login"))
     if status is not None and status >= 500:
         return f"the Hub has a failure of its own ({status}); wait some minutes"
     return message
@@ -165,9 +168,9 @@ def _reason(answer: dict[str, Any]) -> str:
 
 def _failed(directory: Path, push: Push, reason: str) -> UserError:
     """The one line of a failure. The client's own messages never hold the token; this makes sure."""
-    command = f"python scripts/push_to_hub.py {shlex.quote(str(directory))} --repo_id {push.repo_id}"
-    command += " --public true" if push.is_public else ""
-    command += f" --license {shlex.quote(push.license)}" if push.license is not None else ""
-    line = f"{push.repo_id} was not updated: {reason}; then `{command}` tries again."
+    options = ["--public", "true"] if push.is_public else []
+    options += ["--license", push.license] if push.license is not None else []
+    again = shell_command("push_to_hub", directory, "--repo_id", push.repo_id, *options)
+    line = f"{push.repo_id} was not updated: {reason}; then `{again}` tries again."
     token = get_token()
     return UserError(line.replace(token, "<token>") if token else line)

@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from tokenizers import Tokenizer
 from typing_extensions import TypedDict
 
+from gpt2x.commands import shell_command
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_bytes, read_json
 
@@ -74,7 +75,9 @@ class OnnxDecoder:
         """
         model_file = directory / "onnx" / FILES[dtype]
         if not model_file.is_file():
-            raise UserError(f"{model_file} does not exist; python scripts/export.py MODEL --to onnx writes it.")
+            raise UserError(
+                f"{model_file} does not exist; `{shell_command('export', 'MODEL', '--to', 'onnx')}` writes it."
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         try:

@@ -1,19 +1,24 @@
-"""Token files of other projects as a token set: found, recognized, checked once, and read where they lie."""
+"""Token files of other projects as a token set: found, recognized, checked once, and read where they lie.
+
+transformers is imported where the tokenizer is first asked for: files that are not there are told before.
+"""
 
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from gpt2x.errors import UserError
+from gpt2x.locate import check_tokenizer
 from gpt2x.shards.files import Shard
-from gpt2x.shards.foreign_bytes import byte_counter
 from gpt2x.shards.foreign_files import find_files
 from gpt2x.shards.foreign_formats import format_of, listed_documents, recorded_tokenizer
 from gpt2x.shards.index import combined_sha256
 from gpt2x.shards.scan import Scan, remembered, scan_all
-from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class ForeignTokens:
@@ -46,20 +51,27 @@ class ForeignTokens:
                     f"{file} was made by tokenizer {name!r}, not by data.tokenizer {tokenizer!r}; give that one, from "
                     f"the Hub or a directory of that name, or correct the .metadata file."
                 )
+        check_tokenizer(tokenizer)
         self.tokenizer_dir = tokenizer
 
     @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerFast:
+    def _tokenizer(self) -> "PreTrainedTokenizerFast":
+        from gpt2x.shards.tokenizer import load_tokenizer
+
         return load_tokenizer(self.tokenizer_dir)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Of the tokenizer."""
+        from gpt2x.shards.tokenizer import tokenizer_fingerprint
+
         return tokenizer_fingerprint(self._tokenizer)
 
     @cached_property
     def vocab_size(self) -> int:
         """Of the tokenizer; every id is below it."""
+        from gpt2x.shards.tokenizer import vocabulary_size
+
         return vocabulary_size(self._tokenizer)
 
     @property
@@ -91,6 +103,8 @@ class ForeignTokens:
         ]
 
     def _count_bytes(self, split: str) -> int:
+        from gpt2x.shards.foreign_bytes import byte_counter
+
         count = byte_counter(self._tokenizer)
         return sum(count(shard) for shard in self.open_split(split))
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
-from gpt2x.locate import find_tokenizer, from_pretrained, holds_tokenizer
+from gpt2x.locate import find_tokenizer, from_pretrained, holds_tokenizer, no_tokenizer
 
 # What decides which ids a text gets, by the names of tokenizer.json.
 _PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
@@ -40,7 +40,7 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     directory = find_tokenizer(str(path))
     if not holds_tokenizer(directory):
-        raise UserError(f"'{path}' holds no tokenizer; train one by scripts/train_tokenizer.py or correct the path.")
+        raise no_tokenizer(str(path))
     stated = _backend_of(directory)
     tokenizer = _by_its_class(directory)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

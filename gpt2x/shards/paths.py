@@ -9,6 +9,8 @@ from pathlib import Path
 
 from gpt2x.errors import UserError
 
+# Readers of the datasets library. Without files these read the current directory, whatever is there.
+BUILDERS = ("json", "parquet", "arrow", "text", "csv")
 COMPRESSIONS = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 TEXTS = (".txt", ".jsonl", ".json", ".csv", ".tsv")

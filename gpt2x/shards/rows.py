@@ -18,10 +18,8 @@ from pyarrow import ArrowException
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
+from gpt2x.shards.paths import BUILDERS
 from gpt2x.shards.values import is_unicode, shown
-
-# Without files these read the current directory, whatever is there.
-BUILDERS = ("json", "parquet", "arrow", "text", "csv")
 
 Advance = Callable[[int], None]
 

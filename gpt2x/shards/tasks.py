@@ -9,7 +9,6 @@ import numpy as np
 from tokenizers import Encoding
 
 from gpt2x.config import PreparationRecipe
-from gpt2x.errors import UserError
 from gpt2x.files import locked, make_directory
 from gpt2x.shards.chats import write_chats
 from gpt2x.shards.corpus import Piece, Reading, Share, open_corpus, read_pieces
@@ -17,6 +16,7 @@ from gpt2x.shards.cutting import can_be_cut
 from gpt2x.shards.encoding import encoded
 from gpt2x.shards.index import SPLITS, content_of
 from gpt2x.shards.progress import Report
+from gpt2x.shards.recipe_checks import check_task
 from gpt2x.shards.records import (
     Plan,
     Sources,
@@ -49,8 +49,7 @@ def prepare_task(recipe: PreparationRecipe, task: int, *, report: Report | None 
     Raises:
         UserError: for a corpus or tokenizer that cannot be read, and an output_dir with data of another recipe.
     """
-    if not 0 <= task < recipe.num_tasks:
-        raise UserError(f"task ({task}) must be at least 0 and below num_tasks ({recipe.num_tasks}).")
+    check_task(task, recipe)
     plan = plan_of(recipe, load_tokenizer(recipe.tokenizer.path))
     if not finished_index(plan):
         check_trained_on(recipe.tokenizer, recipe.corpus, as_chat=recipe.chat is not None)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gpt2x.errors import UserError
+from gpt2x.locate import check_tokenizer
 from gpt2x.shards.files import Shard
 from gpt2x.shards.index import INDEX_FILE, Index, load_index
 
@@ -64,7 +65,7 @@ def open_tokens(path: str, *, validation_path: str | None = None, tokenizer: str
     is_there = Path(path).exists() or glob.glob(path)
     if not is_there or (Path(path) / INDEX_FILE).is_file():
         return _open_shards(Path(path), validation_path=validation_path, tokenizer=tokenizer)
-    from gpt2x.shards.foreign import ForeignTokens  # imports transformers and pyarrow
+    from gpt2x.shards.foreign import ForeignTokens  # imports pyarrow
 
     return ForeignTokens(path, tokenizer=tokenizer, validation_path=validation_path)
 
@@ -77,6 +78,7 @@ def _open_shards(directory: Path, *, validation_path: str | None, tokenizer: str
             f"its own validation split, so leave it out."
         )
     if tokenizer is not None:
+        check_tokenizer(tokenizer)
         from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint  # imports transformers
 
         if tokenizer_fingerprint(load_tokenizer(tokenizer)) != index.tokenizer_fingerprint:

@@ -4,10 +4,20 @@ from pathlib import Path
 
 from gpt2x.batches.source import tokens_of
 from gpt2x.batches.whole_documents import open_file_source
-from gpt2x.config import PreparationRecipe, TrainingRecipe, accumulation_steps
+from gpt2x.config import FinetuneRecipe, PreparationRecipe, TrainingRecipe, accumulation_steps
 from gpt2x.errors import UserError
-from gpt2x.locate import find_model
+from gpt2x.evaluation.hellaswag_items import load_run_items
+from gpt2x.locate import check_tokenizer, find_model
+from gpt2x.prerequisites import (
+    check_adaptable,
+    check_installed,
+    check_trackers,
+    model_type_of,
+    refuse_adapters,
+)
+from gpt2x.publishing.hub import check_push
 from gpt2x.shards.index import INDEX_FILE
+from gpt2x.shards.recipe_checks import check_corpus, check_preparation
 
 
 def check_before_torch(recipe: TrainingRecipe, *, num_processes: int, run_dir: Path) -> None:
@@ -25,23 +35,34 @@ def check_before_torch(recipe: TrainingRecipe, *, num_processes: int, run_dir: P
             preparation, or of texts that have changed since.
     """
     check_batch(recipe, num_processes=num_processes)
-    if recipe.init_from is not None:
-        find_model(recipe.init_from)
-    _check_hellaswag(recipe.evaluation.hellaswag)
+    check_trackers(recipe.run.report_to)
+    if recipe.hub.push:
+        check_push(str(recipe.hub.repo_id))
+    _check_origin(recipe)
+    if recipe.evaluation.hellaswag is not None:
+        load_run_items(recipe.evaluation)
     has_begun = any((run_dir / "checkpoints").glob("step-*")) or (run_dir / "stats.json").exists()
     for preparation in _preparations(recipe):
+        check_preparation(preparation)
         _prepare_or_compare(preparation, has_begun=has_begun)
     for section in recipe.data.mixture:
-        if section.stream is None:
+        if section.stream is not None:
+            check_corpus(section.stream.corpus)
+            check_tokenizer(section.stream.tokenizer)
+        else:
             open_file_source(tokens_of(section), recipe.data, seed=recipe.run.seed, name=section.key)
 
 
-def _check_hellaswag(source: str | None) -> None:
-    if source not in (None, "hub") and not Path(str(source)).is_file():
-        raise UserError(
-            f"evaluation.hellaswag ({source}) does not exist; give HellaSwag's validation split as a .jsonl file, or "
-            f"hub."
-        )
+def _check_origin(recipe: TrainingRecipe) -> None:
+    """Looks at the model that a run starts from."""
+    if recipe.init_from is None:
+        return
+    origin = find_model(recipe.init_from)
+    refuse_adapters(origin)
+    if isinstance(recipe, FinetuneRecipe) and recipe.lora is not None:
+        if Path(origin).is_dir():
+            check_adaptable(origin, model_type_of(Path(origin)))
+        check_installed("peft", what="lora")
 
 
 def prepare_missing_shards(recipe: TrainingRecipe) -> None:

@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from gpt2x.evaluation import Validation
 from gpt2x.evaluation.results import recorded_results
+from gpt2x.evaluation.validation import Validation
 from gpt2x.files import write_file
 from gpt2x.models import flops_per_token, num_parameters
 from gpt2x.reporting import column, read_metrics, write_plots

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gpt2x.errors import UserError
-from gpt2x.evaluation import validate
+from gpt2x.evaluation.validation import validate
 from gpt2x.files import set_aside
 from gpt2x.training.agreement import Vote, agree
 from gpt2x.training.checkpoints import checkpoint_dir

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import TrainingRecipe
 from gpt2x.evaluation.hellaswag import HellaSwag, HellaSwagQuestions, result_record, score_hellaswag
-from gpt2x.evaluation.hellaswag_items import load_hellaswag
+from gpt2x.evaluation.hellaswag_items import load_run_items
 
 
 class RunHellaSwag:
@@ -65,9 +65,7 @@ def open_hellaswag(
         return None
     # of a machine's processes one downloads, and the others find it there
     with accelerator.local_main_process_first() if section.hellaswag == "hub" else nullcontext():
-        items = load_hellaswag(
-            section.hellaswag, num_items=section.hellaswag_items, option="evaluation.hellaswag_items"
-        )
+        items = load_run_items(section)
     questions = HellaSwagQuestions.of(tokenizer, items)
     questions.check(model)
     # at most the tokens of a validation batch, which fits into the memory

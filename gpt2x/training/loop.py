@@ -5,7 +5,8 @@ import time
 
 from gpt2x.batches.loader import StepBatch
 from gpt2x.errors import UserError
-from gpt2x.evaluation import Validation, sample_texts, validate
+from gpt2x.evaluation.samples import sample_texts
+from gpt2x.evaluation.validation import Validation, validate
 from gpt2x.training.agreement import Vote, agree
 from gpt2x.training.giving_up import find_unsound, give_up
 from gpt2x.training.job import Job

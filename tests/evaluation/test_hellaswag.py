@@ -28,8 +28,8 @@ from transformers import (
 
 from gpt2x.errors import UserError
 from gpt2x.evaluation.continuations import Question, score_continuations, shares_contexts
-from gpt2x.evaluation.hellaswag import evaluate_hellaswag, print_scores, result_record
-from gpt2x.evaluation.hellaswag_items import encode_items, load_hellaswag
+from gpt2x.evaluation.hellaswag import encode_items, evaluate_hellaswag, print_scores, result_record
+from gpt2x.evaluation.hellaswag_items import load_hellaswag
 from gpt2x.evaluation.packed import packed_weights
 from gpt2x.training.cpu_attention import register_chunked_causal
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM

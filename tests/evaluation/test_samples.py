@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt2x.config import GenerationRecipe
-from gpt2x.evaluation import sample_texts, stream_text
+from gpt2x.evaluation.samples import sample_texts, stream_text
 
 PROMPTS = ["def f(x):", "été", ""]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt2x.batches.validation import HeldOut, ValidationBatches
-from gpt2x.evaluation import validate
+from gpt2x.evaluation.validation import validate
 from gpt2x.shards.files import Shard
 
 NUM_BYTES = {"validation": 333}

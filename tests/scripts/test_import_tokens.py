@@ -36,7 +36,7 @@ def test_importing_says_what_was_made_and_how_to_go_on(tmp_path, arguments):
     assert (done.returncode, done.stderr) == (0, "")
     assert load_index(tmp_path / "shards").total("train", "num_tokens") % 3 == 0
     assert done.stdout.startswith("train: ")
-    assert done.stdout.endswith("python scripts/pretrain.py --data.path shards\n")
+    assert done.stdout.endswith("scripts/pretrain.py --data.path shards\n")
 
 
 @pytest.mark.trial

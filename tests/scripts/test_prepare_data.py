@@ -54,7 +54,7 @@ def test_preparing_says_what_was_made_and_how_to_go_on(run, tmp_path, corpus, to
     assert (code, complaints) == (0, "training a tokenizer of 280 tokens into tokenizer\n")
     assert (tmp_path / "shards" / "index.json").is_file()
     assert printed.startswith("train: ")
-    assert printed.endswith("python scripts/pretrain.py --data.path shards\n")
+    assert printed.endswith("scripts/pretrain.py --data.path shards\n")
 
 
 def test_a_tokenizer_trained_first_is_the_one_that_preparing_uses(run, tmp_path, corpus, tokenizer):
@@ -177,7 +177,7 @@ def test_a_part_alone_needs_the_tokenizer_first(run, corpus, tokenizer):
 
 def test_a_part_that_does_not_exist_is_refused(run, corpus, tokenizer):
     code, _, complaint = run("prepare_data.py", *corpus, *tokenizer, "--output_dir=shards", "--task=1")
-    expected = "error: task (1) must be at least 0 and below num_tasks (1).\n"
+    expected = "error: task (1) must be at least 0 and below num_tasks (1); correct it.\n"
     assert (code, complaint) == (1, expected)
 
 
@@ -254,7 +254,7 @@ def test_conversations_are_prepared_as_the_script_says_and_one_is_shown(run, tmp
     assert re.match(
         r"learned: [\d,]+ of [\d,]+ tokens \(\d+\.\d%\), in \d\d documents; the longest has \d+ tok", lines[8]
     )
-    command = "python scripts/finetune.py --init_from MODEL --data.path data/chats --data.sequence_length 1024"
+    command = "scripts/finetune.py --init_from MODEL --data.path data/chats --data.sequence_length 1024"
     assert lines[-1].endswith(command)
     assert load_index(tmp_path / "data" / "chats").recipe["chat"]["end_of_turn"] == "<|im_end|>"
 

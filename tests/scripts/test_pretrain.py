@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from gpt2x.command_line import parse_recipe
+from gpt2x.commands import shell_command
 from gpt2x.config import Recipe
 from gpt2x.run import run as run_recipe
 from gpt2x.training.signals import StopRequest
@@ -108,7 +109,7 @@ def test_one_command_prepares_the_data_trains_and_says_what_to_do_with_the_model
     assert lines == [
         f"model:          {final}",
         f"bits per byte:  {bits:.4f} on the held-out documents",
-        f"sample from it: python scripts/generate.py {final}",
+        f"sample from it: {shell_command('generate', final)}",
     ]
     assert (final / "model.safetensors").is_file()
 

@@ -26,7 +26,7 @@ from gpt2x.config import (
     TokenizerSection,
     TrainSection,
 )
-from gpt2x.evaluation import Validation
+from gpt2x.evaluation.validation import Validation
 from gpt2x.shards.preparation import prepare
 from gpt2x.training.checkpoints import newest_checkpoint
 from gpt2x.training.devices import make_accelerator

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.config import to_yaml
-from gpt2x.evaluation import validate
+from gpt2x.evaluation.validation import validate
 from gpt2x.shards.index import load_index
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from gpt2x.batches.validation import HeldOut, ValidationBatches
-from gpt2x.evaluation import validate
+from gpt2x.evaluation.validation import validate
 from gpt2x.shards.index import load_index
 from gpt2x.training.agreement import Vote, agree
 from gpt2x.training.steps import accumulate_gradients, clip_gradients

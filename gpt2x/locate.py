@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from safetensors import SafetensorError
 
 from gpt2x.addresses import without_secrets
-from gpt2x.commands import shell_command
+from gpt2x.commands import install, shell_command
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
 from gpt2x.manifest import MANIFEST, damage_of_model, named_checkpoints
@@ -29,6 +30,8 @@ _LOCAL = re.compile(
 )
 # Where what we make goes, if it is not told otherwise.
 _OURS = frozenset(("runs", "data"))
+# Of what a library says, which may be a page.
+MAX_LINE = 240
 # How long the Hub may take to say that it is there.
 PROBE_S = 10.0
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json", "tekken.json")
@@ -161,6 +164,11 @@ def base_of(adapters: Path) -> str:
     if not isinstance(name, str) or not name:
         raise UserError(f"{file} names no base_model_name_or_path; write the model there that they belong to.")
     beside = adapters / name
+    if not (beside.is_dir() or local_path(name).is_dir() or is_hub_id(name)):
+        raise UserError(
+            f"the adapters of {adapters} belong to {name}, which does not exist; put that model there, or correct "
+            f"their base_model_name_or_path."
+        )
     try:
         return find_model(str(beside) if beside.is_dir() and not local_path(name).is_dir() else name)
     except UserError as error:
@@ -176,14 +184,22 @@ def holds_tokenizer(directory: Path) -> bool:
     return any(any(directory.glob(pattern)) for pattern in patterns)
 
 
-def check_tokenizer(name: str) -> None:
-    """Raises UserError where a name is neither a directory that holds a tokenizer nor a Hub id; fetches nothing."""
+def check_tokenizer(name: str, *, field: str | None = None) -> None:
+    """Raises UserError where a name is neither a directory that holds a tokenizer nor a Hub id; fetches nothing.
+
+    Args:
+        name: of the tokenizer.
+        field: where the user gave it, for the message.
+    """
     directory = local_path(name)
-    if directory.is_dir():
-        if not holds_tokenizer(directory):
-            raise no_tokenizer(name)
-    elif directory.exists() or not is_hub_id(name):
-        raise does_not_exist(name, "a tokenizer's directory (scripts/train_tokenizer.py makes one) or a Hub id")
+    try:
+        if directory.is_dir():
+            if not holds_tokenizer(directory):
+                raise no_tokenizer(name)
+        elif directory.exists() or not is_hub_id(name):
+            raise does_not_exist(name, "a tokenizer's directory (scripts/train_tokenizer.py makes one) or a Hub id")
+    except UserError as error:
+        raise error if field is None else UserError(f"{field}: {error}") from None
 
 
 def no_tokenizer(name: str) -> UserError:
@@ -293,7 +309,15 @@ def one_line_of(name_or_path: str | Path) -> Iterator[None]:
         line = " ".join(str(error).split())
         if "trust_remote_code" in line:
             raise _needs_its_code(name_or_path, _model_type(name_or_path)) from error
-        raise UserError(line if str(name_or_path) in line else f"{name_or_path} cannot be loaded: {line}") from error
+        if "does not recognize this architecture" in line:
+            raise UserError(
+                f"{name_or_path} ({_model_type(name_or_path)}) is of a type that this version of transformers does "
+                f"not know; run `{install('--upgrade', 'transformers')}`, or give another model."
+            ) from error
+        line = line if str(name_or_path) in line else f"{name_or_path} cannot be loaded: {line}"
+        if len(line) > MAX_LINE:
+            line = shorten(line, MAX_LINE - 40, placeholder=" ...") + "; copy it again, or give another."
+        raise UserError(line) from error
 
 
 def _is_about_files(error: Exception) -> bool:

@@ -130,7 +130,7 @@ def load_for_inference(name_or_path: str, *, dtype: torch.dtype) -> PreTrainedMo
     directory = Path(name_or_path)
     if not (directory / "adapter_config.json").is_file():
         return load_whole(name_or_path, dtype=dtype).eval()
-    check_installed("peft", what=f"{name_or_path} (adapters)")
+    check_installed("peft", what=f"{name_or_path} holds adapters, and reading them")
     model = load_whole(base_of(directory), dtype=dtype)
     with one_line_of(name_or_path):
         model.load_adapter(name_or_path)

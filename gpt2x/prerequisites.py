@@ -39,7 +39,7 @@ def check_installed(extra: str, *, what: str) -> None:
     """Raises UserError where a library of an extra is not installed, which `what` needs."""
     missing = [name for name in _EXTRAS[extra] if not _is_installed(name)]
     if missing:
-        raise UserError(f"{what} needs {', '.join(missing)}, not installed; run `{install_extra(extra)}`.")
+        raise UserError(f"{what} needs {', '.join(missing)}, which is not installed; run `{install_extra(extra)}`.")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def check_model(name: str) -> str:
     found = find_model(name)
     if Path(found).is_dir():
         if (Path(found) / "adapter_config.json").is_file():
-            check_installed("peft", what=f"{found} (adapters)")
+            check_installed("peft", what=f"{found} holds adapters, and reading them")
             base_of(Path(found))
         if not any(any(Path(found).glob(pattern)) for pattern in _WEIGHTS):
             raise UserError(f"{found} holds no weights (model.safetensors); copy the whole model, or train it again.")

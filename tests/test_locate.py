@@ -365,7 +365,7 @@ def test_the_base_of_adapters_may_lie_beside_them():
     [
         (
             "runs/gone",
-            "the adapters of adapters belong to runs/gone: runs/gone does not exist; there are no runs here yet",
+            "the adapters of adapters belong to runs/gone, which does not exist; put that model there, or correct",
         ),
         (None, "adapters/adapter_config.json names no base_model_name_or_path; write the model there"),
     ],

@@ -26,7 +26,7 @@ def whole_model(directory: str) -> Iterator[str]:
     if not adapter_config.is_file():
         yield directory
         return
-    check_installed("peft", what=f"{directory} (adapters)")
+    check_installed("peft", what=f"{directory} holds adapters, and reading them")
     from peft import PeftModel
 
     base = base_of(Path(directory))

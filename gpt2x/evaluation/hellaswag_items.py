@@ -80,10 +80,12 @@ def load_run_items(section: EvaluationSection) -> list[HellaSwagItem]:
 def _hub_rows() -> Iterable[Mapping[str, Any]]:
     from datasets import load_dataset
 
+    from gpt2x.shards.rows import reason_of
+
     try:
         return load_dataset(HUB_ID, split="validation")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise UserError(
             f"{HUB_ID} could not be read from the Hub ({reason}); give its validation split as a .jsonl file."
         ) from None

@@ -77,9 +77,12 @@ def check_push(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"repo_id ({repo_id!r}) must be USER/NAME: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"repo_id ({repo_id}) must be USER/NAME of letters, digits, '-', '_' and '.', with a letter or digit at "
+            f"both ends and 96 in all; correct it."
+        ) from error
     if repo_id.count("/") != 1:
-        raise UserError(f"repo_id ({repo_id!r}) must be USER/NAME; put your user name or organization in front.")
+        raise UserError(f"repo_id ({repo_id}) must be USER/NAME; put your user name or organization in front.")
     if get_token() is None:
         login = tool("hf", "auth", "login")
         raise UserError(f"{repo_id} cannot be pushed to, as there is no token; set HF_TOKEN or run `{login}`.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt2x.errors import UserError
-from gpt2x.shards.values import shown
+from gpt2x.shards.values import listed, shown
 
 Message = dict[str, Any]
 """Who speaks (role: system, user, assistant or tool) and what is said (content), and learned: False for a turn that is
@@ -147,7 +147,7 @@ class Layout:
         for column in self.required:
             if column not in found:
                 raise UserError(
-                    f"{name} has no column {column!r}, only: {', '.join(found)}; the corpus begins with the columns "
+                    f"{name} has no column {column!r}, only: {listed(found)}; the corpus begins with the columns "
                     f"{self}: give every row those, or prepare the others by themselves."
                 )
         return [column for column in (*self.required, *self.optional) if column in found]
@@ -215,6 +215,6 @@ def find_layout(found: Sequence[str], name: str) -> Layout:
         if set(layout.required) <= set(found):
             return layout
     raise UserError(
-        f"{name} has the columns {', '.join(found)}, which make no conversation; rename them to those of one layout "
+        f"{name} has the columns {listed(found)}, which make no conversation; rename them to those of one layout "
         f"({'; '.join(map(str, LAYOUTS))}), or leave chat out."
     )

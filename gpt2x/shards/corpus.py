@@ -20,6 +20,7 @@ from gpt2x.shards.docstrings import conversations
 from gpt2x.shards.paths import kind_of
 from gpt2x.shards.rows import Advance, Row, text_of
 from gpt2x.shards.text_files import LongFile, columns_of, rows_of, size_of
+from gpt2x.shards.values import listed
 
 
 class Piece(NamedTuple):
@@ -106,7 +107,7 @@ def _text(row: Row, corpus: CorpusSection, dropped: Counter[str]) -> str | None:
         return None
     if column not in columns:
         raise UserError(
-            f"{row.name} has no field {column!r}, only: {', '.join(columns)}; set corpus.text_column to one of them."
+            f"{row.name} has no field {column!r}, only: {listed(columns)}; set corpus.text_column to one of them."
         )
     return text_of(columns[column], name=row.name, column=column, dropped=dropped)
 

@@ -51,7 +51,7 @@ class ForeignTokens:
                     f"{file} was made by tokenizer {name!r}, not by data.tokenizer {tokenizer!r}; give that one, from "
                     f"the Hub or a directory of that name, or correct the .metadata file."
                 )
-        check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer, field="data.tokenizer")
         self.tokenizer_dir = tokenizer
 
     @cached_property

@@ -14,6 +14,7 @@ BUILDERS = ("json", "parquet", "arrow", "text", "csv")
 COMPRESSIONS = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 TEXTS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
+KINDS = f"{', '.join(TEXTS)} (also .gz, .zst), {', '.join(TABLES)}"
 READABLE = (*TEXTS, *TABLES, *(kind + compression for kind in TEXTS for compression in COMPRESSIONS))
 
 
@@ -117,13 +118,11 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 def _files_in(folder: Path) -> list[Path]:
     files = [file for file in walk(folder) if is_readable(file)]
     if not files:
-        raise UserError(f"corpus.paths: the folder '{folder}' holds no file of {', '.join(READABLE)}; correct it.")
+        raise UserError(f"corpus.paths: the folder '{folder}' holds no file of {KINDS}; correct the path.")
     return files
 
 
 def _readable(file: Path) -> Path:
     if not is_readable(file):
-        raise UserError(
-            f"corpus.paths: '{file}' is of an unknown kind; rename it to one of {', '.join(READABLE)}, or omit it."
-        )
+        raise UserError(f"corpus.paths: '{file}' is of an unknown kind; save it as one of {KINDS}, or leave it out.")
     return file

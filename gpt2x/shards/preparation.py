@@ -48,6 +48,7 @@ from gpt2x.shards.tokenizer import (
     training_of,
     vocabulary_size,
 )
+from gpt2x.shards.values import listed
 from gpt2x.shards.workers import run_parts, usable_cores
 
 
@@ -231,10 +232,8 @@ def _check_split(recipe: PreparationRecipe, num_documents: dict[str, int], dropp
     if total == 0:
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
         what = f" but what is left out ({left_out}); correct corpus.text_column, or" if left_out else ";"
-        raise UserError(
-            f"the corpus ({recipe.corpus.paths or recipe.corpus.dataset or recipe.corpus.kind}) has no document{what} "
-            f"give it some text."
-        )
+        corpus = listed(recipe.corpus.paths) or recipe.corpus.dataset or recipe.corpus.kind
+        raise UserError(f"the corpus ({corpus}) has no document{what} give it some text in UTF-8.")
     for split in SPLITS if fraction else ("train",):
         if num_documents[split] == 0:
             raise UserError(

@@ -48,7 +48,7 @@ def check_corpus(corpus: CorpusSection) -> None:
 def check_tokenizer_section(section: TokenizerSection) -> None:
     """Raises UserError where the tokenizer is not there, and where one that is to be trained cannot be saved."""
     if section.vocab_size is None:
-        check_tokenizer(section.path)
+        check_tokenizer(section.path, field="tokenizer.path")
     elif not holds_tokenizer(local_path(section.path)):
         check_directory(place_to_write(section.path, field="tokenizer.path"), field="tokenizer.path")
 
@@ -56,7 +56,7 @@ def check_tokenizer_section(section: TokenizerSection) -> None:
 def check_import(recipe: ImportRecipe) -> None:
     """Raises UserError where token files or their tokenizer are not there."""
     check_directory(recipe.output_dir, field="output_dir")
-    check_tokenizer(recipe.tokenizer)
+    check_tokenizer(recipe.tokenizer, field="tokenizer")
     is_ours = (Path(recipe.path) / INDEX_FILE).is_file()
     open_tokens(recipe.path, validation_path=recipe.validation_path, tokenizer=None if is_ours else recipe.tokenizer)
 

@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
@@ -19,7 +20,7 @@ from pyarrow import ArrowException
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
 from gpt2x.shards.paths import BUILDERS
-from gpt2x.shards.values import is_unicode, shown
+from gpt2x.shards.values import is_unicode, listed, shown
 
 Advance = Callable[[int], None]
 
@@ -58,7 +59,7 @@ def check_column(corpus: CorpusSection, found: Sequence[str]) -> None:
     """Raises UserError where rows were found, and no column of texts in them."""
     if found and corpus.text_column not in found:
         raise UserError(
-            f"corpus.dataset ({corpus.dataset}) has no column {corpus.text_column!r}, only: {', '.join(found)}; "
+            f"corpus.dataset ({corpus.dataset}) has no column {corpus.text_column!r}, only: {listed(found)}; "
             f"set corpus.text_column to one of them."
         )
 
@@ -124,7 +125,8 @@ def reason_of(error: BaseException) -> str:
     # Where Arrow cannot parse JSON, datasets opens the file anew in a way that it cannot open http:// files.
     if isinstance(found, TypeError) and "encoding" in str(found):
         return "a row is no JSON, or of another type than those before"
-    return " ".join(str(found).split()).rstrip(".")[:300] or type(found).__name__
+    line = " ".join(str(found).split()).replace("OfflineModeIsEnabled", "HF_HUB_OFFLINE is set")
+    return shorten(line.rstrip("."), 150, placeholder=" ...") or type(found).__name__
 
 
 def broken_connections() -> tuple[type[BaseException], ...]:

@@ -16,6 +16,7 @@ from gpt2x.shards.opened import OpenedFile, Spooled, complaining, decoded
 from gpt2x.shards.paths import TABLES, kind_of
 from gpt2x.shards.rows import Advance, Row
 from gpt2x.shards.tables import table_columns, table_rows
+from gpt2x.shards.values import listed
 
 # A document of more bytes in a .txt file is read in pieces.
 LONG_FILE_BYTES = 8_000_000
@@ -86,7 +87,7 @@ def rows_of(
 def _text_column(file: Path, corpus: CorpusSection, found: list[str]) -> str:
     column = corpus.text_column
     if column not in found:
-        raise UserError(f"{file} has no column {column!r}, only: {', '.join(found)}; set corpus.text_column to one.")
+        raise UserError(f"{file} has no column {column!r}, only: {listed(found)}; set corpus.text_column to one.")
     return column
 
 

@@ -78,7 +78,7 @@ def _open_shards(directory: Path, *, validation_path: str | None, tokenizer: str
             f"its own validation split, so leave it out."
         )
     if tokenizer is not None:
-        check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer, field="data.tokenizer")
         from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint  # imports transformers
 
         if tokenizer_fingerprint(load_tokenizer(tokenizer)) != index.tokenizer_fingerprint:

@@ -1,5 +1,6 @@
 """Values that come from outside: how a message shows one, and whether a text is one."""
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -7,6 +8,12 @@ def shown(value: Any) -> str:
     """A value for a message of one line, in at most 60 characters."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed(names: Iterable[str], *, most: int = 8) -> str:
+    """Names for a message of one line: so many, and how many there are beside them."""
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def is_unicode(text: str) -> bool:

@@ -48,7 +48,7 @@ def check_before_torch(recipe: TrainingRecipe, *, num_processes: int, run_dir: P
     for section in recipe.data.mixture:
         if section.stream is not None:
             check_corpus(section.stream.corpus)
-            check_tokenizer(section.stream.tokenizer)
+            check_tokenizer(section.stream.tokenizer, field="data.stream.tokenizer")
         else:
             open_file_source(tokens_of(section), recipe.data, seed=recipe.run.seed, name=section.key)
 

@@ -178,5 +178,7 @@ def test_rank_scale_and_dropout_are_the_recipes(tmp_path: Path) -> None:
 def test_without_peft_the_remedy_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base(recipe(save_stock("gpt2", tmp_path)), make_tokenizer(VOCAB_SIZE))
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"lora needs peft, not installed; run `.* -m pip install -e .*\[peft\]'`\."):
+    with pytest.raises(
+        UserError, match=r"lora needs peft, which is not installed; run `.* -m pip install -e .*\[peft\]'`\."
+    ):
         add_adapters(base, EVERYWHERE, seed=1)

@@ -78,5 +78,5 @@ def test_adapters_without_their_base_are_refused(adapted):
     run_dir, _ = adapted
     config = json.loads((run_dir / "final" / "adapter_config.json").read_text())
     shutil.rmtree(config["base_model_name_or_path"])
-    with pytest.raises(UserError, match=r"llama does not exist; in .* there are: run\."):
+    with pytest.raises(UserError, match=r"belong to .*llama, which does not exist; put that model there, or"):
         export_model(ExportRecipe(model=str(run_dir), to="native"))

@@ -138,7 +138,7 @@ def test_without_a_token_nothing_is_sent(hub, run_dir, monkeypatch):
 
 @pytest.mark.parametrize("repo_id", ["tiny", "user/a/b", "user/ti ny"])
 def test_a_repository_must_be_named_by_user_and_name(run_dir, repo_id):
-    with pytest.raises(UserError, match=r"repo_id \('.*'\) must be USER/NAME"):
+    with pytest.raises(UserError, match=r"repo_id \(.*\) must be USER/NAME"):
         push_run(run_dir, Push(repo_id=repo_id))
 
 

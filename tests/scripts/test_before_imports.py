@@ -16,16 +16,16 @@ TRAINED = ["--tokenizer.path", "tok", "--tokenizer.vocab_size", "300"]
 # script, arguments, a part of the line
 MISTAKES = [
     ("generate", ["runs/x"], "runs/x does not exist; runs here: y."),
-    ("generate", ["adapters"], "adapters (adapters) needs peft, not installed"),
+    ("generate", ["adapters"], "adapters holds adapters, and reading them needs peft, which is not"),
     ("generate", ["bare"], "bare holds no weights"),
     ("generate", ["model"], "model holds no tokenizer"),
     ("generate", ["nanochat", "--chat", "true"], "nanochat has no chat template"),
     ("eval_hellaswag", ["nanochat", "--data", "gone.jsonl"], "gone.jsonl does not exist"),
     ("eval_hellaswag", ["nanochat", "--data", "one.txt"], "one.txt:1 is no JSON"),
-    ("run_lm_eval", ["nanochat", "--tasks", "x"], "needs lm_eval, not installed"),
+    ("run_lm_eval", ["nanochat", "--tasks", "x"], "needs lm_eval, which is not installed"),
     ("export", ["nanochat", "--to", "gguf"], "model_type (nanochat) must be gpt2, llama or qwen3"),
     ("export", ["nanochat", "--to", "native", "--dtype", "int8"], "dtype (int8) must be one of"),
-    ("export", ["nanochat", "--to", "onnx"], "--to onnx needs onnx, not installed"),
+    ("export", ["nanochat", "--to", "onnx"], "--to onnx needs onnx, which is not installed"),
     ("export", ["nanochat", "--to", "native", "--output", "other"], "output (other) is no export"),
     ("push_to_hub", ["nanochat", "--repo_id", "me/it"], "me/it cannot be pushed to, as there is no token"),
     ("prepare_data", [*CORPUS, *TRAINED, "--output_dir", "out"], "'texts.txt' matches no file"),
@@ -45,7 +45,7 @@ MISTAKES = [
     ("finetune", ["--init_from", "runs/x"], "runs/x does not exist"),
     ("finetune", ["--init_from", "adapters"], "init_from (adapters) holds adapters"),
     ("finetune", ["--init_from", "strange", "--lora.rank", "4"], "is of the type strange, and adapters are for"),
-    ("finetune", ["--init_from", "nanochat", "--lora.rank", "4"], "lora needs peft, not installed"),
+    ("finetune", ["--init_from", "nanochat", "--lora.rank", "4"], "lora needs peft, which is not installed"),
     ("benchmark", ["rase"], "'rase' is no benchmark"),
 ]
 RUNNER = """

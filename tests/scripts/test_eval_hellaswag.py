@@ -151,6 +151,6 @@ def test_a_mistake_in_the_recipe_ends_in_one_line(recipe_class, arguments, line,
 
 def test_without_lm_eval_the_script_says_how_to_install_it(run_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    line = r"run_lm_eval.py needs lm_eval, not installed; run `.*python -m pip install -e '.*\[eval\]'`\."
+    line = r"run_lm_eval.py needs lm_eval, which is not installed; run `.*python -m pip install -e '.*\[eval\]'`\."
     with pytest.raises(UserError, match=line):
         run_lm_eval(LmEvalRecipe(model=str(run_dir), tasks="hellaswag"))

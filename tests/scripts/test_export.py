@@ -106,7 +106,7 @@ def test_a_model_is_called_by_its_runs_name(tmp_path, part):
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch, run_export, run_dir):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    line = r"^--to onnx needs onnxscript, not installed; run `.*python -m pip install -e '.*\[onnx\]'`\.$"
+    line = r"^--to onnx needs onnxscript, which is not installed; run `.*python -m pip install -e '.*\[onnx\]'`\.$"
     with pytest.raises(UserError, match=line):
         run_export(run_dir, "--to=onnx")
 

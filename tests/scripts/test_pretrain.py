@@ -365,8 +365,8 @@ def mistakes(shards, tmp_path):
             [],
             preparation_of(empty, shards, tmp_path),
             1,
-            f"error: the corpus (['{empty}']) has no document but what is left out (1 empty); correct "
-            "corpus.text_column, or give it some text.",
+            f"error: the corpus ({empty}) has no document but what is left out (1 empty); correct "
+            "corpus.text_column, or give it some text in UTF-8.",
         ),
         "missing text": (
             [],

@@ -97,16 +97,15 @@ def test_a_folder_stands_for_everything_readable_in_it(tmp_path):
 
 def test_a_folder_without_text_is_refused(tmp_path):
     with pytest.raises(
-        UserError, match=re.escape(f"the folder '{tmp_path}' holds no file of .txt, .jsonl, .json, .csv, .tsv, .parq")
+        UserError,
+        match=re.escape(f"the folder '{tmp_path}' holds no file of .txt, .jsonl, .json, .csv, .tsv (also .gz"),
     ):
         list(documents(files(tmp_path)))
 
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(
-        UserError, match=r"a.pdf' is of an unknown kind; rename it to one of .txt, .jsonl, .json, .csv"
-    ):
+    with pytest.raises(UserError, match=r"a.pdf' is of an unknown kind; save it as one of .txt, .jsonl, .json, .csv"):
         list(documents(files(tmp_path / "a.pdf")))
 
 

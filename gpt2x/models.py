@@ -61,6 +61,11 @@ def make_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> GP
 
 
 def _check_fit(recipe: TrainingRecipe, config: GPT2XConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > config.vocab_size and recipe.init_from is not None:
+        raise UserError(
+            f"init_from ({recipe.init_from}) has {config.vocab_size} token ids, and the data's tokenizer has "
+            f"{len(tokenizer)}; prepare the data with tokenizer.path {recipe.init_from}, or give another model."
+        )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"model.vocab_size ({config.vocab_size}) must be at least the tokenizer's {len(tokenizer)} tokens; "

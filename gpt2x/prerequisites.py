@@ -8,7 +8,7 @@ from typing import Any
 from gpt2x.commands import install, install_extra
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
-from gpt2x.locate import base_of, check_tokenizer, find_model
+from gpt2x.locate import base_of, find_model, holds_tokenizer
 
 # What the extras of setup.cfg are for, by the names that are imported.
 _EXTRAS = {
@@ -46,7 +46,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raises UserError for a tracker of run.report_to that accelerate does not know, or that is not installed."""
     for name in names:
         if name not in (*TRACKERS, "all"):
-            raise UserError(f"run.report_to ({name}) must be of {', '.join(TRACKERS)} and all; correct it.")
+            raise UserError(f"run.report_to ({name}) must be one of {', '.join(TRACKERS)}, or all; correct it.")
         if name != "all" and not any(map(_is_installed, TRACKERS[name])):
             raise UserError(f"run.report_to ({name}) is not installed; run `{install(name)}`, or leave it out.")
 
@@ -69,7 +69,8 @@ def check_model(name: str) -> str:
             base_of(Path(found))
         if not any(any(Path(found).glob(pattern)) for pattern in _WEIGHTS):
             raise UserError(f"{found} holds no weights (model.safetensors); copy the whole model, or train it again.")
-        check_tokenizer(found)
+        if not holds_tokenizer(Path(found)):
+            raise UserError(f"{found} holds no tokenizer; copy the model's own there, or give another model.")
     return found
 
 

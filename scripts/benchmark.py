@@ -4,6 +4,9 @@ import importlib
 import sys
 from pathlib import Path
 
+from gpt2x.errors import exit_on_user_error
+from gpt2x.prerequisites import check_installed
+
 BENCHMARKS = ("attention", "checkpoint", "data", "generate", "hellaswag", "race", "train")
 
 
@@ -14,7 +17,10 @@ def main(argv: list[str]) -> int:
         print(f"error: {asked}name one of {', '.join(BENCHMARKS)}.", file=sys.stderr)
         return 2
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+    with exit_on_user_error():
+        if argv[0] == "hellaswag":
+            check_installed("eval", what="benchmark.py hellaswag")
+        importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
     return 0
 
 

@@ -14,20 +14,26 @@ from gpt2x.shards.paths import BUILDERS, matching_files
 from gpt2x.shards.tokens import open_tokens
 
 
-def check_preparation(recipe: PreparationRecipe) -> None:
+def check_preparation(recipe: PreparationRecipe, *, section: str = "") -> None:
     """Looks for the files of a recipe; of shards that are finished they may be gone.
+
+    Args:
+        recipe: what is to be prepared.
+        section: that it stands in, with a dot, for messages.
 
     Raises:
         UserError: where one is not there, and for places where nothing can be written.
     """
-    check_directory(recipe.output_dir, field="output_dir")
+    check_directory(recipe.output_dir, field=f"{section}output_dir")
     if (recipe.output_dir / INDEX_FILE).is_file():
         return
     check_corpus(recipe.corpus)
-    check_tokenizer_section(recipe.tokenizer)
+    check_tokenizer_section(recipe.tokenizer, section=section)
     template = None if recipe.chat is None else recipe.chat.template
     if template is not None and not shipped_or(template).is_file():
-        raise UserError(f"chat.template ({template}) is no file; correct the path, or take tokenization/chatml.jinja.")
+        raise UserError(
+            f"{section}chat.template ({template}) is no file; correct the path, or take tokenization/chatml.jinja."
+        )
 
 
 def check_task(task: int, recipe: PreparationRecipe) -> None:
@@ -45,12 +51,13 @@ def check_corpus(corpus: CorpusSection) -> None:
             raise UserError(f"corpus.data_files: {file!r} matches no file; correct the path, or quote the pattern.")
 
 
-def check_tokenizer_section(section: TokenizerSection) -> None:
+def check_tokenizer_section(tokenizer: TokenizerSection, *, section: str = "") -> None:
     """Raises UserError where the tokenizer is not there, and where one that is to be trained cannot be saved."""
-    if section.vocab_size is None:
-        check_tokenizer(section.path, field="tokenizer.path")
-    elif not holds_tokenizer(local_path(section.path)):
-        check_directory(place_to_write(section.path, field="tokenizer.path"), field="tokenizer.path")
+    field = f"{section}tokenizer.path"
+    if tokenizer.vocab_size is None:
+        check_tokenizer(tokenizer.path, field=field)
+    elif not holds_tokenizer(local_path(tokenizer.path)):
+        check_directory(place_to_write(tokenizer.path, field=field), field=field)
 
 
 def check_import(recipe: ImportRecipe) -> None:

@@ -43,7 +43,7 @@ def check_before_torch(recipe: TrainingRecipe, *, num_processes: int, run_dir: P
         load_run_items(recipe.evaluation)
     has_begun = any((run_dir / "checkpoints").glob("step-*")) or (run_dir / "stats.json").exists()
     for preparation in _preparations(recipe):
-        check_preparation(preparation)
+        check_preparation(preparation, section="data.preparation.")
         _prepare_or_compare(preparation, has_begun=has_begun)
     for section in recipe.data.mixture:
         if section.stream is not None:

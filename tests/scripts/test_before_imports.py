@@ -39,7 +39,7 @@ MISTAKES = [
     ("pretrain", ["--data.path", "ids.bin", "--data.preparation", "null"], "name the tokenizer that made them"),
     ("pretrain", ["--init_from", "gone/x"], "gone/x"),
     ("pretrain", ["--run.report_to", "[wandb]"], "run.report_to (wandb) is not installed"),
-    ("pretrain", ["--run.report_to", "[wandv]"], "run.report_to (wandv) must be of aim, "),
+    ("pretrain", ["--run.report_to", "[wandv]"], "run.report_to (wandv) must be one of aim, "),
     ("pretrain", ["--hub.push", "true", "--hub.repo_id", "me/it"], "there is no token"),
     ("pretrain", ["--evaluation.hellaswag", "one.txt"], "one.txt:1 is no JSON"),
     ("finetune", ["--init_from", "runs/x"], "runs/x does not exist"),

@@ -1,5 +1,6 @@
 """The same command again: gone on with, finished, refused, or extended."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe, Recipe, TokenizerSection, to_yaml
@@ -180,6 +182,13 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(recipe, changed, st
     message = r"model.vocab_size \(100\) must be at least the tokenizer's 280 tokens; leave it out"
     with pytest.raises(UserError, match=message):
         start(changed(recipe, model={"vocab_size": 100}))
+
+
+def test_a_model_to_go_on_from_with_fewer_ids_than_the_tokenizer_is_refused(recipe, start, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "small")
+    message = r"^init_from \(.*small\) has 100 token ids, and the data's tokenizer has 280; prepare the data with"
+    with pytest.raises(UserError, match=message):
+        start(dataclasses.replace(recipe, init_from=str(tmp_path / "small")))
 
 
 def test_a_step_of_more_text_than_there_is_is_refused(recipe, changed, start):

@@ -19,10 +19,10 @@ TABLE = ROOT / "docs" / "mistakes.md"
 _HEADER = """# What a mistake is told
 
 What was typed, and what came of it; `python tests/trials/mistakes.py` writes this file, and the trial
-`tests/trials/test_mistakes.py` compares it. All of it was typed where `runs/tiny` (finished), `runs/begun` (stopped before
-its first checkpoint), `data/texts` (token shards), `models/`, `adapters/`, some texts and recipes lie, or where nothing
-lies yet; without network and token, and without the libraries that are called missing. A mistake in a recipe or an
-option ends with exit code 2, any other with 1, and nothing is lost.
+`tests/trials/test_mistakes.py` compares it. All of it was typed where `runs/tiny` (finished), `runs/begun` (stopped
+before its first checkpoint), `data/texts` (token shards), `models/`, `adapters/`, some texts and recipes lie, or where
+nothing lies yet; without network and token, and without the libraries that are called missing. A mistake in a recipe
+or an option ends with exit code 2, any other with 1, and nothing is lost.
 """
 # Stands before the others on the module path, so that a library counts as not installed.
 _ABSENT = "import os, sys\nsys.modules.update(dict.fromkeys(os.environ.get('ABSENT', '').split()))\n"
@@ -79,7 +79,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("generate.py runs/begun", "runs/begun", "train one"),
         Mistake("generate.py models/cut", "models/cut", "restore"),
         Mistake("generate.py models/bare", "models/bare", "copy"),
-        Mistake("generate.py models/untold", "models/untold", "train_tokenizer.py"),
+        Mistake("generate.py models/untold", "models/untold", "copy"),
         Mistake("generate.py models/stranger --prompt x", "models/stranger", "native"),
         Mistake("generate.py adapters/lost", "runs/gone/final", "belong"),
         Mistake("generate.py adapters/lora", "peft", "pip install", absent="peft"),
@@ -235,8 +235,9 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake(f"{TINY} --data.tokenizer models/gpt2 --run.name x", "models/gpt2", "leave it out"),
         Mistake(f"{TINY} --data.validation_path ids.bin --run.name x", "ids.bin", "leave it out"),
         Mistake(f"{TINY} --init_from models/none --run.name x", "models/none", "gpt2"),
+        Mistake(f"{TINY} --init_from models/gpt2 --run.name x", "models/gpt2", "prepare the data"),
         Mistake(
-            f"{TINY} --init_from models/gpt2 --data.sequence_length 128 --train.tokens_per_step 256 --run.name x",
+            f"{TINY} --init_from runs/tiny --data.sequence_length 128 --train.tokens_per_step 256 --run.name x",
             "128",
             "64",
         ),
@@ -249,6 +250,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("finetune.py --init_from runs/tiny --lora.rank 0", "rank", "positive"),
         Mistake("finetune.py --init_from runs/tiny --data.preparation.chat.max_length 999", "999", "256"),
         Mistake("benchmark.py rase", "rase", "race"),
+        Mistake("benchmark.py hellaswag --data items.jsonl", "lm_eval", "pip install", absent="lm_eval"),
         Mistake(f"{TINY} --data.path data/nune --run.name x", "data/nune", "prepare_data.py", is_launched=True),
         Mistake(f"{TINY} --train.max_step 3", "max_step", "train.max_steps", is_launched=True),
     ],
@@ -287,7 +289,7 @@ def tell(mistake: Mistake, scratch: Path) -> Told:
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if line and "%|" not in line]  # no bars of progress
     if mistake.is_launched:
         lines = [line for line in lines if re.match(r"(\w+\.py: )?error: ", line)]
     return Told(

@@ -54,7 +54,9 @@ def parsed_line(line: str, name: str) -> dict[str, Any]:
     try:
         row = json.loads(line.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is not JSON ({_reason(error)}); correct it: a .jsonl file holds one object a line.") from None
+        raise UserError(
+            f"{name} is not JSON ({_reason(error)}); a .jsonl file holds one object per line: correct it."
+        ) from None
     if not isinstance(row, dict):
         raise UserError(f"{name} is no JSON object but a {type(row).__name__}; a .jsonl file holds one per line.")
     return row

@@ -83,6 +83,7 @@ def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Acc
         local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
         is_sharded=asks_for_sharding(environment),
         is_zero=asks_for_zero(environment),
+        environment=environment,
     )
 
 

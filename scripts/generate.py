@@ -5,6 +5,7 @@ one after another until end of input. With `--chat true` these are the turns of 
 answer early.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -23,6 +24,7 @@ def main(recipe: GenerationRecipe) -> None:
     import torch  # seconds, which a name that is wrong need not wait for
     from transformers.utils import logging
 
+    from gpt2x.accelerators import compute_device
     from gpt2x.evaluation import stream_text
     from gpt2x.evaluation.chat import chat
     from gpt2x.models import load_for_inference
@@ -30,7 +32,7 @@ def main(recipe: GenerationRecipe) -> None:
 
     # 1. The model
     logging.disable_progress_bar()
-    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype))
+    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype), device=compute_device(os.environ))
     tokenizer = load_tokenizer(directory)
 
     # 2. The texts

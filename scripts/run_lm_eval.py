@@ -5,6 +5,7 @@ results. Needs the extra `eval`. lm-eval's own command reads any checkpoint as w
 `lm_eval --model hf --model_args pretrained=RUN/final --tasks hellaswag`.
 """
 
+import os
 import sys
 
 from gpt2x.command_line import parse_recipe
@@ -18,11 +19,12 @@ def main(recipe: LmEvalRecipe) -> None:
     directory = find_model(recipe.model)
     from transformers.utils import logging  # seconds, which a name that is wrong need not wait for
 
+    from gpt2x.accelerators import compute_device
     from gpt2x.evaluation.lm_eval import run_lm_eval
     from gpt2x.evaluation.results import record_results
 
     logging.disable_progress_bar()
-    results = run_lm_eval(recipe)
+    results = run_lm_eval(recipe, compute_device(os.environ))
     for task, figures in results.items():
         for name, figure in figures.items():
             print(

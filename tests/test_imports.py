@@ -25,6 +25,7 @@ ORDER = [
     "command_line",
     "shards",
     "streams",
+    "accelerators",
     "batches",
     "vocabulary",
     "models",

@@ -7,11 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
+from gpt2x.accelerators import compute_device
 from gpt2x.errors import UserError
+from gpt2x.run import _accelerator
 from gpt2x.training.deepspeed import check_zero
 from gpt2x.training.launch import (
     asks_for_sharding,
@@ -26,7 +30,7 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 HARDWARE = {"compute_environment", "distributed_type", "use_cpu", "num_machines", "num_processes", "machine_rank"} | {
     f"main_process_{part}" for part in ("ip", "port")
 }
-HARDWARE |= {"rdzv_backend", "same_network", "fsdp_config", "parallelism_config", "deepspeed_config"}
+HARDWARE |= {"gpu_ids", "rdzv_backend", "same_network", "fsdp_config", "parallelism_config", "deepspeed_config"}
 # Of DeepSpeed what is hardware; micro-batch, accumulation and clipping are the recipe's.
 ZERO = {"zero_stage", "offload_optimizer_device", "offload_param_device", "zero3_init_flag"}
 
@@ -71,6 +75,36 @@ def test_the_launcher_takes_every_configuration_and_lets_its_numbers_be_overridd
         assert (found.zero_stage, found.offload_optimizer_device, found.gradient_clipping) == (2, "none", None)
     if found.use_fsdp:
         assert (found.fsdp_version, found.fsdp_auto_wrap_policy) == (2, "TRANSFORMER_BASED_WRAP")
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine that has them, as far as torch says, and as far as an environment lets them be seen."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", ["cpu", "single_gpu"])
+def test_one_process_computes_where_its_configuration_says(gpus, name):
+    config_file = str(ROOT / "accelerate_configs" / f"{name}.yaml")
+    found, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config_file, "x.py"]))
+    _, environment = prepare_simple_launcher_cmd_env(found)
+    assert compute_device(environment).type == {"cpu": "cpu", "single_gpu": "cuda"}[name]
+
+
+def test_two_processes_on_the_cpu_see_no_gpu():
+    """The launcher tells several processes nothing of use_cpu."""
+    config_file = str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
+    arguments = ["--config_file", config_file, "--main_process_port=0", "x.py"]
+    found, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    assert prepare_multi_gpu_env(found)["CUDA_VISIBLE_DEVICES"] == "-1,-1"
+
+
+def test_a_run_that_the_launcher_puts_on_the_cpu_knows_it_where_there_is_a_gpu(gpus, recipe, changed):
+    environment = {"ACCELERATE_USE_CPU": "True"}
+    accelerator = _accelerator(changed(recipe, train={"num_threads": 2}), environment)
+    assert (accelerator.device.type, torch.get_num_threads()) == ("cpu", 2)
+    with pytest.raises(UserError, match=r"mixed_precision \(fp16\) needs a GPU, and this run is on the CPU; use bf16"):
+        _accelerator(changed(recipe, train={"mixed_precision": "fp16"}), environment)
 
 
 def run_script(*launcher, environment=None):

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import pytest
+import sharded_losses
 import torch
 from ranks import launch
 from safetensors.torch import load_file, save_file
@@ -13,12 +14,13 @@ from test_two_processes import read
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from gpt2x.accelerators import is_sharded
 from gpt2x.config import to_yaml
 from gpt2x.errors import UserError
 from gpt2x.training.devices import make_accelerator, make_fsdp_plugin
 from gpt2x.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import Muon
-from gpt2x.training.sharding import gather, is_sharded, whole_weights
+from gpt2x.training.sharding import gather, whole_weights
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 SHAPE = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -151,6 +153,15 @@ def test_loss_and_gradient_on_shards_are_those_of_one_process_however_many_token
     assert (two - one).norm() <= tolerance * one.norm()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_whose_texts_end_at_different_lengths_write_what_one_process_writes(two_ranks, rank):
+    """The first goes on computing its shards until the second has ended, which else would wait for them for ever."""
+    directory, _ = two_ranks
+    found = load_file(directory / f"generated_{rank}.safetensors")["ids"]
+    assert found.shape == (1, 3 + 2 + 6 * rank)
+    assert torch.equal(found, sharded_losses.generated(sharded_losses.make_model(1024), rank))
+
+
 def make_model():
     torch.manual_seed(0)
     return GPT2XForCausalLM(GPT2XConfig(**SHAPE, tie_word_embeddings=True))
@@ -188,6 +199,6 @@ def test_shards_are_computed_with_in_the_recipes_precision_and_added_up_in_float
 def test_shards_in_host_memory_without_a_gpu_are_refused(recipe, monkeypatch):
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(
-        UserError, match=r"fsdp_offload_params \(true\) needs a GPU, and there is none; set it to false"
+        UserError, match=r"fsdp_offload_params \(true\) needs a GPU, and this run is on the CPU; set it to false"
     ):
         make_accelerator(recipe, local_world_size=1, is_sharded=True)

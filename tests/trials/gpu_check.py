@@ -132,7 +132,8 @@ def where_loss(logits: Tensor, target: Tensor, softcap: float | None, needs_grad
     loss = lse - capped.gather(1, target)
     if needs_gradient:
         gradient = torch.exp(capped - lse) - (torch.arange(z.shape[1], device=z.device) == target).float()
-        logits.copy_(gradient if softcap is None else gradient * (1 - (capped / softcap).square()))
+        gradient = gradient if softcap is None else gradient * (1 - (capped / softcap).square())
+        logits.copy_(gradient * (loss_gpt2x.FLOAT16_STRETCH if logits.dtype == torch.float16 else 1.0))
     return loss
 
 

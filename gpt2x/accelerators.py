@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.utils import str_to_bool
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 
 def compute_device(environment: Mapping[str, str]) -> torch.device:
@@ -18,11 +17,6 @@ def compute_device(environment: Mapping[str, str]) -> torch.device:
     if str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
         return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parts of the weights lie on other devices, so that reading them needs every process."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from gpt2x.accelerators import is_sharded
 from gpt2x.batches.ranks import data_rank
 from gpt2x.batches.source import tokens_of
 from gpt2x.config import accumulation_steps
@@ -12,6 +11,7 @@ from gpt2x.training.devices import describe_device
 from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.job import Job
 from gpt2x.training.recipe_changes import describe as describe_changes
+from gpt2x.training.sharding import is_sharded
 from gpt2x.training.state import Progress
 
 

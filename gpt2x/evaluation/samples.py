@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from gpt2x.accelerators import forked_rng, is_sharded, without_cudnn_attention
+from gpt2x.accelerators import forked_rng, without_cudnn_attention
 from gpt2x.config import GenerationRecipe
 
 
@@ -72,15 +72,9 @@ def stream_text(
 
 
 def generate(model: PreTrainedModel, input_ids: Tensor, **options: Any) -> Any:
-    """What the model's generate returns for rows (B, T) without padding.
-
-    Where its weights lie in shards, ranks whose texts end earlier go on computing until the last has ended.
-    """
-    waits = is_sharded(model) and distributed.get_world_size() > 1
+    """What the model's generate returns for rows (B, T) without padding."""
     with without_cudnn_attention():
-        return model.generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), synced_gpus=True if waits else None, **options
-        )
+        return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
 
 
 def sampling_arguments(options: GenerationRecipe) -> dict[str, Any]:

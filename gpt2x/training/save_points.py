@@ -2,13 +2,12 @@
 
 from dataclasses import asdict
 
-from gpt2x.accelerators import is_sharded
 from gpt2x.training.deepspeed import ZeroAdamW
 from gpt2x.training.devices import environment_of
 from gpt2x.training.job import Job
 from gpt2x.training.optimizer_state import optimizer_tensors
 from gpt2x.training.saving import State
-from gpt2x.training.sharding import gather
+from gpt2x.training.sharding import gather, is_sharded
 from gpt2x.training.state import Progress
 
 

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parts of the weights lie on other devices, so that reading them needs every process."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def whole_weights(model: nn.Module, *, is_writer: bool) -> dict[str, Tensor]:
     """The state dict of a model, whole; see gather.
 

@@ -106,7 +106,7 @@ def gradients_in_float64(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
 
 
 def test_gradients_that_float16_cannot_hold_survive_where_the_loss_is_scaled() -> None:
-    """Of tokens whose probability is 4e-9, where the smallest float16 is 6e-8: a scale that comes later is too late."""
+    """Of tokens whose probability is 4e-9; the smallest float16 is 6e-8, and a scale that comes later is too late."""
     hidden, weight, labels = torch.zeros(64, 16), torch.zeros(16, 16), torch.zeros(64, dtype=torch.long)
     hidden[:, 0] = weight[0, 0] = 4.375
     expected = gradients_in_float64(hidden, weight, labels)[1][1:, 0]

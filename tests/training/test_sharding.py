@@ -14,13 +14,12 @@ from test_two_processes import read
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from gpt2x.accelerators import is_sharded
 from gpt2x.config import to_yaml
 from gpt2x.errors import UserError
 from gpt2x.training.devices import make_accelerator, make_fsdp_plugin
 from gpt2x.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import Muon
-from gpt2x.training.sharding import gather, whole_weights
+from gpt2x.training.sharding import gather, is_sharded, whole_weights
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 SHAPE = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -155,7 +154,7 @@ def test_loss_and_gradient_on_shards_are_those_of_one_process_however_many_token
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_whose_texts_end_at_different_lengths_write_what_one_process_writes(two_ranks, rank):
-    """The first goes on computing its shards until the second has ended, which else would wait for them for ever."""
+    """transformers sees to it that the first computes its shards until the second has ended, which waits for them."""
     directory, _ = two_ranks
     found = load_file(directory / f"generated_{rank}.safetensors")["ids"]
     assert found.shape == (1, 3 + 2 + 6 * rank)

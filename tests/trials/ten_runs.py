@@ -1,7 +1,7 @@
 """Ten small runs and their exports, and the sums of all that they leave: `python tests/trials/ten_runs.py DIRECTORY`.
 
-What moves code but means to change nothing runs it before and after and compares the two prints. The scripts are called
-as users call them, in a new directory, on texts made here; tests/same_bytes.py says what "the same" means.
+What moves code but means to change nothing runs it before and after and compares the two prints. The scripts are
+called as users call them, in a new directory, on texts made here; tests/same_bytes.py says what "the same" means.
 """
 
 import json
@@ -30,7 +30,13 @@ MODERN = {
     "mlp_bias": False,
 }
 TRAIN = {"max_steps": 12, "tokens_per_step": 256, "micro_batch_size": 4, "num_threads": 1, "save_steps": 4}
-EVALUATION = {"eval_steps": 6, "sample_steps": 6, "max_new_tokens": 8, "hellaswag": "hellaswag.jsonl", "hellaswag_items": 12}
+EVALUATION = {
+    "eval_steps": 6,
+    "sample_steps": 6,
+    "max_new_tokens": 8,
+    "hellaswag": "hellaswag.jsonl",
+    "hellaswag_items": 12,
+}
 
 
 def main(directory: Path) -> None:

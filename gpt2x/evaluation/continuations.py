@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from gpt2x.accelerators import without_cudnn_attention
+from gpt2x.accelerators import on_device, without_cudnn_attention
 from gpt2x.batches.ranks import data_rank, sum_over_ranks
 from gpt2x.errors import UserError
 from gpt2x.evaluation.branches import Branching, branches_of_pass, branching_attention
@@ -237,20 +236,19 @@ def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch, *, at_a_time
 
     Logits are asked for so many at a time. Which of them are read is known here, so that no device is waited for.
     """
-    device = plain.device
-    inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
-    targets_N = batch.targets.to(device)
+    inputs = {"input_ids": batch.ids}
     attending: AbstractContextManager = nullcontext()
     if batch.questions is not None:
-        positions = [question.positions() for question in batch.questions]
-        inputs["position_ids"] = torch.cat(positions)[None].to(device)
-        attending = branches_of_pass(batch.questions, device)
+        inputs["position_ids"] = torch.cat([question.positions() for question in batch.questions])[None]
+        attending = branches_of_pass(batch.questions, plain.device)
     # The continuations of a context have the place of their first token in common.
     places_P, counts_P = torch.unique_consecutive(batch.predicting, return_counts=True)
-    place_N, ends_P = torch.repeat_interleave(counts_P).to(device), [0, *counts_P.cumsum(0).tolist()]
+    ends_P = [0, *counts_P.cumsum(0).tolist()]
+    own = {"places": places_P, "place": torch.repeat_interleave(counts_P), "targets": batch.targets}
+    places_P, place_N, targets_N = on_device(own, plain.device).values()
     found, done = [], 0
     with attending:
-        for logits_PV in selected_logits(model, inputs, places_P.to(device), at_a_time=at_a_time):
+        for logits_PV in selected_logits(model, on_device(inputs, plain.device), places_P, at_a_time=at_a_time):
             for logits in logits_PV.split(_ROWS_AT_A_TIME):
                 here = slice(ends_P[done], ends_P[done + len(logits)])
                 log_probs = logits.log_softmax(-1, dtype=torch.float32)

@@ -73,18 +73,20 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    found, sources, counted = [], [], []  # of the batches so far; what the device finds is fetched once
+    found = []
     # eager: another mode and batch size would compile everything once more
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             if is_stopped():
                 break
-            found.append(_batch_sums(model, batch, accelerator.device))
-            sources.append(batch.get("sources", torch.zeros(len(batch["labels"]), dtype=torch.long)))
-            counted.append((batch["labels"][:, 1:] != -100).sum(1))
+            sources_B = batch.get("sources", torch.zeros(len(batch["labels"]), dtype=torch.long))
+            counted_B1 = (batch["labels"][:, 1:] != -100).sum(1, keepdim=True)
+            found.append((_batch_sums(model, batch, accelerator.device), counted_B1, sources_B))
         else:
-            sums_R3 = torch.cat([torch.cat(found).cpu().double(), torch.cat(counted)[:, None]], dim=1)
-            sums = torch.zeros(len(num_bytes), 3, dtype=torch.float64).index_add_(0, torch.cat(sources), sums_R3)
+            sums = torch.zeros(len(num_bytes), 3, dtype=torch.float64)  # nats, hits, tokens of each source
+            for sums_B2, counted_B1, sources_B in found:  # fetched only now: no pass waits for the one before it
+                sums_B3 = torch.cat([sums_B2.cpu().double(), counted_B1], dim=1)
+                sums += torch.zeros_like(sums).index_add_(0, sources_B, sums_B3)
             model.train(was_training)
             return _of_all_sources(sum_over_ranks(sums, accelerator), num_bytes)
     model.train(was_training)

@@ -6,7 +6,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2x.training import host_copies
+from gpt2x.training.disk import measure_room
 from gpt2x.training.host_copies import HostCopies
+from gpt2x.training.save_points import whole_state
+from gpt2x.training.steps import optimizer_step
 
 
 class CopiesWaited(TorchDispatchMode):
@@ -57,3 +60,14 @@ def test_copies_of_a_gpus_tensors_are_page_locked_as_one_block_and_let_go_of_aga
     assert calls == [("register", address, 100, 1)]
     del part
     assert calls[1:] == [("unregister", address)]
+
+
+def test_the_copies_of_a_run_take_the_memory_that_is_announced(recipe, start):
+    job, progress = start(recipe)
+    optimizer_step(job, progress, job.batches.step(0).micro_batches)
+    tensors = dict(whole_state(job, progress).tensors())
+    copies = {copy.data_ptr(): copy for copy in HostCopies().take(tensors.items()).values()}
+    ends = [address + copy.nbytes for address, copy in copies.items()]
+    announced = measure_room(job).checkpoint_bytes
+    # beyond it: the number of steps that AdamW counts for each parameter, and what a copy begins at a multiple of
+    assert announced <= max(ends) - min(copies) <= announced + (4 + 64) * len(tensors)

@@ -38,6 +38,8 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():  # a Hub id is nothing to push
         raise does_not_exist(str(directory), "the directory of a run or of a model")
     model_dir = Path(find_model(str(directory)))
+    if model_dir.name == "model" and model_dir.parent.parent == directory / "checkpoints":
+        say(f"{directory} has no final model: its newest whole checkpoint is pushed, {model_dir.parent.name}")
     shards = {name for name in indexed_weights(model_dir) if name.endswith(".safetensors")}
     found = list(_names_in(model_dir))
     files = {name: _no_link(model_dir / name) for name in found if name in shards or _belongs(name)}

@@ -88,6 +88,17 @@ def test_a_second_push_updates_the_same_repository_and_leaves_it_as_visible_as_i
     assert repository["files"]["plots/loss.png"] == b"another picture"
 
 
+def test_of_a_run_that_is_not_finished_the_newest_whole_checkpoint_is_pushed_with_a_line(run_dir, capsys):
+    whole = run_dir / "checkpoints" / "step-000010"
+    whole.mkdir(parents=True)
+    (run_dir / "final").rename(whole / "model")
+    write_manifest(whole)
+    shutil.copytree(whole / "model", run_dir / "checkpoints" / "step-000020" / "model")  # is being saved
+    assert files_to_push(run_dir)["config.json"] == whole / "model" / "config.json"
+    line = f"{run_dir} has no final model: its newest whole checkpoint is pushed, step-000010\n"
+    assert line in capsys.readouterr().err
+
+
 @pytest.mark.trial
 def test_from_pretrained_loads_what_was_pushed(hub, run_dir):
     push_run(run_dir, PUSH)

@@ -27,5 +27,9 @@ def main(recipe: PushRecipe) -> None:
 
 if __name__ == "__main__":
     parsed, _ = parse_recipe(PushRecipe, sys.argv[1:], script="push_to_hub.py", positional="model")
-    with exit_on_user_error():
-        main(parsed)
+    try:
+        with exit_on_user_error():
+            main(parsed)
+    except KeyboardInterrupt:
+        print("stopped before the Hub had said that it has the model; the same command tries again", file=sys.stderr)
+        sys.exit(130)

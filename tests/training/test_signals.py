@@ -13,7 +13,7 @@ from gpt2x.training.signals import StopRequest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_is_remembered_with_the_exit_code_of_a_shell(capfd, number, code):
     with StopRequest() as stop:
         stop.hold()
@@ -24,7 +24,7 @@ def test_a_signal_is_remembered_with_the_exit_code_of_a_shell(capfd, number, cod
     assert capfd.readouterr().err.strip() == line
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_with_nothing_to_save_a_signal_leaves_at_once_in_one_line(capfd, number, code):
     with StopRequest() as stop:
         stop.hold()
@@ -68,10 +68,11 @@ from gpt2x.training.signals import StopRequest
 if os.fork():
     time.sleep(0.3)
     os._exit(0)
-stop = StopRequest(watches_parent=sys.argv[1] == "watched")
-print(stop.is_asked(), flush=True)
-time.sleep(0.6)
-print(stop.is_asked(), stop.exit_code, flush=True)
+with StopRequest(watches_parent=sys.argv[1] == "watched") as stop:
+    stop.hold()
+    print(stop.is_asked(), flush=True)
+    time.sleep(0.6)
+    print(stop.is_asked(), stop.exit_code, flush=True)
 """
 
 

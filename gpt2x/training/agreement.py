@@ -4,6 +4,7 @@ The group that trains has torch's time limits, 30 minutes by gloo and 10 by NCCL
 run. Where one rank may work for longer, on data, a checkpoint or the final model, the others wait as here.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,15 +79,17 @@ def after_main(*, rank: int, num_processes: int) -> Iterator[None]:
     if num_processes == 1:
         yield
         return
+    line = "waiting for the main process, which checks or prepares the data."
+    telling = threading.Timer(SILENT_S, print, [line], {"flush": True})
+    telling.daemon = True
+    if rank == 1:
+        telling.start()
     store, _, _ = next(rendezvous("env://", rank, num_processes, timeout=PATIENCE))
     if rank == 0:
         store.set(_MAIN_IS_HERE, "")
-    silent_until = time.monotonic() + SILENT_S
     while not store.check([_MAIN_IS_HERE]):
-        if rank == 1 and time.monotonic() > silent_until:
-            print("waiting for the main process, which checks or prepares the data.", flush=True)
-            silent_until = float("inf")
         time.sleep(LOOK_S)
+    telling.cancel()
     yield  # the main process has the store until the group is there
 
 

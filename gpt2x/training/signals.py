@@ -78,6 +78,7 @@ class StopRequest:
         self._previous = {}
         signal.set_wakeup_fd(self._previous_pipe)
         self._ended.set()
+        os.write(self._writing, b"\0")  # which ends the wait of the thread
         self._listener.join()
         os.close(self._reading)
         os.close(self._writing)

@@ -277,7 +277,7 @@ TARGETS = {"alone": (1, False), "launcher of 1": (1, True), "launcher of 2": (2,
 # --- the phases ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["alone", "launcher of 2", "rank 1"])
 def test_while_a_stream_is_down(start, runs, corpus, write_recipe, tmp_path, target):
     num_processes, has_launcher = TARGETS[target]
     with serving((corpus / "rows.jsonl").read_bytes()) as server:
@@ -292,15 +292,15 @@ def test_while_a_stream_is_down(start, runs, corpus, write_recipe, tmp_path, tar
         assert_saved_and_goes_on(runs, command, run_dir, num_processes=num_processes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_while_a_filler_hangs(start, runs, corpus, write_recipe, tmp_path, number):
+def test_while_a_filler_hangs(start, runs, corpus, write_recipe, tmp_path):
+    """And the terminal is lost."""
     command, run_dir = write_recipe(data=stream_of(corpus, tmp_path, corpus / "rows.jsonl"))
     tree = start(command, num_processes=1, has_launcher=False)
     tree.wait_until(lambda: steps_of(run_dir))
     (filler,) = tree.find(command="gpt2x.streams")
     os.kill(filler, signal.SIGSTOP)
     wait_until_it_waits(tree, run_dir)
-    assert_code(tree, tree.ends_by(number, tree.process.pid), target="alone", expected=128 + number)
+    assert_code(tree, tree.ends_by(signal.SIGHUP, tree.process.pid), target="alone", expected=129)
     assert_saved_and_goes_on(runs, command, run_dir, num_processes=1)
 
 
@@ -364,7 +364,7 @@ runpy.run_path(SCRIPT, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["launcher of 1", "launcher of 2", "rank 1"])
 def test_while_the_last_checkpoint_is_saved(start, runs, write_recipe, tmp_path, target):
     num_processes, has_launcher = TARGETS[target]
     command, run_dir = write_recipe(max_steps=4)
@@ -378,3 +378,12 @@ def test_while_the_last_checkpoint_is_saved(start, runs, write_recipe, tmp_path,
     run = runs.start(*command, num_processes=num_processes)
     assert run.wait_for_all() == [0] * num_processes, run.output()
     assert (run_dir / "stats.json").exists()
+
+
+def test_one_rank_may_prepare_and_save_for_longer_than_the_group_waits(runs, write_recipe):
+    """Three seconds of patience for a main process that needs five for its data and five for each checkpoint."""
+    command, run_dir = write_recipe(max_steps=3, save_steps=1)
+    run = runs.start(*command, patch="rank_patches:have_a_slow_main_process", num_processes=2)
+    assert run.wait_for_all() == [0, 0], run.output() + run.output(rank=1)
+    assert "waiting for the main process, which checks or prepares the data." in run.output(rank=1)
+    assert steps_of(run_dir) == [1, 2, 3]

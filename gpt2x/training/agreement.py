@@ -22,6 +22,8 @@ from gpt2x.errors import UserError
 
 # Longer than any preparation.
 PATIENCE = timedelta(days=30)
+# How long the main process waits for others that have nothing to do.
+LIMIT = timedelta(minutes=30)
 # After so long it is said for whom a process waits.
 SILENT_S = 30.0
 LOOK_S = 0.05
@@ -99,12 +101,30 @@ def wait_for_everyone(accelerator: Accelerator) -> None:
     Raises:
         UserError: where another one has ended.
     """
+    _wait(accelerator, PATIENCE)
+
+
+def wait_for_main(accelerator: Accelerator) -> None:
+    """Waits for the main process, however long it works. It waits for the others, who have nothing to do, within LIMIT.
+
+    Raises:
+        UserError: where another one has ended, or hangs.
+    """
+    _wait(accelerator, LIMIT if accelerator.is_main_process else PATIENCE)
+
+
+def _wait(accelerator: Accelerator, limit: timedelta) -> None:
     if accelerator.num_processes == 1:
         return
     arrival = distributed.barrier(_patient_group(), async_op=True)
     assert arrival is not None
-    pause_s = 0.001
+    end, pause_s = time.monotonic() + limit.total_seconds(), 0.001
     while not arrival.is_completed():
+        if time.monotonic() > end:
+            raise UserError(
+                f"another process of the run gives no sign of life for {limit.total_seconds():.0f} s; end it, and the "
+                f"same command goes on from the newest checkpoint."
+            )
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, LOOK_S)
     try:

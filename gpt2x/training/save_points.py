@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from gpt2x.training.agreement import wait_for_everyone
+from gpt2x.training.agreement import wait_for_main
 from gpt2x.training.deepspeed import ZeroAdamW
 from gpt2x.training.devices import environment_of
 from gpt2x.training.job import Job
@@ -35,7 +35,7 @@ def save_checkpoint(job: Job, progress: Progress, *, is_last: bool = False) -> N
         job.saver.save(whole_state(job, progress), is_last=is_last or sharded)  # what was sharded is a copy already
     elif sharded or _is_zero(job):  # every process has a part of it
         whole_state(job, progress)
-    wait_for_everyone(job.accelerator)
+    wait_for_main(job.accelerator)
 
 
 def finish_saving(job: Job) -> None:
@@ -45,7 +45,7 @@ def finish_saving(job: Job) -> None:
         UserError: where it could not be; on the others, that another one has ended.
     """
     job.saver.wait()
-    wait_for_everyone(job.accelerator)
+    wait_for_main(job.accelerator)
 
 
 def reserve_copies(job: Job, progress: Progress) -> None:

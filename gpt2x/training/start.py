@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import FinetuneRecipe, TrainingRecipe
 from gpt2x.errors import UserError
-from gpt2x.training.agreement import wait_for_everyone
+from gpt2x.training.agreement import wait_for_everyone, wait_for_main
 from gpt2x.training.budget import Budget, make_budget
 from gpt2x.training.checkpoints import Trainer, newest_checkpoint, read_state
 from gpt2x.training.cpu_attention import register_chunked_causal
@@ -65,7 +65,7 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
         progress = _progress(trainer, budget)
     if accelerator.is_main_process:
         _settle_records(run, checkpoint, progress, is_spent=budget.is_spent(progress))
-    wait_for_everyone(accelerator)
+    wait_for_main(accelerator)
     job = Job(
         recipe=recipe,
         run=run,

@@ -22,13 +22,20 @@ def end_the_data_of_rank_one():
     ReadAhead.can_fail = property(lambda self: True)
 
 
-def have_a_slow_main_process():
-    """The main process takes five seconds for its data and for each checkpoint; a group waits for three."""
+def have_little_patience():
+    """A group of processes waits for three seconds."""
     from torch.distributed import distributed_c10d, rendezvous
 
+    from gpt2x.training import agreement
+
+    distributed_c10d.default_pg_timeout = rendezvous.default_pg_timeout = agreement.LIMIT = timedelta(seconds=3)
+
+
+def have_a_slow_main_process():
+    """The main process takes five seconds for its data and for each checkpoint; a group waits for three."""
     from gpt2x.training import agreement, checks, saving
 
-    distributed_c10d.default_pg_timeout = rendezvous.default_pg_timeout = timedelta(seconds=3)
+    have_little_patience()
     agreement.SILENT_S = 1.0
     for owner, name in ((checks, "check_before_torch"), (saving, "write_checkpoint")):
         setattr(owner, name, _slow(getattr(owner, name)))

@@ -128,9 +128,7 @@ with signals.StopRequest() as stop:
 SAVING = "SIGTERM: saving after this step; once more to leave at once."
 
 
-@pytest.mark.parametrize(
-    ("mode", "said"), [("free", "SIGTERM: nothing to save, leaving."), ("held", SAVING)]
-)
+@pytest.mark.parametrize(("mode", "said"), [("free", "SIGTERM: nothing to save, leaving."), ("held", SAVING)])
 def test_a_main_thread_that_waits_outside_of_python_is_ended_all_the_same(mode, said):
     with subprocess.Popen(
         [sys.executable, "-c", DEAF, mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT

@@ -387,3 +387,29 @@ def test_one_rank_may_prepare_and_save_for_longer_than_the_group_waits(runs, wri
     assert run.wait_for_all() == [0, 0], run.output() + run.output(rank=1)
     assert "waiting for the main process, which checks or prepares the data." in run.output(rank=1)
     assert steps_of(run_dir) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("where", "save_steps", "line"),
+    [
+        ("step", None, "Timed out waiting 3000ms"),
+        ("save", 1, "another process of the run gives no sign of life for 3 s"),
+    ],
+)
+def test_a_rank_that_hangs_ends_the_others_when_they_have_waited_long_enough(
+    runs, write_recipe, where, save_steps, line
+):
+    """Rank 1 stands still before its sixth step, or its sixth save."""
+    command, run_dir = write_recipe(save_steps=save_steps, save_total_limit=1)
+    function = {"step": "gpt2x.training.loop:optimizer_step", "save": "gpt2x.training.loop:reserve_copies"}[where]
+    patch, at = "rank_patches:have_little_patience", f"{function}:before:6:SIGSTOP"
+    run = runs.start(*command, patch=patch, at=at, at_rank=1, num_processes=2)
+    run.wait_until(lambda: line in run.output())
+    run.send(signal.SIGKILL, rank=1)  # as a launcher does
+    assert run.wait_for_all() == [1, -signal.SIGKILL]
+    if where == "step":
+        return
+    step = int(newest_checkpoint(run_dir)[0].name[5:])
+    run = runs.start(*command, f"--train.max_steps={step + 2}", "--resume=true", num_processes=2)
+    assert run.wait_for_all() == [0, 0], run.output()
+    assert steps_of(run_dir) == list(range(1, step + 3))

@@ -50,10 +50,8 @@ class ReadAhead:
             UserError: what reading it raised.
         """
         self._waiting_since = self._waiting_since or time.perf_counter()
-        if self.prefetch_steps or self.can_fail:
-            batch = self._ahead(step, last, patience_s)
-        else:
-            batch = self._read(step)
+        is_ahead = self.prefetch_steps or self.can_fail
+        batch = self._ahead(step, last, patience_s) if is_ahead else self._read(step)
         if batch is not None:
             self.waited_s, self._waiting_since = time.perf_counter() - self._waiting_since, None
         return batch

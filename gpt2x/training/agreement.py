@@ -105,7 +105,7 @@ def wait_for_everyone(accelerator: Accelerator) -> None:
 
 
 def wait_for_main(accelerator: Accelerator) -> None:
-    """Waits for the main process, however long it works. It waits for the others, who have nothing to do, within LIMIT.
+    """Waits for the main process, however long it works; it waits for the others, who have nothing to do, for LIMIT.
 
     Raises:
         UserError: where another one has ended, or hangs.

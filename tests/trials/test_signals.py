@@ -337,7 +337,7 @@ def test_while_the_first_step_is_compiled(start, write_recipe, tmp_path, target)
 @pytest.mark.parametrize("target", ["alone", "launcher of 1", "launcher of 2"])
 def test_while_it_is_pushed_to_a_hub_that_is_silent(start, runs, write_recipe, target):
     num_processes, has_launcher = TARGETS[target]
-    command, run_dir = write_recipe(max_steps=2, hub={"push": True, "repo_id": "user/tiny"})
+    command, _ = write_recipe(max_steps=2, hub={"push": True, "repo_id": "user/tiny"})
     with serving(b"", is_silent=True) as hub:
         online = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_abc", "HF_HUB_OFFLINE": "0"}
         tree = start(command, num_processes=num_processes, has_launcher=has_launcher, **online)

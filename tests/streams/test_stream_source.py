@@ -1,6 +1,7 @@
 """What a stream gives does not depend on when it is read, by whom, in how many goes, and with how much of a cache."""
 
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from naive_stream import LENGTH, NaiveStream, read
 from gpt2x.errors import UserError
 from gpt2x.shards.files import open_shard
 from gpt2x.shards.tokenizer import load_tokenizer
-from gpt2x.streams.ledger import write_failure
+from gpt2x.streams.ledger import failure_file, write_failure
 
 pytestmark = pytest.mark.usefixtures("in_thread")
 
@@ -251,6 +252,19 @@ def test_the_failure_of_an_earlier_run_does_not_end_this_one(section, open_sourc
     monkeypatch.setattr("gpt2x.streams.cache.OLD_FAILURE_S", 0.3)
     with pytest.raises(UserError, match="the stream of yesterday is broken"):
         open_source(fills=False, cache_dir=tmp_path / "nobody_fills").require(1)
+
+
+def test_a_clock_that_is_set_back_hides_no_failure(section, open_source):
+    """The failure is new, whatever time its file has."""
+    reader = open_source(fills=False)
+    write_failure(section.cache_dir, "the stream is broken")
+    yesterday = time.time() - 86_400
+    os.utime(failure_file(section.cache_dir), (yesterday, yesterday))
+    closing = threading.Timer(5, reader.close)  # ends what would wait
+    closing.start()
+    with pytest.raises(UserError, match="the stream is broken"):
+        reader.require(1)
+    closing.cancel()
 
 
 def test_a_missing_column_is_reported_with_those_that_there_are(section, open_source):

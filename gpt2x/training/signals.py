@@ -5,6 +5,8 @@ import signal
 import sys
 from types import FrameType
 
+from gpt2x.terminal import write_at_once
+
 
 class StopRequest:
     """Remembers what signals ask of this process.
@@ -82,4 +84,4 @@ class StopRequest:
 
 def _say(text: str) -> None:
     """Past Python's buffers, into which the interrupted code may be writing."""
-    os.write(2, f"\n{text}\n".encode())
+    write_at_once(2, text)

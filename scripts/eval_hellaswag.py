@@ -10,8 +10,8 @@ import sys
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config.evaluation import HellaSwagRecipe
-from gpt2x.errors import exit_on_user_error
 from gpt2x.locate import find_model
+from gpt2x.terminal import command
 
 
 def main(recipe: HellaSwagRecipe) -> None:
@@ -55,14 +55,14 @@ def main(recipe: HellaSwagRecipe) -> None:
 
     # 4. What came out
     if accelerator.is_main_process:
-        print_scores(scores, sizes)
         stats_file = record_results(directory, dict(result_record(*entry) for entry in scores.items()))
+        print_scores(scores, sizes)
         if stats_file is not None:
             print(f"recorded in {stats_file}")
     accelerator.end_training()  # a group of processes that outlives Python's end may abort it
 
 
 if __name__ == "__main__":
-    parsed, _ = parse_recipe(HellaSwagRecipe, sys.argv[1:], script="eval_hellaswag.py", positional="model")
-    with exit_on_user_error():
+    with command(os.environ):
+        parsed, _ = parse_recipe(HellaSwagRecipe, sys.argv[1:], script="eval_hellaswag.py", positional="model")
         main(parsed)

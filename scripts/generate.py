@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import GenerationRecipe
-from gpt2x.errors import UserError, exit_on_user_error
+from gpt2x.errors import UserError
 from gpt2x.locate import find_model
+from gpt2x.terminal import command
 
 
 def main(recipe: GenerationRecipe) -> None:
@@ -59,6 +60,6 @@ def prompts(recipe: GenerationRecipe) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    parsed, _ = parse_recipe(GenerationRecipe, sys.argv[1:], script="generate.py", positional="model")
-    with exit_on_user_error():
+    with command(is_product=True):
+        parsed, _ = parse_recipe(GenerationRecipe, sys.argv[1:], script="generate.py", positional="model")
         main(parsed)

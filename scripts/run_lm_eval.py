@@ -10,8 +10,8 @@ import sys
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config.evaluation import LmEvalRecipe
-from gpt2x.errors import exit_on_user_error
 from gpt2x.locate import find_model
+from gpt2x.terminal import command
 
 
 def main(recipe: LmEvalRecipe) -> None:
@@ -25,6 +25,7 @@ def main(recipe: LmEvalRecipe) -> None:
 
     logging.disable_progress_bar()
     results = run_lm_eval(recipe, compute_device(os.environ))
+    stats_file = record_results(directory, {f"lm_eval/{task}": found for task, found in results.items()})
     for task, figures in results.items():
         for name, figure in figures.items():
             print(
@@ -32,12 +33,11 @@ def main(recipe: LmEvalRecipe) -> None:
                 if isinstance(figure, float)
                 else f"{task:30s} {name:24s} {figure}"
             )
-    stats_file = record_results(directory, {f"lm_eval/{task}": found for task, found in results.items()})
     if stats_file is not None:
         print(f"recorded in {stats_file}")
 
 
 if __name__ == "__main__":
-    parsed, _ = parse_recipe(LmEvalRecipe, sys.argv[1:], script="run_lm_eval.py", positional="model")
-    with exit_on_user_error():
+    with command():
+        parsed, _ = parse_recipe(LmEvalRecipe, sys.argv[1:], script="run_lm_eval.py", positional="model")
         main(parsed)

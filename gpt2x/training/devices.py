@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator, ParallelismConfig, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin, set_seed
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
@@ -82,6 +82,9 @@ def make_accelerator(
         cpu=on_cpu and not is_zero,  # else accelerate leaves DeepSpeed out
         mixed_precision="no" if is_zero else recipe.train.mixed_precision,
         fsdp_plugin=plugin,
+        # What a launch configuration says of these is the recipe's to decide; see launch.passed_over.
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         parallelism_config=make_parallelism() if is_sharded else None,
         log_with=recipe.run.report_to or None,
         project_dir=recipe.run.dir,

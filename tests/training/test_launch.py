@@ -23,6 +23,7 @@ from gpt2x.training.launch import (
     check_launch,
     check_launch_of_adapters,
     num_data_ranks,
+    passed_over,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +149,7 @@ def sizes(*, world, **given):
     ("environment", "message"),
     [
         ({"RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"fsdp_version \(1\) must be 2"),
+        ({"RANK": "0", "ACCELERATE_USE_MEGATRON_LM": "true"}, r"distributed_type \(MEGATRON_LM\) must be FSDP or"),
         (zero(ZERO_STAGE="3"), r"zero_stage \(3\) must be 2, as in deepspeed_zero2\.yaml; fsdp2\.yaml does more"),
         (zero(OFFLOAD_OPTIMIZER_DEVICE="cpu"), r"offload_optimizer_device \(cpu\) must be none"),
         (zero(CONFIG_FILE="own.json"), r"deepspeed_config_file \(own\.json\) must be none"),
@@ -182,6 +184,40 @@ def test_what_a_configuration_asks_for_and_is_not_done_is_refused(environment, m
 )
 def test_one_process_alone_and_ranks_of_a_launcher_are_let_through(environment):
     check_launch(environment)
+
+
+LEFTOVERS = {
+    "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+    "ACCELERATE_MIXED_PRECISION": "fp8",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+}
+
+
+def test_what_a_launch_configuration_says_and_the_recipe_decides_is_told(recipe):
+    lines = passed_over(LEFTOVERS, recipe)
+    assert [line.split(" of the launch configuration is passed over: ")[0] for line in lines] == [
+        "dynamo_backend (eager)",
+        "mixed_precision (fp8)",
+        "gradient_accumulation_steps (4)",
+        "gradient_clipping (0.5)",
+    ]
+    assert lines[0].endswith("the recipe's train.torch_compile (false) counts.")
+    defaults = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert passed_over(defaults, recipe) == passed_over({}, recipe) == []
+
+
+def test_leftovers_of_a_launch_configuration_change_no_number_of_a_run(
+    recipe, changed, pretrain, monkeypatch, tmp_path, assert_equal_tensors
+):
+    """accelerate alone would compile the model, whose names then fit no checkpoint, and quarter the gradients."""
+    recipe = changed(recipe, train={"max_steps": 2, "max_grad_norm": None})
+    expected = pretrain(recipe)
+    for name, value in LEFTOVERS.items():
+        monkeypatch.setenv(name, value)
+    found = pretrain(changed(recipe, run={"dir": tmp_path / "leftovers"}))
+    assert found.records() == expected.records()
+    assert_equal_tensors(found.saved(), expected.saved())
 
 
 # In place of SLURM and of the launcher, which waits for a signal where it is told to.

@@ -11,6 +11,7 @@ from gpt2x.commands import shell_command
 from gpt2x.errors import exit_on_user_error
 from gpt2x.shards.import_recipe import ImportRecipe
 from gpt2x.shards.recipe_checks import check_import
+from gpt2x.terminal import command
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,8 +35,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command(if_stopped="stopped; the same command begins again"):
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("stopped; the same command begins again", file=sys.stderr)
-        sys.exit(130)

@@ -19,6 +19,7 @@ ORDER = [
     "addresses",
     "commands",
     "errors",
+    "terminal",
     "files",
     "manifest",
     "locate",
@@ -27,6 +28,7 @@ ORDER = [
     "command_line",
     "shards",
     "streams",
+    "accelerators",
     "batches",
     "vocabulary",
     "models",
@@ -37,17 +39,7 @@ ORDER = [
     "preflight",
     "run",
 ]
-WITHOUT_TORCH = (
-    "addresses",
-    "commands",
-    "errors",
-    "files",
-    "manifest",
-    "locate",
-    "prerequisites",
-    "config",
-    "reporting",
-)
+WITHOUT_TORCH = (*ORDER[: ORDER.index("shards")], "reporting")
 ALLOWED_TOPS = {
     "scripts": {"gpt2x", "modeling_gpt2x", "benchmarks"},
     "benchmarks": {"gpt2x", "modeling_gpt2x", "benchmarks"},

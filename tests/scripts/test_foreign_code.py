@@ -64,6 +64,8 @@ def foreign(tmp_path, tokenizer, code):
 
 def run(script, *arguments, monkeypatch) -> int:
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    for name in ("stdout", "stderr"):  # which a script replaces by streams of its own
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
     return ended.value.code
@@ -81,7 +83,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_model_that_needs_its_own_code_is_refused_in_one_line_and_nobody_is_asked(
-    name, foreign, marker, monkeypatch, capsys, tmp_path
+    name, foreign, marker, monkeypatch, capfd, tmp_path
 ):
     if name in ("onnx", "gguf"):
         pytest.importorskip(name, reason=f"the extra {name} is not installed")
@@ -90,7 +92,7 @@ def test_a_model_that_needs_its_own_code_is_refused_in_one_line_and_nobody_is_as
     Path("items.jsonl").write_text(json.dumps(item | {"ctx_b": "1", "split": "val", "source_id": "activitynet~1"}))
     script, options = SCRIPTS[name]
     assert run(script, foreign, *options, monkeypatch=monkeypatch) == 1
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert printed.out == ""
     line = printed.err.strip().split("\n")[-1]
     if name == "gguf":

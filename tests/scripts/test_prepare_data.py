@@ -20,18 +20,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, capfd):
     """Runs a script in tmp_path, in this process: its exit code, what it printed, and what it complained."""
 
     def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *arguments])
+        for name in ("stdout", "stderr"):  # which a script replaces by streams of its own
+            monkeypatch.setattr(sys, name, getattr(sys, name))
         code = 0
         try:
             runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
         except SystemExit as exit_:
             code = exit_.code
-        return code, *capsys.readouterr()
+        return code, *capfd.readouterr()
 
     return run_script
 

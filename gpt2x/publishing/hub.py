@@ -166,7 +166,7 @@ def _reason(answer: dict[str, Any]) -> str:
 def _failed(directory: Path, push: Push, reason: str) -> UserError:
     """The one line of a failure. The client's own messages never hold the token; this makes sure."""
     command = f"python scripts/push_to_hub.py {shlex.quote(str(directory))} --repo_id {push.repo_id}"
-    command += " --public true" if push.is_public else ""
+    command += " --public" if push.is_public else ""
     command += f" --license {shlex.quote(push.license)}" if push.license is not None else ""
     line = f"{push.repo_id} was not updated: {reason}; then `{command}` tries again."
     token = get_token()

@@ -137,11 +137,11 @@ def test_missing_items_are_named_before_the_model_is_loaded(evaluate, run_dir):
 @pytest.mark.parametrize(
     ("recipe_class", "arguments", "line"),
     [
-        (HellaSwagRecipe, ["--num_items=0"], "num_items (0) must be positive."),
-        (HellaSwagRecipe, ["--batch_size=-1"], "batch_size (-1) must be positive."),
+        (HellaSwagRecipe, ["--num_items=0"], "num_items (0) must be a whole number from 1 to "),
+        (HellaSwagRecipe, ["--batch_size=-1"], "batch_size (-1) must be a whole number from 1 to "),
         (LmEvalRecipe, ["--tasks=,"], "tasks must name at least one task, as in --tasks hellaswag,piqa."),
-        (LmEvalRecipe, ["--tasks=x", "--limit=0"], "limit (0) must be positive."),
-        (LmEvalRecipe, ["--tasks=x", "--num_fewshot=-1"], "num_fewshot (-1) must not be negative; 0 is zero-shot."),
+        (LmEvalRecipe, ["--tasks=x", "--limit=0"], "limit (0) must be a whole number from 1 to "),
+        (LmEvalRecipe, ["--tasks=x", "--num_fewshot=-1"], "num_fewshot (-1) must be a whole number from 0 to 10,000"),
     ],
 )
 def test_a_mistake_in_the_recipe_ends_in_one_line(recipe_class, arguments, line, capsys):

@@ -77,7 +77,7 @@ def outputs(home: Path) -> dict[str, str]:
 def test_fine_tuning_shows_what_is_learned_and_ends_in_a_stock_chat_model(home, outputs):
     printed = outputs["scripts/finetune.py"]
     assert re.search(r"<\|im_start\|>assistant\n⟦[^⟧]*<\|im_end\|>⟧", printed)
-    assert printed.splitlines()[-1] == "chat with it:   python scripts/generate.py runs/chat/final --chat true"
+    assert printed.splitlines()[-1] == "chat with it:   python scripts/generate.py runs/chat/final --chat"
     final = home / "runs" / "chat" / "final"
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert type(AutoModelForCausalLM.from_pretrained(final)).__name__ == "NanoChatForCausalLM"

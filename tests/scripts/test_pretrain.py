@@ -344,7 +344,7 @@ def mistakes(shards, tmp_path):
             [*data, "--train.max_stepz=3"],
             None,
             2,
-            "pretrain.py: error: unrecognized arguments: --train.max_stepz=3; did you mean 'train.max_steps'?",
+            "pretrain.py: error: train.max_stepz is no field; did you mean train.max_steps?",
         ),
         "sequence length": (
             [*data, "--data.sequence_length=64"],

@@ -10,7 +10,7 @@ import sys
 from argparse import Action
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -39,6 +39,7 @@ LONGEST_LINE = 230
 # Texts in which a backslash can only be meant as an escape.
 _ESCAPED = ("document_separator",)
 _SAID = ("true", "false", "yes", "no", "on", "off")
+_A_FILE = ("Path to a configuration file.", "All of the section: fields and values, or the file of them.")
 _PATHS = (
     "Paths: parts of a recipe (sections, chat templates, tokenizer recipes) lie beside the file that names them, or "
     "else among those that come with gpt2x; data, models, runs and outputs lie in the working directory; ~ is your "
@@ -51,10 +52,12 @@ class _Help(DefaultHelpFormatter):
 
     def _get_type_str(self, action: Action) -> str | None:
         hint = getattr(action, "_typehint", None)
-        return super()._get_type_str(action) if hint is None else in_words(hint)
+        if hint is None or hint is bool or get_origin(hint) is Literal or action.option_strings[0].endswith(".help"):
+            return None  # or what it takes stands before it
+        return in_words(hint)
 
     def _get_help_string(self, action: Action) -> str:
-        return super()._get_help_string(action).replace("type: %(type)s", "%(type)s")
+        return super()._get_help_string(action).replace("type: %(type)s", "%(type)s").replace(*_A_FILE)
 
     def _expand_help(self, action: Action) -> str:
         return re.sub(r"default: (True|False)", lambda found: found[0].lower(), super()._expand_help(action))

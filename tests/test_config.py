@@ -382,7 +382,7 @@ def test_a_section_may_be_a_file_relative_to_the_recipe_that_names_it(tmp_path):
             ["--model", "gpt3"],
             "model (gpt3) is no file here, and none that gpt2x has; did you mean configuration/model/",
         ),
-        (["--data.stream.tokenizer", "x"], "data.stream.cache_dir is needed: a path; give --data.stream.cache_dir "),
+        (["--data.stream.tokenizer", "x"], "data.stream.cache_dir is needed; give --data.stream.cache_dir VALUE, "),
         (["--config"], "--config needs the path of a recipe, a YAML file as those in configuration/."),
         (
             ["--config", "configuration/pretrain/quickstrat.yaml"],

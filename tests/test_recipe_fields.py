@@ -166,7 +166,7 @@ def wrong_values(hint: Any) -> list[Any]:
         return [7, 0.5, True, [1], {"a": 1}]
     if words.startswith("a list of texts"):
         return [7, "zzz", {"a": 1}, [7], [["a"]], False]
-    if words.startswith(("names and values", "a list of sections", "a section")):
+    if words.startswith(("names and values", "a list of fields", "fields and values")):
         return [7, "zzz", True, ["zzz"]]
     return [
         "zzz",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from gpt2x.config.checks import Range, Size, check_numbers
+from gpt2x.config.checks import Range, Size, check_numbers, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,4 +52,4 @@ class LmEvalRecipe:
     def __post_init__(self) -> None:
         check_numbers(self, "")
         if not [name for name in self.tasks.split(",") if name.strip()]:
-            raise ValueError(f"tasks ({self.tasks!r}) must name at least one task, as in --tasks hellaswag,piqa.")
+            raise ValueError(f"tasks ({shown(self.tasks)}) must name at least one task, as in --tasks hellaswag,piqa.")

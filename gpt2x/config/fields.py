@@ -76,7 +76,8 @@ def _alternatives(hint: Any) -> list[Any]:
 def in_words(hint: Any) -> str:
     """What a field takes, as a user would say it."""
     words = [_one_in_words(one, hint) for one in _alternatives(hint) if one is not type(None)]
-    return " or ".join([*words, "null"] if is_optional(hint) else words)
+    text = " or ".join(words)
+    return text if not is_optional(hint) else f"{text}, or null" if " or " in text else f"{text} or null"
 
 
 def _one_in_words(kind: Any, hint: Any) -> str:
@@ -85,10 +86,10 @@ def _one_in_words(kind: Any, hint: Any) -> str:
     if get_origin(kind) is Literal:
         return enumerated(get_args(kind))
     if get_origin(kind) is list:
-        return "a list of sections" if item_of(kind) is not None else "a list of texts, as [a, b]"
+        return "a list of fields and values" if item_of(kind) is not None else "a list of texts, as [a, b]"
     if kind is dict or get_origin(kind) is dict:
         return "names and values, as {name: value}"
-    return {bool: "true or false", str: "text", Path: "a path"}.get(kind, "a section or the file of one")
+    return {bool: "true or false", str: "text", Path: "a path"}.get(kind, "fields and values, or the file of them")
 
 
 def enumerated(names: Sequence[str]) -> str:
@@ -135,12 +136,20 @@ def _checked_section(content: Mapping[Any, Any], section: type, *, key: str) -> 
         for name, hint in hints.items()
         if name in content
     }
-    for name in (name for name in hints if name not in content and _is_required(section, name)):
-        if section_of(hints[name]) is None:
-            remedy = "add it" if "[" in prefix else f"give --{prefix}{name} VALUE"
-            raise ValueError(f"{prefix}{name} is needed: {in_words(hints[name])}; {remedy}.")
-        found[name] = checked({}, hints[name], key=prefix + name)
-    return found
+    if missing := list(_missing(section, content, prefix)):
+        verb = "is" if len(missing) == 1 else "are"
+        remedy = "add that" if "[" in prefix else "give " + " ".join(f"--{name} VALUE" for name in missing)
+        raise ValueError(f"{' and '.join(missing)} {verb} needed; {remedy}, or a recipe that has it by --config.")
+    absent = [name for name in hints if name not in content and _is_required(section, name)]
+    return found | {name: checked({}, hints[name], key=prefix + name) for name in absent}
+
+
+def _missing(section: type, content: Mapping[Any, Any], prefix: str) -> Iterator[str]:
+    """The keys of what a section needs and lacks, also in the sections that it needs."""
+    for name, hint in annotations_of(section).items():
+        if name not in content and _is_required(section, name):
+            inner = section_of(hint)
+            yield from [f"{prefix}{name}"] if inner is None else _missing(inner, {}, f"{prefix}{name}.")
 
 
 def made(value: Any, hint: Any) -> Any:

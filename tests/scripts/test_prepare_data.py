@@ -106,16 +106,16 @@ def test_the_default_recipe_is_found_from_any_directory(run):
 @pytest.mark.parametrize(
     ("given", "missing"),
     [
-        ([], "output_dir, tokenizer.path"),
-        (["--output_dir=shards"], "tokenizer.path"),
-        (["--tokenizer.path=openai-community/gpt2"], "output_dir"),
+        ([], "output_dir and tokenizer.path are needed; give --output_dir VALUE --tokenizer.path VALUE, "),
+        (["--output_dir=shards"], "tokenizer.path is needed; give --tokenizer.path VALUE, "),
+        (["--tokenizer.path=openai-community/gpt2"], "output_dir is needed; give --output_dir VALUE, "),
     ],
 )
 def test_a_corpus_of_ones_own_has_no_hidden_base(run, tmp_path, corpus, given, missing):
     before = sorted(tmp_path.iterdir())
     code, printed, complaint = run("prepare_data.py", *corpus, *given)
     assert (code, printed) == (2, "")
-    assert complaint.startswith(f"prepare_data.py: error: the following arguments are required: {missing}; ")
+    assert complaint.startswith(f"prepare_data.py: error: {missing}or a recipe that has it by --config.")
     assert complaint.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 

@@ -97,6 +97,21 @@ def test_both_scripts_have_the_same_default_corpus():
     assert sorted(flags) == sorted(f"--corpus.{field}={value}" for field, value in recipe["corpus"].items())
 
 
+def test_the_words_that_say_which_corpus_it_is_are_all_passed_on_and_no_others():
+    corpus_arguments = runpy.run_path(str(ROOT / "scripts" / "train_tokenizer.py"))["corpus_arguments"]
+    corpus = [
+        "--corpus.streaming",
+        "--corpus.paths",
+        '["a b"]',
+        r"--corpus.document_separator=\n",
+        "--corpus.kind",
+        "files",
+    ]
+    tokenizer = ["--tokenizer.path", "tok", "--tokenizer.vocab_size=300"]
+    for words in ([*corpus, *tokenizer], [*corpus[:1], *tokenizer, *corpus[1:]], [*tokenizer, *corpus]):
+        assert corpus_arguments(words) == corpus
+
+
 def test_the_default_recipe_is_found_from_any_directory(run):
     code, _, complaint = run("prepare_data.py", "--tokens_per_shard=0")
     assert code == 2

@@ -160,7 +160,7 @@ def _options(arguments: Sequence[str], recipe_class: type, positional: str | Non
         if not word.startswith("--"):
             if word == "-h":
                 yield word, word
-            elif positional is None:
+            elif positional is None or word.startswith("-"):
                 raise ValueError(f"{shown(word)} is no option; give it as --FIELD {shown(word)}, or leave it out.")
             else:
                 yield positional, word

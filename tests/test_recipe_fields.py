@@ -242,6 +242,14 @@ def test_a_flag_needs_no_value_and_takes_no_other_word(words, model, chat):
     assert (recipe.model, recipe.chat) == (model, chat)
 
 
+@pytest.mark.parametrize("words", [["-m", "runs/x"], ["runs/x", "runs/y"], ["runs/x", "--chat", "perhaps"]])
+def test_a_word_that_belongs_to_nothing_is_refused(capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        parse_recipe(GenerationRecipe, words, script="generate.py", positional="model")
+    expected = r"error: (-m is no option; |runs/y is no option; |chat \(perhaps\) must be true or false\.$)"
+    assert re.search(expected, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_of_every_command_may_stand_alone(line_of, command):
     recipe_class, content = COMMANDS[command]

@@ -129,7 +129,7 @@ def checked(value: Any, hint: Any, *, key: str = "", default: Any = None) -> Any
 
 def _checked_section(content: Mapping[Any, Any], section: type, *, key: str) -> dict[str, Any]:
     hints, prefix = annotations_of(section), f"{key}." if key else ""
-    if unknown := next((str(name) for name in content if name not in hints), None):
+    for unknown in (str(name) for name in content if name not in hints):
         raise unknown_field(prefix + unknown, section, prefix=prefix)
     found = {
         name: checked(content[name], hint, key=prefix + name, default=default_of(section, name))

@@ -116,7 +116,7 @@ def parse_recipe(
         fields = checked(fields, recipe_class)
         recipe = at_home(made(fields, recipe_class))
         if asked:
-            _answer(parser, recipe_class, ["--config", yaml.safe_dump(fields, allow_unicode=True), *asked])
+            _answer(parser, recipe_class, ["--config", yaml.safe_dump(fields), *asked])
         return recipe, config_file
     except ValueError as error:
         parser.error(str(error))

@@ -34,7 +34,7 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     """
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
     from gpt2x.training.checks import check_before_torch
-    from gpt2x.training.launch import check_launch, check_launch_of_adapters, num_data_ranks
+    from gpt2x.training.launch import check_launch, check_launch_of_adapters, num_data_ranks, passed_over
     from gpt2x.training.lock import locked
     from gpt2x.training.run_directory import open_run_directory
 
@@ -44,7 +44,7 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
         check_launch_of_adapters(environment)
     directory = open_run_directory(recipe, name=name)
     say = print if is_main else lambda _line: None
-    for line in directory.notes:
+    for line in (*passed_over(environment, recipe), *directory.notes):
         say(line)
     if _is_finished(directory, say):
         return 0
@@ -55,7 +55,8 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     # 2. From here on nobody else writes where the run stands
     with locked(directory.path) if is_main else nullcontext() as hold:
         # 3. Devices, data, model; training; the model, the numbers and the plots
-        return _train(recipe, replace(directory, hold=hold), _accelerator(recipe, environment), stop)
+        accelerator = _accelerator(recipe, environment)
+        return _train(recipe, replace(directory, hold=hold), accelerator, stop)
 
 
 def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
@@ -75,15 +76,19 @@ def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
 
 
 def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Accelerator":
+    from gpt2x.training.agreement import after_main
     from gpt2x.training.devices import make_accelerator
     from gpt2x.training.launch import asks_for_sharding, asks_for_zero
 
-    return make_accelerator(
-        recipe,
-        local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
-        is_sharded=asks_for_sharding(environment),
-        is_zero=asks_for_zero(environment),
-    )
+    rank, num_processes = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    with after_main(rank=rank, num_processes=num_processes):
+        return make_accelerator(
+            recipe,
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+            is_sharded=asks_for_sharding(environment),
+            is_zero=asks_for_zero(environment),
+            environment=environment,
+        )
 
 
 def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Accelerator", stop: StopRequest) -> int:
@@ -105,7 +110,6 @@ def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Acce
     recorder = Recorder(job)
     with closing(job.batches), closing(recorder):
         validation = train(job, progress, recorder, stop)
-    stop.let_go()  # what follows can be repeated from the last checkpoint
     if validation is not None:
         finish(job, progress, validation)
         push(job)

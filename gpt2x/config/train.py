@@ -49,7 +49,8 @@ class TrainSection:
     max_tokens: Count | None = None
     """Budget in tokens."""
     max_time_s: Annotated[float, Range(above=0, most=10**9)] | None = None
-    """Budget in seconds of training: compilation counts, validation, samples and saving do not."""
+    """Budget in seconds of training: compilation and waiting for data count, validation, samples, saving and a machine
+    that sleeps do not."""
     num_train_epochs: Annotated[float, Range(above=0, most=10**6)] | None = None
     """Budget in passes over all sequences of the sources, the last step made whole; not for streams. Of a mixture with
     weights, as many sequences as that. Like max_tokens it is counted in steps of the present size."""

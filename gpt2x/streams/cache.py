@@ -31,7 +31,7 @@ from gpt2x.streams.process import FillerProcess
 from gpt2x.streams.recipe import FillerRecipe
 
 POLL_S = 0.02
-# How long a failure that was there before this reader may be that of an earlier run, whose successor removes it.
+# How long a failure that was there before this reader counts as that of an earlier run, whose successor removes it.
 OLD_FAILURE_S = 30.0
 Found = TypeVar("Found")
 
@@ -60,7 +60,8 @@ class StreamCache:
             fingerprint=tokenizer_fingerprint(tokenizer),
         )
         self.lock, self.waited_s = threading.RLock(), 0.0
-        self._closing, self._created_at = threading.Event(), time.time()
+        self._closing, self._created_at = threading.Event(), time.monotonic()
+        self._old_failure = _identity(failure_file(self.directory))
         self._tokenizer, self._shards = tokenizer, dict[int, Shard]()
         self._ledger_seen: tuple[int, int, int] | None = None
         self._filler = self._started_filler() if fills else None
@@ -177,12 +178,19 @@ class StreamCache:
 
     def _failure(self) -> str | None:
         """Why the stream is broken for good, if it is."""
-        try:
-            written_at = failure_file(self.directory).stat().st_mtime
-        except OSError:
+        if (identity := _identity(failure_file(self.directory))) is None:
             return None
-        is_old = written_at < self._created_at and time.time() < self._created_at + OLD_FAILURE_S
+        is_old = identity == self._old_failure and time.monotonic() < self._created_at + OLD_FAILURE_S
         return None if is_old else read_failure(self.directory)
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    """What another file of this name does not have, whatever clock it was written by; None where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _keep_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

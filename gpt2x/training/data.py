@@ -16,6 +16,7 @@ from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint
+from gpt2x.training.agreement import wait_for_main
 from gpt2x.training.checks import check_batch, prepare_missing_shards
 
 
@@ -45,7 +46,7 @@ def prepare_data(recipe: TrainingRecipe, accelerator: Accelerator) -> None:
     check_batch(recipe, num_processes=data_rank(accelerator).num_ranks)
     if accelerator.is_main_process:
         prepare_missing_shards(recipe)
-    accelerator.wait_for_everyone()
+    wait_for_main(accelerator)
 
 
 def steps_per_epoch(recipe: TrainingRecipe) -> float | None:

@@ -16,6 +16,7 @@ from gpt2x.evaluation.results import recorded_results
 from gpt2x.files import write_file
 from gpt2x.models import flops_per_token, num_parameters
 from gpt2x.reporting import column, read_metrics, write_plots
+from gpt2x.training.agreement import wait_for_main
 from gpt2x.training.devices import describe_device
 from gpt2x.training.final_model import write_final
 from gpt2x.training.job import Job
@@ -39,7 +40,7 @@ def finish(job: Job, progress: Progress, validation: Validation) -> None:
             write_plots(job.run.path)
         stats = _stats(job, progress) | validation.metrics() | {"model_type": model_type}
         write_stats(job, stats)
-    job.accelerator.wait_for_everyone()
+    wait_for_main(job.accelerator)
 
 
 def push(job: Job) -> None:

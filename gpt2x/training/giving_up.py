@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from gpt2x.errors import UserError
 from gpt2x.evaluation import validate
 from gpt2x.files import set_aside
-from gpt2x.training.agreement import Vote, agree
+from gpt2x.training.agreement import Vote, agree, wait_for_main
 from gpt2x.training.checkpoints import checkpoint_dir
 from gpt2x.training.deepspeed import ZeroAdamW
 from gpt2x.training.job import Job
@@ -59,5 +59,5 @@ def give_up(job: Job, step: int, reason: str) -> UserError:
             if os.path.lexists(checkpoint):
                 reason += f"; {checkpoint} holds it and is set aside as {set_aside(checkpoint).name}"
     finally:
-        job.accelerator.wait_for_everyone()
+        wait_for_main(job.accelerator)
     return UserError(not_saved(job.run.path, step, reason))

@@ -12,11 +12,14 @@ from gpt2x.training.job import Job
 from gpt2x.training.obstacles import StepOutcome, reason_to_stop
 from gpt2x.training.recording import Recorder
 from gpt2x.training.retention import note_validation
-from gpt2x.training.save_points import reserve_copies, save_before_decay, save_checkpoint
+from gpt2x.training.save_points import finish_saving, reserve_copies, save_before_decay, save_checkpoint
 from gpt2x.training.signals import StopRequest
 from gpt2x.training.spikes import SpikeDetector, record_spike, suspects
 from gpt2x.training.state import Progress
 from gpt2x.training.steps import optimizer_step
+
+# While a stream is waited for: how often the ranks ask each other, and when that is said.
+ROUND_S, SILENT_S = 1.0, 60.0
 
 
 def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> Validation | None:
@@ -40,7 +43,10 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
     while not stopped and not job.budget.is_spent(progress):
         save_before_decay(job, progress)
         started = time.perf_counter()
-        batch = read_batch(job, progress)
+        batch = read_batch(job, progress, recorder, stop)
+        if batch is None:
+            stopped = True
+            break
         outcome = optimizer_step(job, progress, batch.micro_batches)
         own = Vote(
             seconds=time.perf_counter() - started,
@@ -70,11 +76,12 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
         save_checkpoint(job, progress, is_last=True)
     validation = None if stopped else evaluate(job, progress, recorder, stop)
     if validation is not None:
+        note_validation(progress, validation.loss)
         check_validation(job, progress, validation)
         validation = validation if write_samples(job, progress, recorder, stop) else None
-    job.saver.wait()
-    accelerator.wait_for_everyone()
-    return validation
+    finish_saving(job)
+    stop.let_go()  # what follows can be repeated from the last checkpoint
+    return None if validation is None or _is_stopped(job, stop) else validation
 
 
 def check_validation(job: Job, progress: Progress, validation: Validation) -> None:
@@ -85,8 +92,8 @@ def check_validation(job: Job, progress: Progress, validation: Validation) -> No
     """
     if not math.isfinite(validation.loss):
         raise give_up(job, progress.step, f"step {progress.step}: the validation loss is {validation.loss}")
-    job.saver.wait()
-    job.saver.confirm(progress.step)
+    finish_saving(job)
+    job.saver.confirm(progress.step, best_step=progress.best_step)
 
 
 def follow_up(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest, *, saves: bool = False) -> bool:
@@ -133,7 +140,7 @@ def handle_incident(
             raise _stopped_by(job, progress, *reason)
         return
     progress.skipped_in_a_row = 0
-    job.saver.confirm(progress.step)
+    job.saver.confirm(progress.step, best_step=progress.best_step)
     if is_spike:
         found = suspects(job, outcome.losses)
         if job.accelerator.is_main_process:
@@ -147,32 +154,40 @@ def _stopped_by(job: Job, progress: Progress, reason: str, remedy: str) -> UserE
     if unsound is not None:
         return give_up(job, progress.step, f"{reason}, and the weights before it are not sound: {unsound}")
     save_checkpoint(job, progress, is_last=True)
-    job.saver.wait()
+    finish_saving(job)
     return UserError(f"{reason}; the state before the step is saved: {remedy}.")
 
 
-def read_batch(job: Job, progress: Progress) -> StepBatch:
-    """This rank's batch of the next step.
+def read_batch(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> StepBatch | None:
+    """This rank's batch of the next step; None where a signal asked to stop while it was waited for.
+
+    A stream may be waited for for long. Then the ranks ask each other every second, so that none waits in a
+    collective for the others, and each hears what was asked of any.
 
     Raises:
         UserError: where the data has ended for good, on all ranks together, after the run was saved.
     """
-    batch, failure = None, None
-    try:
-        batch = job.batches.step(progress.step, last=job.budget.max_steps)
-    except UserError as error:
-        failure = error
-    if job.batches.can_fail:  # where a file cannot, the ranks need not ask each other
-        is_broken = agree(job.accelerator, Vote(stops=failure is not None)).stops
-        failure = failure or (
-            UserError("the data of another process has ended; see its message.") if is_broken else None
-        )
-    if failure is not None:
-        save_checkpoint(job, progress, is_last=True)
-        job.saver.wait()
-        raise failure
-    assert batch is not None
-    return batch
+    if not job.batches.can_fail:  # files are simply there
+        return job.batches.step(progress.step, last=job.budget.max_steps)
+    batch, failure, silent_until = None, None, time.monotonic() + SILENT_S
+    while True:
+        try:
+            batch = batch or job.batches.step(progress.step, last=job.budget.max_steps, patience_s=ROUND_S)
+        except UserError as error:
+            failure = error
+        own = Vote(stops=stop.is_asked(), waits=batch is None, fails=failure is not None)
+        vote = agree(job.accelerator, own)
+        if vote.fails:
+            save_checkpoint(job, progress, is_last=True)
+            finish_saving(job)
+            raise failure or UserError("the data of another process has ended; see its message.")
+        if not vote.waits:
+            return batch
+        if vote.stops:
+            return None
+        if time.monotonic() > silent_until:
+            recorder.say(f"step {progress.step + 1} waits for its stream; Ctrl-C saves and leaves.")
+            silent_until = math.inf
 
 
 def evaluate(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -> Validation | None:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from gpt2x.addresses import without_secrets
 from gpt2x.models import flops_per_token
+from gpt2x.training.agreement import part
 from gpt2x.training.devices import peak_flops
 from gpt2x.training.job import Job
 from gpt2x.training.state import Progress
@@ -80,7 +81,7 @@ class Recorder:
         """Ends the trackers, and with them the talk between the processes."""
         with self.failures.tolerated("tracker", say=self.say):
             self.accelerator.end_training()
-        self.accelerator.state.destroy_process_group()  # also where a tracker failed
+        part(self.accelerator)  # also where a tracker failed
 
     def _summary(self, progress: Progress, metrics: Mapping[str, float]) -> str:
         shown = [

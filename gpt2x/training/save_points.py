@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+from gpt2x.training.agreement import wait_for_main
 from gpt2x.training.deepspeed import ZeroAdamW
 from gpt2x.training.devices import environment_of
 from gpt2x.training.job import Job
@@ -21,7 +22,8 @@ def save_before_decay(job: Job, progress: Progress) -> None:
 
 
 def save_checkpoint(job: Job, progress: Progress, *, is_last: bool = False) -> None:
-    """Has a checkpoint written of where the run stands, unless there is one; job.saver.wait() waits for it.
+    """Has a checkpoint written of where the run stands, unless there is one, once the one before is written; all ranks
+    wait for that together. finish_saving waits for this one.
 
     Args:
         job: what is trained.
@@ -33,6 +35,17 @@ def save_checkpoint(job: Job, progress: Progress, *, is_last: bool = False) -> N
         job.saver.save(whole_state(job, progress), is_last=is_last or sharded)  # what was sharded is a copy already
     elif sharded or _is_zero(job):  # every process has a part of it
         whole_state(job, progress)
+    wait_for_main(job.accelerator)
+
+
+def finish_saving(job: Job) -> None:
+    """Waits, on all ranks, until everything is written.
+
+    Raises:
+        UserError: where it could not be; on the others, that another one has ended.
+    """
+    job.saver.wait()
+    wait_for_main(job.accelerator)
 
 
 def reserve_copies(job: Job, progress: Progress) -> None:

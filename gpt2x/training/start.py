@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import FinetuneRecipe, TrainingRecipe
 from gpt2x.errors import UserError
+from gpt2x.training.agreement import wait_for_everyone, wait_for_main
 from gpt2x.training.budget import Budget, make_budget
 from gpt2x.training.checkpoints import Trainer, newest_checkpoint, read_state
 from gpt2x.training.cpu_attention import register_chunked_causal
@@ -23,8 +24,8 @@ from gpt2x.training.hellaswag import open_hellaswag
 from gpt2x.training.job import Job
 from gpt2x.training.optimizer_state import load_optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import make_optimizers
-from gpt2x.training.records import clear, refuse_to_start_over, reopen, sweep, truncate_records
-from gpt2x.training.retention import Retention, is_of_this_decay
+from gpt2x.training.records import clear, recorded_validation, refuse_to_start_over, reopen, sweep, truncate_records
+from gpt2x.training.retention import Retention, is_of_this_decay, note_validation
 from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.saving import CheckpointSaver
 from gpt2x.training.state import Progress
@@ -51,6 +52,7 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
     hellaswag = open_hellaswag(recipe, model, data.tokenizer, accelerator)
     if checkpoint is not None:
         trainee.load(model, checkpoint / "model")
+    wait_for_everyone(accelerator)  # one may have read its data or its model for long
     prepared, optimizers = _prepared(model, recipe, accelerator)
     names = parameter_names(accelerator.unwrap_model(prepared))  # FSDP2 has put other parameters in their places
     progress = Progress()
@@ -63,7 +65,9 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
         progress = _progress(trainer, budget)
     if accelerator.is_main_process:
         _settle_records(run, checkpoint, progress, is_spent=budget.is_spent(progress))
-    accelerator.wait_for_everyone()
+    wait_for_main(accelerator)
+    if (loss := recorded_validation(run, step=progress.step)) is not None:
+        note_validation(progress, loss)
     job = Job(
         recipe=recipe,
         run=run,

@@ -143,3 +143,17 @@ def test_a_step_far_on_is_there_as_soon_as_a_near_one(sources):
         loader(sources).step(step)
         assert time.perf_counter() - started < 2
     assert np.unique([loader(sources).step(step).checksum for step in (10, 1_000_000)]).size == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_source_that_may_be_waited_for_is_waited_for_in_parts(sources, monkeypatch, num_workers):
+    """A stream's rows come when they come; what asks for them is free in between."""
+    ahead, there = ReadAhead(loader(sources), num_workers=num_workers), threading.Event()
+    expected, read = ahead.batches.step(0), TrainingBatches.step
+    monkeypatch.setattr(TrainingBatches, "step", lambda self, step: there.wait(10) and read(self, step))
+    monkeypatch.setattr(ReadAhead, "can_fail", True)
+    assert [ahead.step(0, last=1, patience_s=0.05), ahead.step(0, last=1, patience_s=0.05)] == [None, None]
+    there.set()
+    assert sequences(ahead.step(0, last=1, patience_s=5)) == sequences(expected)
+    assert 0.1 <= ahead.waited_s < 5
+    ahead.close()

@@ -1,6 +1,7 @@
 """What a stream gives does not depend on when it is read, by whom, in how many goes, and with how much of a cache."""
 
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from naive_stream import LENGTH, NaiveStream, read
 from gpt2x.errors import UserError
 from gpt2x.shards.files import open_shard
 from gpt2x.shards.tokenizer import load_tokenizer
-from gpt2x.streams.ledger import write_failure
+from gpt2x.streams.ledger import failure_file, write_failure
 
 pytestmark = pytest.mark.usefixtures("in_thread")
 
@@ -253,10 +254,33 @@ def test_the_failure_of_an_earlier_run_does_not_end_this_one(section, open_sourc
         open_source(fills=False, cache_dir=tmp_path / "nobody_fills").require(1)
 
 
+def test_a_clock_that_is_set_back_hides_no_failure(section, open_source):
+    """The failure is new, whatever time its file has."""
+    reader = open_source(fills=False)
+    write_failure(section.cache_dir, "the stream is broken")
+    yesterday = time.time() - 86_400
+    os.utime(failure_file(section.cache_dir), (yesterday, yesterday))
+    closing = threading.Timer(5, reader.close)  # ends what would wait
+    closing.start()
+    with pytest.raises(UserError, match="the stream is broken"):
+        reader.require(1)
+    closing.cancel()
+
+
 def test_a_missing_column_is_reported_with_those_that_there_are(section, open_source):
     source = open_source(corpus=replace(section.corpus, text_column="body"))
     with pytest.raises(UserError, match=r"stream 'web': .* has no column 'body', only: text; set corpus.text_column"):
         source.require(1)
+
+
+def test_nothing_is_deleted_behind_a_link_in_the_cache(section, open_source, tmp_path):
+    (tmp_path / "somebodys").mkdir()
+    (tmp_path / "somebodys" / "thesis.txt").write_text("mine")
+    section.cache_dir.mkdir()
+    (section.cache_dir / "train").symlink_to(tmp_path / "somebodys")
+    with pytest.raises(UserError, match=r"stream 'web': .*cache/train must not be a link; put the folder itself"):
+        open_source().require(1)
+    assert [file.name for file in (tmp_path / "somebodys").iterdir()] == ["thesis.txt"]
 
 
 def test_an_empty_stream_is_refused(section, open_source):

@@ -74,12 +74,13 @@ class ForkedRuns:
             env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, *arguments, at=(), patch=None, num_processes=1, script="pretrain.py"):
+    def start(self, *arguments, at=(), at_rank=None, patch=None, num_processes=1, script="pretrain.py"):
         """Starts a run.
 
         Args:
             arguments: of the script.
             at: signals that a process sends to itself, as `module:function:before or after:number of the call:SIGNAL`.
+            at_rank: the only rank that does; None for all.
             patch: `module:function` of this directory, called in each process before the script.
             num_processes: ranks, which talk by gloo.
             script: another of the folder scripts.
@@ -90,6 +91,7 @@ class ForkedRuns:
             "argv": [str(argument) for argument in arguments],
             "outputs": [str(output) for output in outputs],
             "at": [at] if isinstance(at, str) else at,
+            "at_rank": at_rank,
             "patch": patch,
             "port": free_port(),
             "script": str(SCRIPT.with_name(script)),
@@ -168,7 +170,7 @@ def child(order, rank):
     if order["patch"]:
         module, name = order["patch"].split(":")
         getattr(importlib.import_module(module), name)()
-    for point in order["at"]:
+    for point in order["at"] if order["at_rank"] in (None, rank) else ():
         signal_at(point)
     sys.argv, code = [order["script"], *order["argv"]], 1
     try:

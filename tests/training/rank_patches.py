@@ -1,6 +1,8 @@
 """What tests of several ranks change in a forked run before its script starts."""
 
 import os
+import time
+from datetime import timedelta
 
 from gpt2x.errors import UserError
 
@@ -18,3 +20,30 @@ def end_the_data_of_rank_one():
 
     ReadAhead.step = ending
     ReadAhead.can_fail = property(lambda self: True)
+
+
+def have_little_patience():
+    """A group of processes waits for three seconds."""
+    from torch.distributed import distributed_c10d, rendezvous
+
+    from gpt2x.training import agreement
+
+    distributed_c10d.default_pg_timeout = rendezvous.default_pg_timeout = agreement.LIMIT = timedelta(seconds=3)
+
+
+def have_a_slow_main_process():
+    """The main process takes five seconds for its data and for each checkpoint; a group waits for three."""
+    from gpt2x.training import agreement, checks, saving
+
+    have_little_patience()
+    agreement.SILENT_S = 1.0
+    for owner, name in ((checks, "check_before_torch"), (saving, "write_checkpoint")):
+        setattr(owner, name, _slow(getattr(owner, name)))
+
+
+def _slow(function):
+    def slow(*arguments, **options):
+        time.sleep(5)
+        return function(*arguments, **options)
+
+    return slow

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +166,13 @@ def test_a_time_budget_counts_the_time_before_a_stop(recipe, changed, pretrain):
     assert pretrain(recipe, stop_after=3).progress.elapsed_s == 6.0
     resumed = pretrain(recipe)
     assert (resumed.progress.step, resumed.progress.elapsed_s) == (4, 8.0)
+
+
+def test_a_clock_that_is_set_changes_no_time_budget(recipe, changed, pretrain, monkeypatch):
+    days = itertools.count(time.time(), step=86_400)
+    monkeypatch.setattr(time, "time", lambda: next(days))
+    run = pretrain(changed(recipe, train={"max_steps": 3}))
+    assert (run.progress.step, run.progress.elapsed_s) == (3, pytest.approx(30, abs=30))
 
 
 def test_the_same_recipe_trains_a_model_of_transformers_to_the_same_losses(recipe, changed, pretrain, tmp_path):

@@ -13,7 +13,7 @@ from gpt2x.training.signals import StopRequest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_is_remembered_with_the_exit_code_of_a_shell(capfd, number, code):
     with StopRequest() as stop:
         stop.hold()
@@ -24,7 +24,7 @@ def test_a_signal_is_remembered_with_the_exit_code_of_a_shell(capfd, number, cod
     assert capfd.readouterr().err.strip() == line
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_with_nothing_to_save_a_signal_leaves_at_once_in_one_line(capfd, number, code):
     with StopRequest() as stop:
         stop.hold()
@@ -68,10 +68,11 @@ from gpt2x.training.signals import StopRequest
 if os.fork():
     time.sleep(0.3)
     os._exit(0)
-stop = StopRequest(watches_parent=sys.argv[1] == "watched")
-print(stop.is_asked(), flush=True)
-time.sleep(0.6)
-print(stop.is_asked(), stop.exit_code, flush=True)
+with StopRequest(watches_parent=sys.argv[1] == "watched") as stop:
+    stop.hold()
+    print(stop.is_asked(), flush=True)
+    time.sleep(0.6)
+    print(stop.is_asked(), stop.exit_code, flush=True)
 """
 
 
@@ -89,3 +90,82 @@ def test_the_handlers_of_before_are_put_back():
     with StopRequest():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_sighup_stays_ignored_where_it_was_as_nohup_has_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.is_asked()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_closed_asks_twice_and_the_run_is_saved_all_the_same(capfd):
+    with StopRequest() as stop:
+        stop.hold()
+        for number in (signal.SIGHUP, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert (stop.is_asked(), stop.exit_code) == (True, 129)
+    assert capfd.readouterr().err.strip() == "SIGHUP: saving after this step; once more to leave at once."
+
+
+# The main thread waits for a lock that it has itself, in the C library, where no handler of Python's is ever run.
+DEAF = """
+import ctypes, sys
+from gpt2x.training import signals
+signals.LEAVE_S = 0.3
+mutex, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+with signals.StopRequest() as stop:
+    if sys.argv[1] == "held":
+        stop.hold()
+    libc.pthread_mutex_lock(mutex)
+    print("deaf", flush=True)
+    libc.pthread_mutex_lock(mutex)
+"""
+SAVING = "SIGTERM: saving after this step; once more to leave at once."
+
+
+@pytest.mark.parametrize(("mode", "said"), [("free", "SIGTERM: nothing to save, leaving."), ("held", SAVING)])
+def test_a_main_thread_that_waits_outside_of_python_is_ended_all_the_same(mode, said):
+    with subprocess.Popen(
+        [sys.executable, "-c", DEAF, mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as deaf:
+        assert deaf.stdout.readline() == "deaf\n"
+        deaf.send_signal(signal.SIGTERM)
+        assert [deaf.stderr.readline(), deaf.stderr.readline()] == ["\n", f"{said}\n"]
+        if mode == "held":
+            deaf.send_signal(signal.SIGTERM)
+        assert deaf.wait(10) == 143
+
+
+FORKING = """
+import os, signal, time
+from gpt2x.training.signals import StopRequest
+with StopRequest() as stop:
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    time.sleep(0.2)
+    os.kill(child, signal.SIGTERM)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    time.sleep(0.2)
+    print(status, stop.is_asked())
+"""
+
+
+def test_a_signal_to_a_forked_child_ends_it_and_is_none_to_its_parent():
+    ended = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, cwd=ROOT, timeout=20)
+    assert (ended.stdout, ended.stderr) == ("-15 False\n", "")
+
+
+def test_who_leaves_cleans_up_first():
+    code = (
+        "import signal, threading, time\nfrom gpt2x.training.signals import StopRequest\n"
+        "with StopRequest():\n    try:\n        threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "        signal.raise_signal(signal.SIGTERM)\n    finally:\n        print('cleaned up')\n"
+    )
+    left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=20)
+    assert (left.returncode, left.stdout) == (143, "cleaned up\n")

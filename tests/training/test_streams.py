@@ -14,8 +14,11 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 
+from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.config import CorpusSection, SourceSection, StreamSection
 from gpt2x.errors import UserError
+from gpt2x.training.checkpoints import newest_checkpoint
+from gpt2x.training.signals import StopRequest
 
 WORDS = ["def", "return", "(", ")", ":", "\n", "self", "value", "=", "1", "été", "if"]
 
@@ -86,6 +89,24 @@ def test_a_run_whose_stream_breaks_is_saved_first_and_goes_on_when_it_is_mended(
         pretrain(streaming)
     (tmp_path / "elsewhere.jsonl").rename(tmp_path / "rows.jsonl")
     assert checksums(pretrain(streaming)) == checksums(straight)
+
+
+def test_who_waits_for_a_stream_hears_a_signal_and_saves_what_was_trained(recipe, pretrain, monkeypatch):
+    """The sixth step's rows do not come."""
+    asked, original = [], ReadAhead.step
+
+    def read(self, step, **options):
+        asked.append(step)
+        return None if step == 5 else original(self, step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReadAhead, "can_fail", True)
+        patch.setattr(ReadAhead, "step", read)
+        patch.setattr(StopRequest, "is_asked", lambda self: asked.count(5) == 3)
+        run = pretrain(recipe)
+    assert (run.validation, run.progress.step, asked.count(5)) == (None, 5, 3)
+    assert newest_checkpoint(run.path)[0].name == "step-000005"
+    assert pretrain(recipe).progress.step == 20
 
 
 def test_a_stream_without_a_weight_is_refused_beside_another_source(recipe, changed, pretrain, stream, shards_dir):

@@ -52,7 +52,7 @@ batches = ValidationBatches(
     num_processes=accelerator.num_processes,
 )
 validation = validate(model, batches, num_bytes=batches.num_bytes, accelerator=accelerator)
-own = Vote(seconds=10.0 + rank, stops=rank == 1, is_spike=rank == 1, checksum=2**40 + rank)
+own = Vote(seconds=10.0 + rank, stops=rank == 1, is_spike=rank == 1, waits=rank == 1, checksum=2**40 + rank)
 stop = list(vars(agree(accelerator, own)).values())
 found = [loss.item(), norm, validation.metrics(), validation.num_tokens, stop, accelerator.num_processes]
 (directory / f"rank{rank}.json").write_text(json.dumps(found))
@@ -112,7 +112,7 @@ def test_validation_over_two_ranks_is_that_of_one(two_ranks, shards_dir):
 
 
 def test_the_clock_and_the_spikes_are_rank_zeros_and_anyone_may_ask_to_stop(two_ranks):
-    assert two_ranks[1][4] == two_ranks[2][4] == [10.0, True, False, False, 2**41 + 1]
+    assert two_ranks[1][4] == two_ranks[2][4] == [10.0, True, False, False, True, False, 2**41 + 1]
 
 
 def read(run_dir):

@@ -239,9 +239,9 @@ def processes_of(file):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C", "SIGKILL"])
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C", "lost terminal", "SIGKILL"])
 def test_what_ends_the_launcher_saves_the_run_and_leaves_no_orphan(write_recipe, tmp_path, num_processes, how):
-    """Fault 3. Ctrl-C of a terminal reaches the launcher's whole group; SIGKILL nobody but the launcher."""
+    """Fault 3. Ctrl-C of a terminal and its end reach the launcher's whole group; SIGKILL nobody but the launcher."""
     command, run_dir = write_recipe(tmp_path, max_steps=100_000, save_steps=None)
     process = launch(command, num_processes, tmp_path)
     deadline = time.monotonic() + 120
@@ -249,8 +249,8 @@ def test_what_ends_the_launcher_saves_the_run_and_leaves_no_orphan(write_recipe,
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    if how == "Ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)
+    if how in ("Ctrl-C", "lost terminal"):
+        os.killpg(process.pid, signal.SIGINT if how == "Ctrl-C" else signal.SIGHUP)
     else:
         process.send_signal(signal.Signals[how])
     output, _ = process.communicate(timeout=60)

@@ -1,45 +1,45 @@
-"""The command line of a recipe: a YAML file, overrides, and complaints of one line."""
+"""The command line of a recipe: a YAML file, overrides, and complaints of one line.
+
+jsonargparse says what fields there are (--help) and what they are set to (--print_config); what they take is checked
+by `gpt2x.config.fields`, in the words of the user.
+"""
 
 import codecs
-import difflib
 import re
 import sys
+from argparse import Action
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from gpt2x.addresses import without_secrets
 from gpt2x.config import BUDGETS
-from gpt2x.config.parts import (
-    TEMPLATE,
-    at_home,
-    compose,
-    find_part,
+from gpt2x.config.checks import cut, shown
+from gpt2x.config.fields import (
+    checked,
     hint_of,
+    in_words,
+    is_flag,
     is_optional,
     is_structured,
-    load_yaml,
-    placed,
-    read_recipe,
+    is_text,
+    made,
+    unknown_field,
 )
-
-_load_value = get_loader("yaml")
-
-
-def _load_text(text: str) -> Any:
-    """A value as YAML has it, but that a text such as --- or # x, which is nothing to YAML, is no null."""
-    value = _load_value(text)
-    return text if value is None and text.strip() != "null" else value
-
+from gpt2x.config.parts import TEMPLATE, at_home, compose, find_recipe, load_yaml, placed, read_recipe
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-set_loader("yaml", _load_text, (yaml.YAMLError,))
 
 RecipeType = TypeVar("RecipeType")
-_NOT_FIELDS = ("help", "config", "print_config", "print_shtab")
+# With "error: " before it; the name of the script counts too.
+LONGEST_LINE = 230
+# Texts in which a backslash can only be meant as an escape.
+_ESCAPED = ("document_separator",)
+_SAID = ("true", "false", "yes", "no", "on", "off")
+_A_FILE = ("Path to a configuration file.", "All of the section: fields and values, or the file of them.")
 _PATHS = (
     "Paths: parts of a recipe (sections, chat templates, tokenizer recipes) lie beside the file that names them, or "
     "else among those that come with gpt2x; data, models, runs and outputs lie in the working directory; ~ is your "
@@ -47,47 +47,30 @@ _PATHS = (
 )
 
 
+class _Help(DefaultHelpFormatter):
+    """Help that says in words what a field takes."""
+
+    def _get_type_str(self, action: Action) -> str | None:
+        hint = getattr(action, "_typehint", None)
+        if hint is None or hint is bool or get_origin(hint) is Literal or action.option_strings[0].endswith(".help"):
+            return None  # or what it takes stands before it
+        return in_words(hint)
+
+    def _get_help_string(self, action: Action) -> str:
+        return super()._get_help_string(action).replace("type: %(type)s", "%(type)s").replace(*_A_FILE)
+
+    def _expand_help(self, action: Action) -> str:
+        return re.sub(r"default: (True|False)", lambda found: found[0].lower(), super()._expand_help(action))
+
+
 class RecipeParser(ArgumentParser):
-    """An argument parser that complains in one line and names the nearest key."""
+    """An argument parser that complains in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints one line with the complaint and the remedy and exits with 2."""
-        line = without_secrets(_plain_union_complaint(" ".join(str(message).split())))
-        print(f"{self.prog}: error: {line}{self._nearest(line)}", file=sys.stderr)
+        line = without_secrets(" ".join(str(message).split()))
+        print(f"{self.prog}: error: {cut(line, LONGEST_LINE - len(self.prog))}", file=sys.stderr)
         sys.exit(2)
-
-    def _nearest(self, complaint: str) -> str:
-        known = [action.dest for action in self._actions if action.dest not in _NOT_FIELDS]
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)", complaint)
-        in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", complaint)
-        top_level = re.search(r"Option '([\w.]+)' is not accepted", complaint)
-        if unknown:
-            key = unknown[1]
-        elif in_group:
-            key = f"{in_group[1]}.{in_group[2]}"
-        elif top_level:
-            key = top_level[1]
-        else:
-            return f"; `python scripts/{self.prog} --help` lists every field." if "required" in complaint else ""
-        matches = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        if matches:
-            return f"; did you mean '{matches[0]}'?"
-        return f"; there are {', '.join(sorted({name.split('.')[0] for name in known}))}."
-
-
-def _plain_union_complaint(line: str) -> str:
-    """jsonargparse lists every member of an optional type with its own complaint; one clause says the same."""
-    rule = re.search(
-        r"Errors: - (?!Expected |Does not validate |Not of type )(.*?) - Expected a <class 'NoneType'>", line
-    )
-    if rule is not None:  # an optional section's own complaint, which has value and remedy
-        return rule[1]
-    pattern = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors:.*Given value: (.*)"
-    found = re.search(pattern, line)
-    if found is None:
-        return line
-    types = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", found[1]).replace("NoneType", "null").replace(", ", " or ")
-    return f"{line[: found.start()]}expected {types}, got {found[2]!r}"
 
 
 def parse_recipe(
@@ -107,7 +90,7 @@ def parse_recipe(
         argv: the arguments without the program's name.
         script: the script's file name, for messages.
         default_config: the recipe used where argv names none.
-        positional: a field that may also stand without its flag.
+        positional: a field that may also stand without its flag, wherever it stands.
 
     Returns:
         The recipe, and the path of the file it came from (None where everything came from flags).
@@ -118,74 +101,107 @@ def parse_recipe(
         usage=f"{script} [--config RECIPE.yaml] [--FIELD VALUE ...]",
         epilog=_PATHS,
         allow_abbrev=False,
+        formatter_class=_Help,
     )
-    parser.add_argument("--config", action="config", help="The recipe, a YAML file.")
-    parser.add_class_arguments(recipe_class, sub_configs=True)
-    if positional is not None and argv and not argv[0].startswith("-"):
-        argv = [f"--{positional}", *argv]
-    config_file, overrides = _config_and_overrides(argv, default_config)
     try:
-        fields, arguments = _composed(config_file, [*_replaced_budgets(overrides), *overrides], recipe_class)
-        # Quoted and tagged, nothing can be read as something else than it is; escaped, in any locale.
-        recipe = ["--config", yaml.safe_dump(fields, default_style='"')] if fields else []
-        found = vars(parser.instantiate(parser.parse_args([*recipe, *arguments])))
-        found.pop("config", None)
-        return at_home(recipe_class(**found)), config_file
+        config_file, overrides = _config_and_overrides(argv, default_config)
+        options = list(_options([*_replaced_budgets(overrides), *overrides], recipe_class, positional))
+        asked = [word for key, word in options if _is_question(key)]
+        if asked and not asked[0].startswith("--print"):
+            _answer(parser, recipe_class, asked)
+        fields = {} if config_file is None else read_recipe(config_file, recipe_class)
+        for key, value in options:
+            if not _is_question(key):
+                _put(fields, key, _read(key, value, recipe_class))
+        fields = checked(fields, recipe_class)
+        recipe = at_home(made(fields, recipe_class))
+        if asked:
+            _answer(parser, recipe_class, ["--config", yaml.safe_dump(fields), *asked])
+        return recipe, config_file
     except ValueError as error:
         parser.error(str(error))
+
+
+def _answer(parser: ArgumentParser, recipe_class: type, words: Sequence[str]) -> None:
+    """Prints the help or the resolved recipe, and exits."""
+    parser.add_argument("--config", action="config", help="The recipe, a YAML file.")
+    parser.add_class_arguments(recipe_class, sub_configs=True)
+    parser.parse_args(list(words))
+
+
+def _is_question(key: str) -> bool:
+    """Whether an option asks for something to be printed."""
+    return key == "-h" or key.rpartition(".")[2] == "help" or key.startswith("print_")
 
 
 def _config_and_overrides(argv: Sequence[str], default_config: Path | None) -> tuple[Path | None, list[str]]:
     """The recipe's file, and the other arguments."""
     config, overrides, arguments = default_config, [], iter(argv)
     for argument in arguments:
-        if argument == "--config":
-            config = Path(next(arguments, ""))
-        elif argument.startswith("--config="):
-            config = Path(argument.removeprefix("--config="))
+        if argument == "--config" or argument.startswith("--config="):
+            name = argument.removeprefix("--config=") if "=" in argument else next(arguments, "")
+            if not name or name.startswith("--"):
+                raise ValueError("--config needs the path of a recipe, a YAML file as those in configuration/.")
+            config = find_recipe(name)
         else:
             overrides.append(argument)
     return config, overrides
 
 
-def _composed(
-    config_file: Path | None, overrides: Sequence[str], recipe_class: type
-) -> tuple[dict[str, Any], list[str]]:
-    """The recipe put together from its files, and the arguments that are left to be parsed.
+def _options(arguments: Sequence[str], recipe_class: type, positional: str | None) -> Iterator[tuple[str, str]]:
+    """Options one by one: a field's key and the text of its value; of what is no field the words themselves.
 
-    Sections that are files, null and escapes are put into the recipe here: to jsonargparse they are text.
+    A flag takes the next word only where that says true or false, so that `--chat runs/x` names a model too.
     """
-    here = Path()
-    file = None if config_file is None else find_part(str(config_file), here) or config_file
-    fields = {} if file is None else read_recipe(file, recipe_class)
-    left: list[tuple[str, list[str]]] = []
-    for key, value, words in _options(overrides):
-        hint, name = hint_of(recipe_class, key), key.rpartition(".")[2]
-        if value == "null" and is_optional(hint):
-            _put(fields, key, None)
-            left = [option for option in left if not option[0].startswith(f"{key}.")]  # the later one wins
-        elif is_structured(hint) and value:
-            given = load_yaml(value)
-            _put(fields, key, compose(given, hint, directory=here, where="the command line", key=key))
-        elif name == "document_separator" and value:
-            _put(fields, key, _unescaped(value))
-        elif name == TEMPLATE and value and hint is not None:
-            _put(fields, key, placed(value, here))
-        else:
-            left.append((key, words))
-    return fields, [word for _, words in left for word in words]
-
-
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
-    """Options one by one: key, value (empty where none stands there), and the words themselves."""
     words = list(arguments)
     while words:
         word = words.pop(0)
-        key, is_one_word, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and not is_one_word and words and not words[0].startswith("--"):
-            yield key, words[0], [word, words.pop(0)]
+        key, has_value, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            if word == "-h":
+                yield word, word
+            elif positional is None or word.startswith("-"):
+                raise ValueError(f"{shown(word)} is no option; give it as --FIELD {shown(word)}, or leave it out.")
+            else:
+                yield positional, word
+                positional = None
+        elif _is_question(key):
+            yield key, word
+        elif has_value:
+            yield key, value
+        elif is_flag(hint_of(recipe_class, key)):
+            follows = words[0] if words else "-"
+            is_said = follows.lower() in _SAID or (positional is None and not follows.startswith("-"))
+            yield key, words.pop(0) if is_said else "true"
         else:
-            yield key, value, [word]
+            if hint_of(recipe_class, key) is None and not (key.endswith("+") and hint_of(recipe_class, key[:-1])):
+                raise unknown_field(key, recipe_class)
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"--{key} needs a value: {in_words(hint_of(recipe_class, key.rstrip('+')))}.")
+            yield key, words.pop(0)
+
+
+def _read(key: str, text: str, recipe_class: type) -> Any:
+    """The value that a word on the command line means, by the type of its field."""
+    hint, name = hint_of(recipe_class, key), key.rpartition(".")[2]
+    if text == "null" and is_optional(hint):
+        return None
+    if is_structured(hint) and text:
+        return compose(_with_escapes(load_yaml(text)), hint, directory=Path(), where="", key=key)
+    if not is_text(hint):
+        return _value(text)
+    if name in _ESCAPED:
+        return _unescaped(text)
+    return placed(text, Path()) if name == TEMPLATE and text else text
+
+
+def _value(text: str) -> Any:
+    """A number, a truth or a list as YAML has it; what is nothing to YAML is text."""
+    try:
+        value = load_yaml(text)
+    except ValueError:
+        return text
+    return text if value is None and text != "null" else value
 
 
 def _put(fields: dict[str, Any], key: str, value: Any) -> None:
@@ -194,7 +210,22 @@ def _put(fields: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(fields.get(section), dict):
             fields[section] = {}
         fields = fields[section]
+    if name.endswith("+"):
+        name, before = name[:-1], fields.get(name[:-1])
+        value = [*(before if isinstance(before, list) else []), *(value if isinstance(value, list) else [value])]
     fields[name] = value
+
+
+def _with_escapes(value: Any) -> Any:
+    """A section that stands on the command line, with its escapes read as those of a field there."""
+    if isinstance(value, list):
+        return [_with_escapes(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _unescaped(one) if name in _ESCAPED and isinstance(one, str) else _with_escapes(one)
+        for name, one in value.items()
+    }
 
 
 def _unescaped(value: str) -> str:

@@ -1,7 +1,7 @@
 """The one exception that means: the user can mend this."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from gpt2x.addresses import without_secrets
@@ -11,12 +11,13 @@ class UserError(ValueError):
     """A mistake in what the user gave: a recipe, a file, a token.
 
     Its message is one line that names the value, the rule it broke and the remedy; of an address without its secrets.
+    Only the differences between two recipes stand below it, as the lines of a table.
     Scripts print it without a traceback and exit with 1; every other exception is a bug of ours and keeps its
     traceback.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+    def __init__(self, message: str, *, table: Sequence[str] = ()) -> None:
+        super().__init__(without_secrets("\n".join((message, *table))))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What can be known before step 1, told before step 1."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gpt2x.batches.ranks import data_rank
 from gpt2x.batches.source import tokens_of
@@ -10,7 +10,7 @@ from gpt2x.shards.chat_preview import preview
 from gpt2x.training.devices import describe_device
 from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.job import Job
-from gpt2x.training.recipe_changes import describe as describe_changes
+from gpt2x.training.recipe_changes import as_table
 from gpt2x.training.sharding import is_sharded
 from gpt2x.training.state import Progress
 
@@ -38,7 +38,7 @@ def describe(job: Job, progress: Progress) -> str:
         + (", compiled" if recipe.train.torch_compile else ""),
         "saving": _saving(job, room),
     }
-    facts = [*lines.items(), *(("changed", text) for text in describe_changes(job.run.changes))]
+    facts = [*lines.items(), *([("changed", _below(as_table(job.run.changes)))] if job.run.changes else [])]
     facts += [("warning", warning)] if warning else []
     return "\n".join(f"{name + ':':11s}{text}" for name, text in facts)
 
@@ -68,6 +68,11 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.0f} MB" if num_bytes < 1e10 else f"{num_bytes / 1e9:,.0f} GB"
 
 
+def _below(lines: Sequence[str]) -> str:
+    """The lines of one fact, each below the other."""
+    return ("\n" + " " * 11).join(lines)
+
+
 def _data(job: Job) -> str:
     lines = []
     for section, source in zip(job.recipe.data.mixture, job.batches.batches.sources.values(), strict=True):
@@ -78,7 +83,7 @@ def _data(job: Job) -> str:
         counts = zip(lines, phase.weights, phase.counts_per_block, strict=True)
         lines = [f"{line}, {count / phase.block_size:.1%} of the batch as {name}" for line, name, count in counts]
     validation = f"{job.validation_batches.num_targets:,} validation tokens"
-    return ("\n" + " " * 11).join([*lines, validation]) if len(lines) > 1 else f"{lines[0]}, {validation}"
+    return _below([*lines, validation]) if len(lines) > 1 else f"{lines[0]}, {validation}"
 
 
 def _batch(job: Job) -> str:

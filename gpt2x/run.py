@@ -137,5 +137,5 @@ def _last_lines(job: "Job", progress: "Progress", validation: "Validation | None
 
 def _what_next(job: "Job") -> str:
     if isinstance(job.recipe, FinetuneRecipe) and job.tokenizer.chat_template is not None:
-        return f"chat with it:   {shell_command('generate', job.run.final_dir, '--chat', 'true')}"
+        return f"chat with it:   {shell_command('generate', job.run.final_dir, '--chat')}"
     return f"sample from it: {shell_command('generate', job.run.final_dir)}"

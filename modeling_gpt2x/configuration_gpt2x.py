@@ -197,11 +197,11 @@ class GPT2XConfig(PreTrainedConfig):
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}{_nearest(value, choices)}.")
+                raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}{_nearest(value, choices)}")
 
         if self.hidden_act not in ACT2FN:
             hint = _nearest(self.hidden_act, ACT2FN)
-            raise ValueError(f"hidden_act ({self.hidden_act!r}) must be a name of transformers' ACT2FN{hint}.")
+            raise ValueError(f"hidden_act ({self.hidden_act!r}) must be a name of transformers' ACT2FN{hint}")
         for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -262,7 +262,7 @@ class GPT2XConfig(PreTrainedConfig):
             if rope_type not in rope_types:
                 raise ValueError(
                     f"rope_parameters.rope_type ({rope_type!r}) must be one of {', '.join(rope_types)}"
-                    f"{_nearest(rope_type, rope_types)}."
+                    f"{_nearest(rope_type, rope_types)}"
                 )
             return
         for name in ROPE_KEYS:
@@ -300,14 +300,14 @@ def _warn_about_unknown_keys(kwargs: dict[str, Any], known: set[str]) -> None:
         if name.startswith("_") or name in known:
             continue
         names = (*GPT2XConfig.option_names(), *GPT2XConfig.attribute_map)
-        message = f"GPT2XConfig has no option {name!r}; it has no effect{_nearest(name, names)}."
+        message = f"GPT2XConfig has no option {name!r}; it has no effect{_nearest(name, names)}"
         warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def _nearest(name: Any, names: Iterable[str]) -> str:
-    """A hint for an error message: the valid name closest to `name`, or nothing."""
+    """The end of an error message: the valid name closest to `name`, or a full stop."""
     matches = difflib.get_close_matches(str(name), list(names), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return f"; did you mean {matches[0]!r}?" if matches else "."
 
 
 def warn_of_untested(version: str) -> None:

@@ -1,7 +1,7 @@
-"""Continues text, or chats: `python scripts/generate.py MODEL [--prompt TEXT] [--chat true] [--FIELD VALUE ...]`.
+"""Continues text, or chats: `python scripts/generate.py MODEL [--prompt TEXT] [--chat] [--FIELD VALUE ...]`.
 
 MODEL is a directory or Hub id of any causal language model, or the directory of a run. Without a prompt it asks for
-one after another until end of input. With `--chat true` these are the turns of one conversation; Ctrl-C ends an
+one after another until end of input. With `--chat` these are the turns of one conversation; Ctrl-C ends an
 answer early.
 """
 

@@ -18,10 +18,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
 from gpt2x.config import PreparationRecipe
+from gpt2x.config.checks import Range
 from gpt2x.errors import exit_on_user_error
 from gpt2x.shards.recipe_checks import check_preparation, check_task
 from gpt2x.terminal import command
@@ -33,7 +35,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configuration" / "data" 
 class PreparationCommand(PreparationRecipe):
     """Text to token shards: what scripts/prepare_data.py runs."""
 
-    task: int | None = None
+    task: Annotated[int, Range(least=0, below=10**5)] | None = None
     """Makes this part alone, of 0 to num_tasks - 1, as a job of a cluster array; null makes all that are missing and
     finishes."""
 

@@ -1,4 +1,4 @@
-"""Uploads a model: `python scripts/push_to_hub.py RUN_OR_MODEL --repo_id USER/NAME [--public true]`.
+"""Uploads a model: `python scripts/push_to_hub.py RUN_OR_MODEL --repo_id USER/NAME [--public]`.
 
 It uploads the model, its card and its plots in one commit, to a private repository unless told otherwise, as the user
 of the environment's HF_TOKEN or of `hf auth login`.

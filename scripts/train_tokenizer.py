@@ -21,7 +21,8 @@ DEFAULT_CORPUS = ("--corpus.kind=python_stdlib", "--corpus.validation_fraction=0
 def corpus_arguments(argv: Sequence[str]) -> list[str]:
     """The arguments that say which corpus it is."""
     words = list(argv)
-    pairs = [words[place : place + (1 if "=" in word else 2)] for place, word in enumerate(words)]
+    alone = [following.startswith("--") for following in [*words[1:], "--"]]  # a flag without a value
+    pairs = [words[place : place + (1 if "=" in word or alone[place] else 2)] for place, word in enumerate(words)]
     return [word for pair in pairs if pair[0].startswith(("--corpus", "--config")) for word in pair]
 
 

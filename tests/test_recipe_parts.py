@@ -162,7 +162,7 @@ def test_a_shipped_recipe_is_found_from_everywhere(tmp_path, monkeypatch):
 def test_a_part_that_is_nowhere_is_refused_with_the_file_that_names_it(capsys, tmp_path):
     file = write(tmp_path / "x.yaml", PREPARATION | {"tokenizer": "none.yaml"})
     line = complaint(capsys, "--config", file)
-    assert line == f"{file}: tokenizer (none.yaml) is no file beside it, and none that gpt2x has; correct it."
+    assert line == f"{file}: tokenizer (none.yaml) is no file beside it, and none that gpt2x has; correct the path."
 
 
 def test_a_part_that_holds_no_fields_is_refused(capsys, tmp_path):

@@ -178,12 +178,12 @@ def _check_lengths(shard: Shard, sequence_length: int) -> None:
     lengths = np.diff(shard.documents)
     for number in np.flatnonzero(lengths > sequence_length)[:1]:
         if shard.targets is None:
-            remedy = "or set data.packing to documents, which cuts them"
+            remedy = "set data.packing to documents, which cuts them"
         else:
-            remedy = "or prepare the conversations again with a smaller chat.max_length"
+            remedy = f"prepare them again with chat.max_length {sequence_length}"
         raise UserError(
             f"{shard.file}: document {number} has {lengths[number]} tokens, and data.sequence_length "
-            f"({sequence_length}) must hold it whole; set it to {lengths.max()} or more, {remedy}."
+            f"({sequence_length}) must hold it whole; {remedy}, or set {lengths.max()} if the model takes that many."
         )
 
 

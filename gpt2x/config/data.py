@@ -4,9 +4,9 @@ import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from gpt2x.config.checks import check_positive
+from gpt2x.config.checks import Count, Range, Seconds, Seed, ShareBelowOne, Size, Workers, check_numbers, shown
 from gpt2x.config.finetuning import ChatSection
 
 
@@ -34,27 +34,36 @@ class CorpusSection:
     """The field that holds the text, of a dataset or of files with columns (all but .txt); a field of chat messages
     gives their contents."""
     document_separator: str | None = None
-    """Cuts a .txt file into documents; null makes each file one document. On the command line \\n is a line end."""
-    validation_fraction: float = 0.05
+    """Cuts a .txt file into documents; null makes each file one document. On the command line \\n is a line end, \\t a
+    tab and \\\\ a backslash; in a recipe they are so between double quotes."""
+    validation_fraction: ShareBelowOne = 0.05
     """Share of the documents, chosen by the hash of their text, that is held out."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Another seed holds out other documents."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
+        check_numbers(self, "corpus.")
+        if self.kind == "files" and not self.paths:
             raise ValueError(
-                f"validation_fraction ({self.validation_fraction}) must be at least 0 and below 1; 0.05 is usual."
+                "corpus.kind (files) needs corpus.paths: files, folders or patterns, as [texts, b.jsonl]."
             )
-        if (self.kind == "files") != bool(self.paths):
+        if self.kind != "files" and self.paths:
             raise ValueError(
-                f"corpus.paths ({self.paths}) belongs to kind: files, and is needed there; kind is {self.kind}."
+                f"corpus.paths ({shown(self.paths)}) is for corpus.kind files, and kind is {self.kind}; set "
+                f"corpus.kind files, or leave the paths out."
             )
-        if (self.kind == "dataset") != (self.dataset is not None):
+        if self.kind == "dataset" and not self.dataset:
             raise ValueError(
-                f"corpus.dataset ({self.dataset}) belongs to kind: dataset, and is needed there; kind is {self.kind}."
+                "corpus.kind (dataset) needs corpus.dataset: a Hub id, or json, parquet, arrow or text with "
+                "corpus.data_files."
+            )
+        if self.kind != "dataset" and self.dataset is not None:
+            raise ValueError(
+                f"corpus.dataset ({shown(self.dataset)}) is for corpus.kind dataset, and kind is {self.kind}; set "
+                f"corpus.kind dataset, or leave the dataset out."
             )
         if self.document_separator == "":
-            raise ValueError("corpus.document_separator must not be empty; null makes each file one document.")
+            raise ValueError('corpus.document_separator ("") must not be empty; null makes each file one document.')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +72,14 @@ class TokenizerSection:
 
     path: str
     """Directory (or Hub id) of a transformers tokenizer; a trained one is saved there."""
-    vocab_size: int | None = None
-    """Size of the byte-level BPE to train, special tokens included; null to use the tokenizer at path as it is."""
+    vocab_size: Annotated[int, Range(least=257, most=10**8)] | None = None
+    """Size of the byte-level BPE to train, special tokens included: at least 256 bytes and the end of text. null
+    to use the tokenizer at path as it is."""
     eos_token: str = "<|endoftext|>"
     """The token that ends every document, of a tokenizer trained here."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size is not None and self.vocab_size < 257:
-            raise ValueError(
-                f"tokenizer.vocab_size ({self.vocab_size}) must be at least 257: 256 bytes and the end of text."
-            )
+        check_numbers(self, "tokenizer.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +92,16 @@ class PreparationRecipe:
     tokenizer: TokenizerSection
     chat: ChatSection | None = None
     """Reads the corpus' rows as conversations, and writes beside the ids which of them are learned."""
-    tokens_per_shard: int = 100_000_000
+    tokens_per_shard: Count = 100_000_000
     """Tokens per shard file at most, about 200 MB; documents stay whole."""
-    num_tasks: int = 1
+    num_tasks: Annotated[int, Range(least=1, most=10**5)] = 1
     """Into how many parts the corpus is cut; each is finished, or repeated after a kill, by itself."""
-    num_workers: int | None = None
+    num_workers: Workers | None = None
     """Processes that work on the parts; by default one per usable core, at most num_tasks. The shards do not depend
     on it."""
 
     def __post_init__(self) -> None:
-        check_positive("", tokens_per_shard=self.tokens_per_shard, num_tasks=self.num_tasks)
-        check_positive("", num_workers=self.num_workers)
+        check_numbers(self, "")
         if self.chat is not None:
             self._check_chat()
         elif self.corpus.kind == "python_docstrings":
@@ -145,20 +151,19 @@ class StreamSection:
     """Directory or Hub id of the tokenizer."""
     cache_dir: Path
     """Where the shards are kept; what is missing there is streamed again."""
-    max_cached_shards: int = 32
+    max_cached_shards: Size = 32
     """How many training shards the cache holds at most."""
-    shards_per_era: int = 8
+    shards_per_era: Size = 8
     """Shards that are shuffled together; the first era has one, so that training starts soon."""
-    tokens_per_shard: int = 4_000_000
+    tokens_per_shard: Count = 4_000_000
     """Tokens per shard at most; documents stay whole."""
-    retry_s: float = 600
+    retry_s: Seconds = 600
     """How long a broken connection is tried again before the run saves and ends."""
-    stall_s: float = 120
+    stall_s: Seconds = 120
     """How long nothing may arrive before the connection counts as broken."""
 
     def __post_init__(self) -> None:
-        check_positive("stream.", tokens_per_shard=self.tokens_per_shard, shards_per_era=self.shards_per_era)
-        check_positive("stream.", retry_s=self.retry_s, stall_s=self.stall_s)
+        check_numbers(self, "stream.")
         if self.corpus.kind != "dataset":
             raise ValueError(
                 f"stream.corpus.kind ({self.corpus.kind}) must be dataset; give corpus.dataset, for local files "
@@ -187,12 +192,18 @@ class SourceSection:
     """Documents to stream instead of a path."""
     tokenizer: str | None = None
     """Directory or Hub id of the tokenizer that made the token files of another project."""
-    weight: float | None = None
+    weight: Annotated[float, Range(above=0, most=10**9)] | None = None
     """Share of the training tokens, up to a common factor; by default in proportion to the source's size."""
 
     def __post_init__(self) -> None:
-        check_positive("data.sources.", weight=self.weight)
-        if (self.stream is None) == (self.path is None and self.preparation is None):
+        check_numbers(self, "data.sources.")
+        places = [name for name in ("path", "preparation") if getattr(self, name) is not None]
+        if self.stream is not None and places:
+            raise ValueError(
+                f"data.{places[0]} and data.stream exclude each other; set one of them to null, or make each one of "
+                f"data.sources."
+            )
+        if self.stream is None and not places:
             raise ValueError(
                 "data.path is needed: a directory of token shards as scripts/prepare_data.py makes them, or token "
                 "files of another project; or else a stream."
@@ -230,9 +241,9 @@ class DataSection:
     """Directory or Hub id of the tokenizer that made the token files of another project."""
     sources: list[SourceSection] = field(default_factory=list)
     """A mixture: sources with weights, in place of the fields above."""
-    sequence_length: int = 1024
+    sequence_length: Size = 1024
     """Tokens per sequence."""
-    block_size: int = 1000
+    block_size: Size = 1000
     """Sequences per block, within which the mixture's weights are kept exactly."""
     packing: Literal["continuous", "documents", "whole_documents"] = "continuous"
     """Whether tokens see what stands before them in the sequence (GPT-2), or only their own document; the third also
@@ -241,16 +252,13 @@ class DataSection:
     """Whether sequences begin where documents begin; what a cut document has left is not read."""
     skip: str | None = None
     """Batches that are passed over, by number: 120-135, or 7, 120-135. Without any a batch has its step's number."""
-    num_workers: int = 1
+    num_workers: Annotated[int, Range(least=0, most=1024)] = 1
     """Threads that read ahead; 0 reads when the step begins. Changes nothing but speed."""
-    prefetch_steps: int = 2
+    prefetch_steps: Annotated[int, Range(least=1, most=10**4)] = 2
     """How many steps are read ahead."""
 
     def __post_init__(self) -> None:
-        check_positive("data.", sequence_length=self.sequence_length, block_size=self.block_size)
-        check_positive("data.", prefetch_steps=self.prefetch_steps)
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers ({self.num_workers}) must not be negative; 0 turns reading ahead off.")
+        check_numbers(self, "data.")
         self.skipped_batches  # raises for what is no list of numbers  # noqa: B018
         single = {name: getattr(self, name) for name in ("path", "validation_path", "preparation", "stream")}
         given = [name for name, value in single.items() if value is not None]
@@ -265,7 +273,7 @@ class DataSection:
         names = [source.key for source in self.mixture]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"data.sources: two are called {twice[0]!r}; give each its own name.")
+            raise ValueError(f"data.sources: two are called {shown(twice[0])}; give each its own name.")
 
     def _check_lengths_of_conversations(self) -> None:
         for source in self.mixture:
@@ -285,7 +293,7 @@ class DataSection:
         is_in_order = all(first <= last for first, last in pairs)
         if len(pairs) < len(parts) or not is_in_order or any(b[0] <= a[1] for a, b in itertools.pairwise(pairs)):
             raise ValueError(
-                f"data.skip ({self.skip!r}) must list batches that do not overlap, as 120-135 or 7, 120-135."
+                f"data.skip ({shown(self.skip)}) must list batches that do not overlap, as 120-135 or 7, 120-135."
             )
         return pairs
 

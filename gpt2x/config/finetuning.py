@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from gpt2x.config.checks import check_positive
+from gpt2x.config.checks import Range, ShareBelowOne, Size, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class ChatSection:
     the model stops; null for the tokenizer's own."""
     learn: Literal["assistant", "all"] = "assistant"
     """Whether what the assistant says is learned, with the end of its turn, or the whole conversation."""
-    max_length: int | None = None
+    max_length: Size | None = None
     """Conversations are cut to so many tokens at their end; with packing whole_documents at most data.sequence_length
     of the run."""
     drop_unlearned: bool = False
@@ -29,18 +29,18 @@ class ChatSection:
     the preparation."""
 
     def __post_init__(self) -> None:
-        check_positive("chat.", max_length=self.max_length)
+        check_numbers(self, "chat.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSection:
     """Low-rank adapters beside the frozen weights of the stock model."""
 
-    rank: int = 16
+    rank: Annotated[int, Range(least=1, most=10**5)] = 16
     """Rank of the adapters."""
-    alpha: float = 32.0
+    alpha: Annotated[float, Range(above=0, most=10**6)] = 32.0
     """The adapters' output is scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Dropout before the adapters."""
     target_modules: list[str] = field(default_factory=list)
     """Names of the linear layers that get one, or all-linear; by default peft's choice for the architecture, or else
@@ -49,6 +49,4 @@ class LoraSection:
     """Whether final/ is the stock model with the adapters added to its weights, or the adapters alone."""
 
     def __post_init__(self) -> None:
-        check_positive("lora.", rank=self.rank, alpha=self.alpha)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout ({self.dropout}) must be at least 0 and below 1; 0 turns it off.")
+        check_numbers(self, "lora.")

@@ -5,13 +5,18 @@ those that come with gpt2x. All else that a recipe names (data, models, runs, ou
 """
 
 import dataclasses
+import difflib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
+
+from gpt2x.addresses import without_secrets
+from gpt2x.config.checks import annotations_of, cut, shown
+from gpt2x.config.fields import item_of, section_of
 
 SHIPPED = Path(__file__).resolve().parents[2]
 """Where configuration/ and tokenization/ are."""
@@ -19,6 +24,12 @@ SHIPPED_FOLDERS = ("configuration", "tokenization")
 # Strings that may be a path; fields of type Path are known by their type.
 PLACES = {"path", "paths", "validation_path", "dataset", "data_files", "tokenizer", "init_from", "model", "hellaswag"}
 TEMPLATE = "template"
+# Where the parts of a section lie among those that come with gpt2x.
+_SHIPPED_PARTS = {
+    "model": "configuration/model/*.yaml",
+    "tokenizer": "tokenization/*.yaml",
+    "preparation": "configuration/data/*.yaml",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,8 +72,24 @@ def load_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
         raise ValueError(f"{line}{getattr(error, 'problem', None) or error}; this is no YAML.") from None
+    except ValueError as error:
+        if "set_int_max_str_digits" not in str(error):
+            raise
+        raise ValueError("a number in it has thousands of digits; correct it.") from None
     except RecursionError:
         raise ValueError("it is nested too deep; this is no recipe.") from None
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: as it is called, or the shipped one of this name.
+
+    Raises:
+        ValueError: where it is neither, with the nearest name.
+    """
+    file = find_part(name, Path())
+    if file is None and not os.path.lexists(os.path.expanduser(name)):
+        raise ValueError(f"{cut(without_secrets(name), 140)} does not exist{_nearest_file(name, Path())}")
+    return file or Path(name)
 
 
 def read_recipe(file: Path, recipe_class: type) -> dict[str, Any]:
@@ -83,17 +110,19 @@ def compose(value: Any, hint: Any, *, directory: Path, where: str, key: str = ""
         value: as YAML has it.
         hint: the type of the field.
         directory: of the file that names the parts.
-        where: the file, for messages.
+        where: the file, for messages; empty for the command line.
         key: the field.
     """
-    section, item = _section_of(hint), _item_of(hint)
+    section, item = section_of(hint), item_of(hint)
     if section is not None and isinstance(value, str):
         file = find_part(value, directory)
         if file is None:
-            raise ValueError(f"{where}: {key} ({value}) is no file beside it, and none that gpt2x has; correct it.")
+            names, place = (f"{where}: ", "beside it") if where else ("", "here")
+            remedy = _nearest_file(value, directory, key)
+            raise ValueError(f"{names}{key} ({shown(value)}) is no file {place}, and none that gpt2x has{remedy}")
         return compose(_read_mapping(file), hint, directory=file.parent, where=str(file), key=key)
     if section is not None and isinstance(value, dict):
-        hints = get_type_hints(section)
+        hints = annotations_of(section)
         return {
             name: compose(field, hints.get(name), directory=directory, where=where, key=f"{key}.{name}".lstrip("."))
             for name, field in value.items()
@@ -108,30 +137,23 @@ def compose(value: Any, hint: Any, *, directory: Path, where: str, key: str = ""
     return value
 
 
-def hint_of(recipe_class: type, key: str) -> Any:
-    """The type of the field that a dotted key names, or None where there is no such."""
-    hint: Any = recipe_class
-    for name in key.split("."):
-        section = _section_of(hint)
-        hint = get_type_hints(section).get(name) if section is not None else None
-    return hint
-
-
-def is_structured(hint: Any) -> bool:
-    """Whether a field of this type is a section, a list of sections or a mapping."""
-    is_mapping = any(dict in (one, get_origin(one)) for one in (hint, *get_args(hint)))
-    return is_mapping or _section_of(hint) is not None or _item_of(hint) is not None
-
-
-def is_optional(hint: Any) -> bool:
-    """Whether a field of this type may be null."""
-    return type(None) in get_args(hint)
-
-
 def find_part(name: str, directory: Path) -> Path | None:
     """A part beside the file in `directory` that names it, or else the shipped one of this name."""
     path = Path(os.path.expanduser(name))
     return next((found for found in (directory / path, SHIPPED / path) if found.is_file()), None)
+
+
+def _nearest_file(name: str, directory: Path, key: str = "") -> str:
+    """A remedy: the file that was probably meant, beside the one that names it or among the shipped ones."""
+    patterns = _SHIPPED_PARTS.get(key.rpartition(".")[2], "configuration/*/*.yaml")
+    shipped = [str(file.relative_to(SHIPPED)) for file in sorted(SHIPPED.glob(patterns))]
+    place = Path(os.path.expanduser(name)).parent
+    files = [*(str(place / file.name) for file in sorted((directory / place).glob("*.yaml"))), *shipped]
+    stems = difflib.get_close_matches(Path(name).stem[:60], [Path(file).stem for file in files], n=1, cutoff=0.5)
+    similar = [file for file in files if Path(file).stem in stems]
+    if not similar:
+        return "; correct the path."
+    return f"; did you mean {max(similar, key=lambda file: difflib.SequenceMatcher(None, name, file).ratio())}?"
 
 
 def placed(name: str, directory: Path) -> str:
@@ -181,15 +203,3 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} must hold fields and their values, as in configuration/; correct it.")
     return dict(content)
-
-
-def _section_of(hint: Any) -> type | None:
-    """The section's class of a field that is one, perhaps an optional one."""
-    candidates = [hint, *get_args(hint)] if get_origin(hint) is not list else []
-    return next((one for one in candidates if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
-
-
-def _item_of(hint: Any) -> Any:
-    """The type of the items of a list of sections."""
-    found = get_args(hint) if get_origin(hint) is list else ()
-    return found[0] if found and _section_of(found[0]) is not None else None

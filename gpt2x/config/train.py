@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from gpt2x.config.checks import check_positive
+from gpt2x.config.checks import Count, Range, Share, ShareBelowOne, Size, Workers, check_numbers, shown
 
 # Beside which file systems that allow 255 have room for what is appended to names.
 MAX_NAME = 200
@@ -20,41 +20,43 @@ class RunSection:
     """Name of the run's directory; by default the recipe's file name."""
     dir: Path = Path("runs")
     """Directory of all runs."""
-    seed: int = 1337
+    seed: Annotated[int, Range(least=0, most=2**32 - 1)] = 1337
     """Seed of the initial weights, of the data order and of dropout."""
     report_to: list[str] = field(default_factory=list)
     """Trackers of accelerate to report to: tensorboard, wandb, trackio, ..."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"run.seed ({self.seed}) must be at least 0 and below 2**32, as numpy wants it.")
+        check_numbers(self, "run.")
         if self.name is None:
             return
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name) or self.name in (".", ".."):
             raise ValueError(
-                f"run.name ({self.name!r}) must be one path component of letters, digits, '.', '_' and '-'."
+                f"run.name ({shown(self.name)}) must be a name of letters, digits, '.', '_' and '-', without folders; "
+                f"folders are set by run.dir."
             )
         if len(self.name) > MAX_NAME:
-            raise ValueError(f"run.name has {len(self.name)} characters, and {MAX_NAME} at most; shorten it.")
+            raise ValueError(
+                f"run.name ({shown(self.name)}) has {len(self.name)} characters, and {MAX_NAME} at most; shorten it."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
     """The budget, the batch, the precision, and what happens at which intervals."""
 
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Budget in optimizer steps. Exactly one of the four budgets is given."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Budget in tokens."""
-    max_time_s: float | None = None
+    max_time_s: Annotated[float, Range(above=0, most=10**9)] | None = None
     """Budget in seconds of training: compilation and waiting for data count, validation, samples, saving and a machine
     that sleeps do not."""
-    num_train_epochs: float | None = None
+    num_train_epochs: Annotated[float, Range(above=0, most=10**6)] | None = None
     """Budget in passes over all sequences of the sources, the last step made whole; not for streams. Of a mixture with
     weights, as many sequences as that. Like max_tokens it is counted in steps of the present size."""
-    tokens_per_step: int = 524_288
+    tokens_per_step: Annotated[int, Range(least=1, most=10**10)] = 524_288
     """Batch size in tokens per optimizer step; accumulation follows from it."""
-    micro_batch_size: int = 16
+    micro_batch_size: Size = 16
     """Sequences per device and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Precision of the matrix products; weights and optimizer state are float32. fp16 needs a GPU."""
@@ -62,41 +64,36 @@ class TrainSection:
     """Whether the model is compiled by torch.compile."""
     gradient_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass, to save memory."""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: Annotated[float, Range(above=0, most=10**9)] | None = 1.0
     """Gradients are clipped to this norm; null for no clipping."""
-    num_threads: int | None = None
+    num_threads: Workers | None = None
     """CPU threads per process; by default the usable cores shared among the node's processes."""
-    logging_steps: int = 1
+    logging_steps: Count = 1
     """Steps between two records of metrics.jsonl."""
-    save_steps: int | None = None
+    save_steps: Count | None = None
     """Steps between two checkpoints; null to save at the end only."""
-    save_total_limit: int | None = 2
+    save_total_limit: Count | None = 2
     """How many checkpoints are kept, the newest; null for all."""
-    keep_steps: int | None = None
+    keep_steps: Count | None = None
     """Checkpoints at multiples of this many steps are kept for ever; a multiple of save_steps."""
     save_best: bool = False
     """Whether every validation that is the best so far is followed by a checkpoint, of which the last is kept."""
     on_non_finite: Literal["stop", "skip"] = "stop"
     """What happens where a loss or gradient is not finite: the run stops, or the step leaves the weights alone."""
-    max_skipped_steps: int = 5
+    max_skipped_steps: Count = 5
     """With on_non_finite skip, how many such steps in a row are tolerated."""
 
     def __post_init__(self) -> None:
-        budgets = {name: getattr(self, name) for name in BUDGETS}
-        given = [name for name, value in budgets.items() if value is not None]
+        check_numbers(self, "train.")
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"{', '.join(given)} are given, set the others to null" if given else "none is given"
             rule = f"exactly one budget of {', '.join(f'train.{name}' for name in BUDGETS)} is needed"
             raise ValueError(f"{rule}; {found}.")
-        check_positive("train.", **budgets, tokens_per_step=self.tokens_per_step, max_grad_norm=self.max_grad_norm)
-        check_positive("train.", micro_batch_size=self.micro_batch_size, num_threads=self.num_threads)
-        check_positive("train.", logging_steps=self.logging_steps, save_steps=self.save_steps)
-        check_positive("train.", save_total_limit=self.save_total_limit, keep_steps=self.keep_steps)
-        check_positive("train.", max_skipped_steps=self.max_skipped_steps)
         if self.keep_steps is not None and (self.save_steps is None or self.keep_steps % self.save_steps):
             raise ValueError(
-                f"train.keep_steps ({self.keep_steps}) must be a multiple of train.save_steps ({self.save_steps}), at "
-                f"which checkpoints are made."
+                f"train.keep_steps ({self.keep_steps}) must be a multiple of train.save_steps "
+                f"({shown(self.save_steps)}), at which checkpoints are made."
             )
 
 
@@ -106,64 +103,56 @@ class OptimizerSection:
 
     name: Literal["adamw", "muon"] = "adamw"
     """AdamW for everything (arXiv:1711.05101), or Muon for the matrices of the layers and AdamW for the rest."""
-    learning_rate: float = 6e-4
+    learning_rate: Annotated[float, Range(above=0, most=1000)] = 6e-4
     """AdamW's peak learning rate."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: Annotated[float, Range(above=0, most=1000)] = 0.02
     """Muon's peak learning rate."""
-    muon_momentum: float = 0.95
+    muon_momentum: ShareBelowOne = 0.95
     """Muon's Nesterov momentum."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Range(least=0, most=1000)] = 0.1
     """Decoupled weight decay of the matrices; norms, biases and embeddings are not decayed by Muon's AdamW."""
-    adam_beta1: float = 0.9
+    adam_beta1: ShareBelowOne = 0.9
     """AdamW's decay of the gradient's mean."""
-    adam_beta2: float = 0.95
+    adam_beta2: ShareBelowOne = 0.95
     """AdamW's decay of the squared gradient's mean."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: Annotated[float, Range(above=0, most=1)] = 1e-8
     """AdamW's epsilon."""
     lr_scheduler_type: Literal["cosine", "linear", "wsd"] = "cosine"
     """Decay after warmup: cosine, linear, or warmup-stable-decay (arXiv:2405.18392)."""
-    warmup_steps: float = 0
+    warmup_steps: Annotated[float, Range(least=0, most=10**15)] = 0
     """Steps of linear warmup; a number below 1 is a share of a step or token budget."""
-    decay_ratio: float = 0.4
+    decay_ratio: Share = 0.4
     """With wsd, the share of the budget at its end over which the rate falls linearly."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Share = 0.1
     """The last learning rate, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        check_positive("optimizer.", learning_rate=self.learning_rate, muon_learning_rate=self.muon_learning_rate)
-        for name in ("muon_momentum", "adam_beta1", "adam_beta2", "decay_ratio", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optimizer.{name} ({getattr(self, name)}) must lie between 0 and 1.")
-        for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name} ({getattr(self, name)}) must not be negative; 0 turns it off.")
+        check_numbers(self, "optimizer.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSection:
     """Validation loss and samples during the run."""
 
-    eval_steps: int | None = 1000
+    eval_steps: Count | None = 1000
     """Steps between two validations; null for the end only."""
-    batch_size: int = 16
+    batch_size: Size = 16
     """Sequences per device and forward pass of the validation."""
-    sample_steps: int | None = None
+    sample_steps: Count | None = None
     """Steps between two sets of samples; null for the end only."""
     prompts: list[str] = field(default_factory=list)
     """Prompts that are continued in every set of samples."""
-    num_validation_prompts: int = 2
+    num_validation_prompts: Annotated[int, Range(least=0, most=10**6)] = 2
     """How many beginnings of validation documents are continued beside them."""
-    max_new_tokens: int = 100
+    max_new_tokens: Size = 100
     """Length of a sample in tokens."""
     hellaswag: str | None = None
     """Scores the model on HellaSwag beside every validation: a .jsonl file, or hub; null for not."""
-    hellaswag_items: int = 1000
+    hellaswag_items: Size = 1000
     """How many of its items, always the same ones."""
 
     def __post_init__(self) -> None:
-        check_positive("evaluation.", eval_steps=self.eval_steps, batch_size=self.batch_size)
-        check_positive("evaluation.", sample_steps=self.sample_steps, max_new_tokens=self.max_new_tokens)
-        check_positive("evaluation.", hellaswag_items=self.hellaswag_items)
+        check_numbers(self, "evaluation.")
 
 
 def accumulation_steps(

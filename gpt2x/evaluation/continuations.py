@@ -168,7 +168,10 @@ def check_lengths(model: PreTrainedModel, questions: Sequence[Question]) -> None
     longest = _longest(model)
     num_ids = max(len(ids) for question in questions for ids in question.continuations)
     if longest is not None and num_ids > longest:
-        raise UserError(f"a continuation has {num_ids} tokens, and the model takes {longest}; leave it out.")
+        raise UserError(
+            f"an ending of the HellaSwag items has {num_ids} tokens, and the model takes {longest}; give items with "
+            f"shorter endings, or a model that takes longer sequences."
+        )
 
 
 def shares_contexts(model: PreTrainedModel) -> bool:

@@ -152,7 +152,7 @@ def _reason(answer: dict[str, Any]) -> str:
 
 def _failed(directory: Path, push: Push, reason: str) -> UserError:
     """The one line of a failure. The client's own messages never hold the token; this makes sure."""
-    options = ["--public", "true"] if push.is_public else []
+    options = ["--public"] if push.is_public else []
     options += ["--license", push.license] if push.license is not None else []
     again = shell_command("push_to_hub", directory, "--repo_id", push.repo_id, *options)
     line = f"{push.repo_id} was not updated: {reason}; then `{again}` tries again."

@@ -124,7 +124,7 @@ class PublishedModel:
         return (
             f"With `model` and `tokenizer` as above:\n\n{code}\n\n{end}transformers' pipelines read the text of a "
             f"special token in a message as that token, so that a user who types it can end a turn or begin another; "
-            f"`scripts/generate.py --chat true` of gpt2x keeps it text."
+            f"`scripts/generate.py --chat` of gpt2x keeps it text."
         )
 
 

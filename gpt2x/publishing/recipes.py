@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpt2x.config.checks import Seconds, check_numbers
 from gpt2x.locate import local_path
 
 DTYPES = {
@@ -52,11 +53,10 @@ class PushRecipe:
     """Whether a new repository is visible to everyone."""
     license: str | None = None
     """The model's licence, an identifier that the Hub knows; needed where it is public, else it may be left open."""
-    time_limit_s: float | None = None
+    time_limit_s: Seconds | None = None
     """Seconds after which the upload is given up; by default ten minutes and one second per megabyte."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "")
         if self.public and self.license is None:
             raise ValueError("public needs license, an identifier that the Hub knows: mit, apache-2.0, other ...")
-        if self.time_limit_s is not None and self.time_limit_s <= 0:
-            raise ValueError(f"time_limit_s ({self.time_limit_s}) must be positive.")

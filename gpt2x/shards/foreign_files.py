@@ -7,6 +7,7 @@ from typing import Any
 
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
+from gpt2x.locate import does_not_exist
 from gpt2x.shards.foreign_formats import SUFFIXES, format_of
 
 HELD_OUT = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE)
@@ -45,6 +46,8 @@ def _split(path: str) -> dict[str, list[Path]]:
         return _saved_splits(place)
     files = _saved_files(place) if (place / "state.json").is_file() else _token_files(path)
     if not files:
+        if not place.exists() and not glob.has_magic(path):
+            raise does_not_exist(path, "token files of another project, or a directory of them")
         raise UserError(
             f"'{path}' holds no token shards (index.json) and no token files of another project "
             f"({', '.join(SUFFIXES)}); make shards by scripts/prepare_data.py, or correct the path."

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2x.config.checks import check_positive
+from gpt2x.config.checks import Count, Seed, ShareBelowOne, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +18,12 @@ class ImportRecipe:
     """Directory of the token shards and their index."""
     validation_path: str | None = None
     """Held-out token files, where path does not hold them under a name with `val`."""
-    tokens_per_shard: int = 100_000_000
+    tokens_per_shard: Count = 100_000_000
     """Tokens per shard file at most, about 200 MB; documents stay whole."""
-    validation_fraction: float = 0.005
+    validation_fraction: ShareBelowOne = 0.005
     """Share of the documents, chosen by the hash of their ids, that is held out where the input holds out none."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Another seed holds out other documents."""
 
     def __post_init__(self) -> None:
-        check_positive("", tokens_per_shard=self.tokens_per_shard)
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction ({self.validation_fraction}) must be at least 0 and below 1; 0.005 is usual."
-            )
+        check_numbers(self, "")

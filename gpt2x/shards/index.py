@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, parse_json, read_bytes, write_file
+from gpt2x.locate import does_not_exist
 from gpt2x.shards.files import REMEDY, Shard, open_shard
 from gpt2x.shards.scan import Scan, scan_all
 
@@ -197,6 +198,8 @@ def load_index(directory: Path) -> Index:
         UserError: where it is missing, broken, of another format version, or names a file outside its directory.
     """
     file = directory / INDEX_FILE
+    if not os.path.lexists(directory):
+        raise does_not_exist(str(directory), "a directory of token shards, as scripts/prepare_data.py makes it")
     if not os.path.lexists(file):
         raise UserError(f"'{directory}' holds no token shards ({INDEX_FILE}); make them by scripts/prepare_data.py.")
     try:

@@ -66,7 +66,7 @@ def _message(job: Job, progress: Progress, obstacle: str, found: list[Suspect]) 
     train, first = job.recipe.train, found[0]
     batch = job.batches.batches.order.batch_of(progress.step)
     where = next(iter(located(job, progress, first)))
-    remedy = f"lower the learning rate, or pass over the batch by --data.skip {batch}, both with --resume true"
+    remedy = f"lower the learning rate, or pass over the batch by --data.skip {batch}, both with --resume"
     if train.on_non_finite == "skip":
         obstacle += f", after {progress.skipped_in_a_row} such steps in a row (train.max_skipped_steps)"
     else:

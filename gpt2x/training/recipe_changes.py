@@ -7,7 +7,9 @@ import yaml
 
 from gpt2x.addresses import without_secrets
 from gpt2x.config import BUDGETS, TrainingRecipe, to_yaml
+from gpt2x.config.checks import shown
 
+_MOST_ROWS = 10
 Changes = Mapping[str, tuple[Any, Any]]
 
 # Fields that say how to start, not what to train: two runs that differ in them alone are the same run.
@@ -47,9 +49,13 @@ def _is_same_template(field: str, old: Any, new: Any) -> bool:
     return field.endswith("chat.template") and bool(old) and str(new).endswith(f"/{old}")
 
 
-def describe(changes: Changes) -> list[str]:
-    """A text per changed field."""
-    return [f"{field}: {old} -> {new}" for field, (old, new) in changes.items()]
+def as_table(changes: Changes) -> list[str]:
+    """The lines of a table: what each changed field was and is, as YAML spells it; of ten at most, and a count."""
+    rows = [("field", "was", "is"), *((field, shown(old), shown(new)) for field, (old, new) in changes.items())]
+    rows, left_out = rows[: _MOST_ROWS + 1], len(rows) - 1 - _MOST_ROWS
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:2]]
+    lines = [f"{field:{widths[0]}}  {old:{widths[1]}}  {new}" for field, old, new in rows]
+    return [*lines, f"and {left_out} more"] if left_out > 0 else lines
 
 
 def is_larger_budget(changes: Changes) -> bool:
@@ -76,6 +82,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             leaves |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):  # as data.sources
+            leaves |= _flat({f"{key}[{number}]": item for number, item in enumerate(value)}, prefix)
         else:
             leaves[f"{prefix}{key}"] = value
     return leaves

@@ -13,7 +13,7 @@ from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, append_line, make_directory, read_json, read_yaml, set_aside, sync, write_file
 from gpt2x.training.checkpoints import list_checkpoints, named_checkpoints, read_trainer
 from gpt2x.training.lock import LOCK_NAMES, Hold
-from gpt2x.training.recipe_changes import Changes, changes_between, changes_of_shape, describe, is_larger_budget
+from gpt2x.training.recipe_changes import Changes, as_table, changes_between, changes_of_shape, is_larger_budget
 
 # Every recipe of a run has these, by which its config.yaml is told from other people's.
 _SECTIONS = ("run", "data", "train", "optimizer")
@@ -170,19 +170,18 @@ def _recorded_recipe(run: RunDirectory) -> tuple[dict[str, Any] | None, list[str
 
 def _check_changes(run: RunDirectory, changes: Changes, recipe: TrainingRecipe, notes: list[str]) -> None:
     if changes is _UNKNOWN and not recipe.resume:
-        raise UserError(
-            f"{notes[0]}; if it is this one, go on by --resume true, or start a new run with --run.name NAME."
-        )
+        raise UserError(f"{notes[0]}; if it is this one, go on by --resume, or start a new run with --run.name NAME.")
     if changes and not recipe.resume and not is_larger_budget(changes):
-        table = "; ".join(describe(changes))
         raise UserError(
-            f"{run.path} was run with another recipe ({table}); start a new run with --run.name NAME, "
-            f"or go on with this one and the changes by --resume true."
+            f"{run.path} was run with another recipe; start a new run with --run.name NAME, or go on with this one "
+            f"and these changes by --resume.",
+            table=as_table(changes),
         )
     if shapes := changes_of_shape(changes):
         raise UserError(
-            f"{run.path} cannot go on with another model ({'; '.join(describe(shapes))}): its weights would not fit; "
-            f"set that back, or start a new run with --run.name NAME."
+            f"{run.path} cannot go on with another model, which its weights would not fit; set back what is listed "
+            f"below, or start a new run with --run.name NAME.",
+            table=as_table(shapes),
         )
 
 

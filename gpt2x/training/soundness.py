@@ -25,5 +25,5 @@ def not_saved(run_dir: Path, step: int, reason: str) -> str:
     way_on = f"goes on from {older[-1]}" if older else "starts anew"
     return (
         f"{reason}; the state after step {step} is not saved, and no checkpoint was deleted: with a lower learning "
-        f"rate (optimizer.learning_rate) and --resume true the same command {way_on}."
+        f"rate (optimizer.learning_rate) and --resume the same command {way_on}."
     )

@@ -178,7 +178,9 @@ def test_the_attention_of_a_training_gives_way_to_that_of_branches(bpe, items):
 
 def test_an_ending_longer_than_the_model_is_refused(model):
     question = Question(context=[1], continuations=[[2], [3] * 65])
-    line = "a continuation has 65 tokens, and the model takes 64; leave it out."
+    line = (
+        "an ending of the HellaSwag items has 65 tokens, and the model takes 64; give items with shorter endings, or "
+    )
     with pytest.raises(UserError, match=line):
         score_continuations(model, [question], batch_size=1)
 

@@ -52,7 +52,7 @@ def test_gpt2s_old_names_are_understood() -> None:
         ({"num_key_value_heads": 0}, r"num_key_value_heads \(0\) must be at least 1"),
         ({"position_embedding": "rope", "head_dim": 7}, r"head_dim \(7\) must be even, as RoPE turns pairs; change"),
         ({"final_logit_softcapping": 0.0}, r"final_logit_softcapping \(0.0\) must be positive; use None"),
-        ({"hidden_act": "gelu_nwe"}, r"hidden_act \('gelu_nwe'\) must be a name of .*; did you mean 'gelu_new'\?"),
+        ({"hidden_act": "gelu_nwe"}, r"hidden_act \('gelu_nwe'\) must be a name of .*; did you mean 'gelu_new'\?$"),
         ({"hidden_dropout": 1.0}, r"hidden_dropout \(1.0\) must be at least 0 and below 1; use 0.0 to switch it off"),
         ({"layer_types": ["global"]}, r"layer_types contains 'global'; each entry must be one of full_attention, sl"),
         ({"layer_types": ["full_attention"]}, r"layer_types has 1 entries but num_hidden_layers is 12; give one"),
@@ -76,7 +76,7 @@ def test_contradictions_are_refused_with_value_rule_and_remedy(options: dict, me
 
 @pytest.mark.parametrize(("name", "nearest"), [("hiden_size", "hidden_size"), ("norm_epsilon", "norm_eps")])
 def test_unknown_keys_warn_with_the_nearest_name(name: str, nearest: str) -> None:
-    with pytest.warns(UserWarning, match=f"no option '{name}'; it has no effect; did you mean '{nearest}'"):
+    with pytest.warns(UserWarning, match=f"no option '{name}'; it has no effect; did you mean '{nearest}'\\?$"):
         GPT2XConfig(**{name: 1})
 
 

@@ -133,7 +133,7 @@ def test_a_refusal_is_one_line_that_says_how_to_retry(hub, run_dir, path, status
 
 def test_the_command_that_tries_again_has_visibility_and_licence(hub, run_dir):
     hub.faults["repos/create"] = 401
-    with pytest.raises(UserError, match=r"--repo_id user/tiny --public true --license mit` tries again"):
+    with pytest.raises(UserError, match=r"--repo_id user/tiny --public --license mit` tries again"):
         push_run(run_dir, Push(repo_id="user/tiny", is_public=True, license="mit"))
 
 

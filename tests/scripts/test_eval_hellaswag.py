@@ -136,17 +136,17 @@ def test_missing_items_are_named(evaluate, run_dir):
 @pytest.mark.parametrize(
     ("recipe_class", "arguments", "line"),
     [
-        (HellaSwagRecipe, ["--num_items=0"], "num_items (0) must be positive."),
-        (HellaSwagRecipe, ["--batch_size=-1"], "batch_size (-1) must be positive."),
-        (LmEvalRecipe, ["--tasks=,"], "tasks must name at least one task, as in --tasks hellaswag,piqa."),
-        (LmEvalRecipe, ["--tasks=x", "--limit=0"], "limit (0) must be positive."),
-        (LmEvalRecipe, ["--tasks=x", "--num_fewshot=-1"], "num_fewshot (-1) must not be negative; 0 is zero-shot."),
+        (HellaSwagRecipe, ["--num_items=0"], "num_items (0) must be a whole number from 1 to "),
+        (HellaSwagRecipe, ["--batch_size=-1"], "batch_size (-1) must be a whole number from 1 to "),
+        (LmEvalRecipe, ["--tasks=,"], "tasks (,) must name at least one task, as in --tasks hellaswag,piqa."),
+        (LmEvalRecipe, ["--tasks=x", "--limit=0"], "limit (0) must be a whole number from 1 to "),
+        (LmEvalRecipe, ["--tasks=x", "--num_fewshot=-1"], "num_fewshot (-1) must be a whole number from 0 to 10,000"),
     ],
 )
 def test_a_mistake_in_the_recipe_ends_in_one_line(recipe_class, arguments, line, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_recipe(recipe_class, arguments, script="eval.py", positional="model")
-    assert capsys.readouterr().err == f"eval.py: error: {line}\n"
+    assert capsys.readouterr().err.startswith(f"eval.py: error: {line}")
 
 
 def test_without_lm_eval_the_script_says_how_to_install_it(run_dir, monkeypatch):

@@ -86,7 +86,7 @@ def test_a_dtype_that_the_form_has_not_is_refused(capsys, form, dtype):
 def test_a_form_is_needed(capsys):
     with pytest.raises(SystemExit):
         recipe("runs/x")
-    assert "the following arguments are required: to; `python scripts/export.py --help`" in capsys.readouterr().err
+    assert "to is needed; give --to VALUE, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

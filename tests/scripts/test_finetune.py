@@ -79,7 +79,7 @@ def test_fine_tuning_shows_what_is_learned_and_ends_in_a_stock_chat_model(home, 
     assert re.search(r"<\|im_start\|>assistant\n⟦[^⟧]*<\|im_end\|>⟧", printed)
     last = printed.splitlines()[-1]
     assert last.startswith("chat with it: ")
-    assert last.endswith("scripts/generate.py runs/chat/final --chat true")
+    assert last.endswith("scripts/generate.py runs/chat/final --chat")
     final = home / "runs" / "chat" / "final"
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert type(AutoModelForCausalLM.from_pretrained(final)).__name__ == "NanoChatForCausalLM"

@@ -99,25 +99,40 @@ def test_both_scripts_have_the_same_default_corpus():
     assert sorted(flags) == sorted(f"--corpus.{field}={value}" for field, value in recipe["corpus"].items())
 
 
+def test_the_words_that_say_which_corpus_it_is_are_all_passed_on_and_no_others():
+    corpus_arguments = runpy.run_path(str(ROOT / "scripts" / "train_tokenizer.py"))["corpus_arguments"]
+    corpus = [
+        "--corpus.streaming",
+        "--corpus.paths",
+        '["a b"]',
+        r"--corpus.document_separator=\n",
+        "--corpus.kind",
+        "files",
+    ]
+    tokenizer = ["--tokenizer.path", "tok", "--tokenizer.vocab_size=300"]
+    for words in ([*corpus, *tokenizer], [*corpus[:1], *tokenizer, *corpus[1:]], [*tokenizer, *corpus]):
+        assert corpus_arguments(words) == corpus
+
+
 def test_the_default_recipe_is_found_from_any_directory(run):
     code, _, complaint = run("prepare_data.py", "--tokens_per_shard=0")
     assert code == 2
-    assert "tokens_per_shard (0) must be positive" in complaint
+    assert "tokens_per_shard (0) must be a whole number from 1 to" in complaint
 
 
 @pytest.mark.parametrize(
     ("given", "missing"),
     [
-        ([], "output_dir, tokenizer.path"),
-        (["--output_dir=shards"], "tokenizer.path"),
-        (["--tokenizer.path=openai-community/gpt2"], "output_dir"),
+        ([], "output_dir and tokenizer.path are needed; give --output_dir VALUE --tokenizer.path VALUE, "),
+        (["--output_dir=shards"], "tokenizer.path is needed; give --tokenizer.path VALUE, "),
+        (["--tokenizer.path=openai-community/gpt2"], "output_dir is needed; give --output_dir VALUE, "),
     ],
 )
 def test_a_corpus_of_ones_own_has_no_hidden_base(run, tmp_path, corpus, given, missing):
     before = sorted(tmp_path.iterdir())
     code, printed, complaint = run("prepare_data.py", *corpus, *given)
     assert (code, printed) == (2, "")
-    assert complaint.startswith(f"prepare_data.py: error: the following arguments are required: {missing}; ")
+    assert complaint.startswith(f"prepare_data.py: error: {missing}or a recipe that has it by --config.")
     assert complaint.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 

@@ -345,7 +345,7 @@ def mistakes(shards, tmp_path):
             [*data, "--train.max_stepz=3"],
             None,
             2,
-            "pretrain.py: error: unrecognized arguments: --train.max_stepz=3; did you mean 'train.max_steps'?",
+            "pretrain.py: error: train.max_stepz is no field; did you mean train.max_steps?",
         ),
         "sequence length": (
             [*data, "--data.sequence_length=64"],
@@ -375,10 +375,11 @@ def mistakes(shards, tmp_path):
             f"error: corpus.paths: '{missing}' matches no file; correct the path, or quote the pattern.",
         ),
         "missing shards": (
-            ["--data.path", tmp_path / "nowhere"],
+            ["--data.path", tmp_path / "nowhere" / "at" / "all"],
             None,
             1,
-            f"error: '{tmp_path}/nowhere' holds no token shards (index.json); make them by scripts/prepare_data.py.",
+            f"error: {tmp_path}/nowhere/at/all does not exist; give a directory of token shards, as "
+            f"scripts/prepare_data.py makes it.",
         ),
         "token id": (
             ["--data.path", tmp_path / "wrong"],

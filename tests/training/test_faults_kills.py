@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_the_step(runs, 
     assert line.startswith("error: step 3: loss is nan on rank 1, samples 4 to 5 of batch 2, from train: epoch 0, ")
     assert line.endswith(
         f"on ({run_dir}/spikes.jsonl has them all); the state before the step is saved: lower the learning rate, or "
-        f"pass over the batch by --data.skip 2, both with --resume true; or set train.on_non_finite skip."
+        f"pass over the batch by --data.skip 2, both with --resume; or set train.on_non_finite skip."
     )
     assert line in run.output(rank=1)
     assert newest_checkpoint(run_dir)[0] == run_dir / "checkpoints" / "step-000002"

@@ -107,7 +107,7 @@ def test_after_too_many_skipped_steps_in_a_row_the_run_stops(recipe, changed, pr
 
 def test_the_message_names_the_number_by_which_the_batch_is_passed_over(recipe, changed, pretrain, spoil):
     spoil(6, loss=math.nan)
-    with pytest.raises(UserError, match=r"--data.skip 5, both with --resume true"):
+    with pytest.raises(UserError, match=r"--data.skip 5, both with --resume"):
         pretrain(recipe)
     spoiled = pretrain(recipe, stop_after=6).job.batches.step(5).checksum
     without = pretrain(changed(recipe, run={"name": "without"}, data={"skip": "5"}))

@@ -231,7 +231,7 @@ def test_a_pass_holds_no_more_tokens_than_one_of_the_validation(scored, changed,
             19,
             r"evaluation.hellaswag_items \(19\) must not exceed the 18 items of .*rows.jsonl; lower it",
         ),
-        ("long.jsonl", 1, r"a continuation has 4\d tokens, and the model takes 32; leave it out."),
+        ("long.jsonl", 1, r"an ending of .* has 4\d tokens, and the model takes 32; give items with shorter"),
         ("hub", 9, r"Rowan/hellaswag could not be read from the Hub .*; give its validation split as a .jsonl file"),
     ],
 )

@@ -119,7 +119,9 @@ def test_another_batch_size_goes_on_with_the_samples_that_are_next(recipe, chang
 
 def test_another_mixture_is_another_recipe(mixture, pretrain):
     pretrain(mixture({"web": 3.0, "code": 1.0}), stop_after=5)
-    with pytest.raises(UserError, match=r"was run with another recipe \(data.sources: .*--resume true"):
+    with pytest.raises(
+        UserError, match=r"was run with another recipe; .*--resume\.\n(?s:.*)data.sources\[\d\].weight  3.0  1.0$"
+    ):
         pretrain(mixture({"web": 1.0, "code": 1.0}))
 
 

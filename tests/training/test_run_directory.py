@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config import PreparationRecipe, Recipe, TokenizerSection, to_yaml
+from gpt2x.config import PreparationRecipe, Recipe, SourceSection, TokenizerSection, to_yaml
 from gpt2x.errors import UserError
 from gpt2x.preflight import describe
+from gpt2x.training.recipe_changes import as_table, changes_between, plain
 from gpt2x.training.run_directory import open_run_directory
 
 
@@ -38,12 +41,34 @@ def test_a_changed_recipe_is_refused_with_each_field_old_and_new(recipe, changed
     pretrain(recipe, stop_after=1)
     other = changed(recipe, optimizer={"learning_rate": 0.01}, run={"seed": 7}, evaluation={"prompts": ["def"]})
     message = (
-        r"runs/tiny was run with another recipe \(optimizer.learning_rate: 0.003 -> 0.01; "
-        r"evaluation.prompts: \[\] -> \['def'\]; run.seed: 1337 -> 7\); start a new run with --run.name NAME, "
-        r"or go on with this one and the changes by --resume true."
+        r"runs/tiny was run with another recipe; start a new run with --run.name NAME, or go on with this one and "
+        r"these changes by --resume\.\n"
+        r"field                    was    is\n"
+        r"optimizer.learning_rate  0.003  0.01\n"
+        r"evaluation.prompts       \[\]     \[def\]\n"
+        r"run.seed                 1337   7$"
     )
     with pytest.raises(UserError, match=message):
         pretrain(other)
+
+
+def test_of_many_differences_ten_are_shown_in_the_words_of_yaml_and_the_rest_counted():
+    changes = {f"data.field_{number}": (None, number % 2 == 0) for number in range(13)}
+    changes["data.field_1"] = (["x" * 50, "y" * 50], {"rope_theta": 10000.0})
+    table = as_table(changes)
+    assert table[0].split() == ["field", "was", "is"]
+    assert table[1].split() == ["data.field_0", "null", "true"]
+    assert re.fullmatch(r"data.field_1  \[x{26} \.\.\. y{27}\]  \{rope_theta: 10000.0\}", table[2])
+    assert table[3].split() == ["data.field_2", "null", "true"]
+    assert (len(table), table[-1]) == (12, "and 3 more")
+
+
+def test_one_changed_source_of_a_mixture_is_one_row(recipe):
+    recorded = plain(recipe) | {"data": {"sources": [{"path": "a", "weight": 1.0}, {"path": "b"}]}}
+    other = {"sources": [SourceSection(path="a", weight=2.0), SourceSection(path="b")]}
+    changes = changes_between(recorded, replace(recipe, data=replace(recipe.data, path=None, **other)))
+    assert changes["data.sources[0].weight"] == (1.0, 2.0)
+    assert not {"data.sources", "data.sources[1].path"} & set(changes)
 
 
 def test_a_changed_recipe_is_gone_on_with_where_that_is_asked_for(recipe, changed, pretrain):
@@ -66,18 +91,20 @@ def test_what_is_gone_on_with_although_it_has_changed_is_told(recipe, changed, p
     pretrain(recipe, stop_after=6)
     changes = {"optimizer": {"learning_rate": 0.01}, "train": {"save_steps": 5}, "data": {"num_workers": 0}}
     plan = describe(*start(changed(recipe, **changes, resume=True)))
-    assert [line for line in plan.splitlines() if line.startswith("changed:")] == [
-        "changed:   data.num_workers: 1 -> 0",
-        "changed:   train.save_steps: 10 -> 5",
-        "changed:   optimizer.learning_rate: 0.003 -> 0.01",
+    lines = plan.splitlines()
+    start_of_table = lines.index("changed:   field                    was    is")
+    assert lines[start_of_table + 1 : start_of_table + 4] == [
+        "           data.num_workers         1      0",
+        "           train.save_steps         10     5",
+        "           optimizer.learning_rate  0.003  0.01",
     ]
 
 
 def test_another_model_is_refused_even_where_resuming_is_forced(recipe, changed, pretrain):
     pretrain(recipe, stop_after=1)
     message = (
-        r"runs/tiny cannot go on with another model \(model.num_hidden_layers: 2 -> 3; .*\): its weights would not "
-        r"fit; set that back, or start a new run with --run.name NAME."
+        r"runs/tiny cannot go on with another model, which its weights would not fit; set back what is listed below, "
+        r"or start a new run with --run.name NAME\.\nfield .*was .*is\nmodel.num_hidden_layers +2 +3\n"
     )
     other = changed(recipe, model={"num_hidden_layers": 3, "tie_word_embeddings": False}, resume=True)
     with pytest.raises(UserError, match=message):
@@ -117,7 +144,7 @@ def test_an_extension_that_is_stopped_is_not_finished(recipe, changed, pretrain)
 
 def test_a_smaller_budget_is_a_changed_recipe(recipe, changed, pretrain):
     pretrain(recipe, stop_after=2)
-    with pytest.raises(UserError, match=r"another recipe \(train.max_steps: 20 -> 10\)"):
+    with pytest.raises(UserError, match=r"another recipe; (?s:.*)train.max_steps  20   10$"):
         pretrain(changed(recipe, train={"max_steps": 10}))
 
 
@@ -198,7 +225,7 @@ def test_a_step_of_more_text_than_there_is_is_refused(recipe, changed, start):
 
 
 def test_shards_that_are_not_there_are_refused(recipe, changed, start, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere' holds no token shards \(index.json\); make them by"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; give a directory of token shards, "):
         start(changed(recipe, data={"path": tmp_path / "nowhere"}))
 
 
@@ -206,7 +233,7 @@ def test_shards_that_the_preparation_writes_elsewhere_are_not_prepared_for_nothi
     preparation = PreparationRecipe(
         output_dir=tmp_path / "shards", tokenizer=TokenizerSection(path=str(tmp_path / "tokenizer"), vocab_size=4096)
     )
-    with pytest.raises(UserError, match=r"nowhere' holds no token shards"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; "):
         start(changed(recipe, data={"path": tmp_path / "nowhere", "preparation": preparation}))
     assert not (tmp_path / "tokenizer").exists()
 

@@ -47,7 +47,7 @@ def test_weights_that_are_not_finite_are_not_saved(recipe, changed, pretrain, bl
     blow_up(6, value)
     message = (
         r"^step 6: model\.\S+ is not finite; the state after step 6 is not saved, and no checkpoint was deleted: with "
-        r"a lower learning rate \(optimizer.learning_rate\) and --resume true the same command goes on from "
+        r"a lower learning rate \(optimizer.learning_rate\) and --resume the same command goes on from "
         r".*/checkpoints/step-000005\.$"
     )
     with pytest.raises(UserError, match=message):
@@ -89,7 +89,7 @@ def test_a_last_step_that_ruins_the_weights_is_no_end_of_a_run(recipe, changed, 
 def test_without_an_older_checkpoint_the_same_command_starts_anew(recipe, changed, pretrain, blow_up, monkeypatch):
     recipe = changed(recipe, train={"save_steps": None})
     blow_up(3, math.nan)
-    with pytest.raises(UserError, match=r"^step 4: loss is nan .*--resume true the same command starts anew\.$"):
+    with pytest.raises(UserError, match=r"^step 4: loss is nan .*--resume the same command starts anew\.$"):
         pretrain(recipe)
     again = pretrain(changed(recipe, optimizer={"learning_rate": 1e-3}, resume=True), stop_after=2)
     assert [record["step"] for record in again.records()] == [1, 2]

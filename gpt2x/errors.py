@@ -1,7 +1,7 @@
 """The one exception that means: the user can mend this."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gpt2x.addresses import without_secrets
@@ -20,10 +20,12 @@ class UserError(ValueError):
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError of the block into one line on stderr and exit code 1."""
+def exit_on_user_error(*, is_said: Callable[[str], bool] = lambda _line: False) -> Iterator[None]:
+    """Turns a UserError of the block into one line on stderr, unless another process has said it, and exit code 1."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = f"error: {error}"
+        if not is_said(line):
+            print(line, file=sys.stderr)
         sys.exit(1)

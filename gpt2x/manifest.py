@@ -20,7 +20,7 @@ from gpt2x.files import DamagedError, opened, read_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,17})")
-_WEIGHTS_INDEX = "model.safetensors.index.json"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 class FileFacts(TypedDict):
@@ -159,6 +159,16 @@ def damage_of_model(directory: Path) -> str | None:
     return damage_of(directory, only="*.safetensors") if has_manifest else found
 
 
+def indexed_weights(directory: Path) -> list[str]:
+    """The files over which the weights of a model are spread, as their index names them; none where there is none.
+
+    Raises:
+        DamagedError: where the index is no such index.
+    """
+    index = directory / WEIGHTS_INDEX
+    return sorted(set(read_json(index, _WeightsIndex)["weight_map"].values())) if index.exists() else []
+
+
 def _damage_of_json(file: Path) -> str | None:
     try:
         read_json(file, dict[str, Any])
@@ -168,14 +178,12 @@ def _damage_of_json(file: Path) -> str | None:
 
 
 def _damage_of_weights(directory: Path) -> str | None:
-    index = directory / _WEIGHTS_INDEX
-    if index.exists():
-        try:
-            shards = sorted(set(read_json(index, _WeightsIndex)["weight_map"].values()))
-        except DamagedError as error:
-            return str(error).replace(f"{directory}/", "")
-        if missing := [name for name in shards if not (directory / name).is_file()]:
-            return f"{missing[0]} is missing"
+    try:
+        shards = indexed_weights(directory)
+    except DamagedError as error:
+        return str(error).replace(f"{directory}/", "")
+    if missing := [name for name in shards if not (directory / name).is_file()]:
+        return f"{missing[0]} is missing"
     for file in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(file, "np"):  # compares the size of the file with what its header says

@@ -125,25 +125,28 @@ def load_weights(model: PreTrainedModel, directory: Path) -> None:
         ) from error
 
 
-def load_for_inference(name_or_path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_for_inference(
+    name_or_path: str, *, dtype: torch.dtype, device: torch.device | None = None
+) -> PreTrainedModel:
     """Any causal language model that transformers loads without remote code, gpt2x's own included.
 
     Args:
         name_or_path: of a model, or of adapters, which are put on their base; as find_model gives it.
         dtype: of the weights.
+        device: where they go; None for the CPU. See compute_device.
 
     Raises:
         UserError: where it cannot be loaded.
     """
     directory = Path(name_or_path)
     if not (directory / "adapter_config.json").is_file():
-        return load_whole(name_or_path, dtype=dtype).eval()
+        return load_whole(name_or_path, dtype=dtype).to(device).eval()
     if importlib.util.find_spec("peft") is None:
         raise UserError(f"{name_or_path} holds adapters and needs peft, not installed; run pip install -e '.[peft]'.")
     model = load_whole(base_of(directory), dtype=dtype)
     with one_line_of(name_or_path):
         model.load_adapter(name_or_path)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def load_whole(name_or_path: str, **options: Any) -> PreTrainedModel:

@@ -34,7 +34,7 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     """
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
     from gpt2x.training.checks import check_before_torch
-    from gpt2x.training.launch import check_launch, check_launch_of_adapters, num_data_ranks
+    from gpt2x.training.launch import check_launch, check_launch_of_adapters, num_data_ranks, passed_over
     from gpt2x.training.lock import locked
     from gpt2x.training.run_directory import open_run_directory
 
@@ -44,7 +44,7 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
         check_launch_of_adapters(environment)
     directory = open_run_directory(recipe, name=name)
     say = print if is_main else lambda _line: None
-    for line in directory.notes:
+    for line in (*passed_over(environment, recipe), *directory.notes):
         say(line)
     if _is_finished(directory, say):
         return 0
@@ -87,6 +87,7 @@ def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Acc
             local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
             is_sharded=asks_for_sharding(environment),
             is_zero=asks_for_zero(environment),
+            environment=environment,
         )
 
 

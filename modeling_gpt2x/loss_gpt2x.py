@@ -12,6 +12,9 @@ import torch.nn.functional as F
 IGNORE_INDEX = -100
 # 50,304 rows instead of GPT-2's 50,257 make the weight's gradient 1.4x faster on AVX-512 cores; tensor cores want 8.
 ROW_ALIGNMENT = 64
+# float16 ends at 6e-8, where probabilities of a large vocabulary do not. d loss / d logits is at most 1, so between it
+# and the largest float16, 65504, there is room.
+FLOAT16_STRETCH = 2.0**15
 
 
 def shift_labels_left(labels: torch.Tensor) -> torch.Tensor:
@@ -33,7 +36,8 @@ def chunked_linear_cross_entropy(
 
     The gradients with respect to `hidden` and `weight` are computed together with the loss, chunk by chunk, so that
     there are three matrix products in all and nothing is recomputed. The products run in the autocast dtype, the
-    softmax and all sums in float32. Not twice differentiable.
+    softmax and all sums in float32. Under float16 the gradients are float32 until the scale of the loss has been
+    applied to them, so that it decides what overflows. Not twice differentiable.
 
     Args:
         hidden: (..., C), the output of the final norm.
@@ -121,7 +125,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             loss_sum += torch.where(valid_N1[rows], loss_R1, 0.0).sum()
             if needs_gradient:
                 # Rows of ignored labels are zeroed here, where they are C wide, and not in the V wide gradient.
-                grad_h_chunks.append((logits_RP @ w_PC).mul_(valid_N1[rows]))
+                grad_h_chunks.append(_product(logits_RP, w_PC).mul_(valid_N1[rows]))
                 grad_w_PC = _accumulated(grad_w_PC, logits_RP, h_NC[rows] * valid_N1[rows])
         if grad_w_PC is not None:
             ctx.save_for_backward(torch.cat(grad_h_chunks), grad_w_PC[:vocab_size])
@@ -172,17 +176,30 @@ def _cross_entropy_and_gradient_(
         if needs_gradient:
             # d loss / d logits = softmax - one-hot, times the derivative of the cap.
             gradient = log_p.exp_().scatter_add_(1, target, -torch.ones_like(losses[-1]))
-            logits.copy_(gradient if softcap is None else gradient * (1 - (capped / softcap).square()))
+            gradient = gradient if softcap is None else gradient * (1 - (capped / softcap).square())
+            logits.copy_(gradient * FLOAT16_STRETCH if logits.dtype == torch.float16 else gradient)
     return torch.cat(losses)
 
 
 def _accumulated(grad_w_VC: torch.Tensor | None, grad_logits_RV: torch.Tensor, h_RC: torch.Tensor) -> torch.Tensor:
     """Adds the weight gradient of one chunk to the float32 sum of those before."""
     if grad_w_VC is None:
-        return (grad_logits_RV.T @ h_RC).float()
+        return _product(grad_logits_RV.T, h_RC).float()
     if h_RC.dtype == torch.float32:
         return grad_w_VC.addmm_(grad_logits_RV.T, h_RC)
-    return grad_w_VC.add_(grad_logits_RV.T @ h_RC)
+    return grad_w_VC.add_(_product(grad_logits_RV.T, h_RC))
+
+
+def _product(grad_logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Of the gradient of the logits with another matrix; in float32 where that gradient is a stretched float16."""
+    if grad_logits.dtype != torch.float16:
+        return grad_logits @ other
+    if grad_logits.is_cuda and torch.version.hip is None:
+        product = torch.mm(grad_logits, other, out_dtype=torch.float32)
+    else:
+        with torch.autocast(grad_logits.device.type, enabled=False):
+            product = grad_logits.float() @ other.float()
+    return product.div_(FLOAT16_STRETCH)
 
 
 __all__ = ["chunked_linear_cross_entropy", "shift_labels_left"]

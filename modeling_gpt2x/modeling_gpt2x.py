@@ -81,7 +81,8 @@ class GPT2XRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, (self.size,), weight, self.eps)
+        # Under CUDA's autocast the result is float32, and attention wants queries, keys and values of one dtype.
+        return F.rms_norm(x, (self.size,), weight, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps={self.eps}, has_weight={self.weight is not None}"

@@ -5,12 +5,13 @@ result. `--quantize int8` scores the model with its linear layers in int8 as wel
 are split over the processes.
 """
 
+import os
 import sys
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config.evaluation import HellaSwagRecipe
-from gpt2x.errors import exit_on_user_error
 from gpt2x.locate import find_model
+from gpt2x.terminal import command
 
 
 def main(recipe: HellaSwagRecipe) -> None:
@@ -20,6 +21,7 @@ def main(recipe: HellaSwagRecipe) -> None:
     from accelerate import Accelerator
     from transformers.utils import logging
 
+    from gpt2x.accelerators import compute_device
     from gpt2x.evaluation.hellaswag import HellaSwag, evaluate_hellaswag, print_scores, result_record
     from gpt2x.evaluation.hellaswag_items import load_hellaswag
     from gpt2x.evaluation.quantization import num_bytes, quantize_int8
@@ -34,11 +36,11 @@ def main(recipe: HellaSwagRecipe) -> None:
     tokenizer = load_tokenizer(directory)
 
     # 2. The model
-    on_cpu = recipe.quantize is not None or not torch.accelerator.is_available()
+    on_cpu = recipe.quantize is not None or compute_device(os.environ).type == "cpu"
     if on_cpu:
         keep_freed_memory()
     accelerator = Accelerator(cpu=on_cpu)
-    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype)).to(accelerator.device)
+    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype), device=accelerator.device)
 
     # 3. The scores, as loaded and in int8
     scores: dict[str, HellaSwag] = {}
@@ -53,14 +55,14 @@ def main(recipe: HellaSwagRecipe) -> None:
 
     # 4. What came out
     if accelerator.is_main_process:
-        print_scores(scores, sizes)
         stats_file = record_results(directory, dict(result_record(*entry) for entry in scores.items()))
+        print_scores(scores, sizes)
         if stats_file is not None:
             print(f"recorded in {stats_file}")
     accelerator.end_training()  # a group of processes that outlives Python's end may abort it
 
 
 if __name__ == "__main__":
-    parsed, _ = parse_recipe(HellaSwagRecipe, sys.argv[1:], script="eval_hellaswag.py", positional="model")
-    with exit_on_user_error():
+    with command(os.environ):
+        parsed, _ = parse_recipe(HellaSwagRecipe, sys.argv[1:], script="eval_hellaswag.py", positional="model")
         main(parsed)

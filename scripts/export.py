@@ -7,9 +7,9 @@ model before this script says so; a killed export leaves nothing that looks like
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.errors import exit_on_user_error
 from gpt2x.locate import find_model
 from gpt2x.publishing.recipes import ExportRecipe
+from gpt2x.terminal import command
 
 
 def main(recipe: ExportRecipe) -> None:
@@ -27,6 +27,6 @@ def main(recipe: ExportRecipe) -> None:
 
 
 if __name__ == "__main__":
-    parsed, _ = parse_recipe(ExportRecipe, sys.argv[1:], script="export.py", positional="model")
-    with exit_on_user_error():
+    with command():
+        parsed, _ = parse_recipe(ExportRecipe, sys.argv[1:], script="export.py", positional="model")
         main(parsed)

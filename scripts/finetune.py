@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from gpt2x.config import FinetuneRecipe
-from gpt2x.errors import exit_on_user_error
+from gpt2x.terminal import command, one_voice
 from gpt2x.training.signals import StopRequest
 
 QUICKSTART = Path(__file__).parent.parent / "configuration" / "finetune" / "chat.yaml"
@@ -19,13 +19,14 @@ HAS_LAUNCHER = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.enviro
 
 
 if __name__ == "__main__":
-    with StopRequest(watches_parent=HAS_LAUNCHER) as signals, exit_on_user_error():
+    with command(os.environ), StopRequest(watches_parent=HAS_LAUNCHER) as signals:
         from gpt2x.command_line import parse_recipe
 
         # 1. The recipe and its overrides
-        recipe, config_file = parse_recipe(
-            FinetuneRecipe, sys.argv[1:], script="finetune.py", default_config=QUICKSTART
-        )
+        with one_voice(os.environ):
+            recipe, config_file = parse_recipe(
+                FinetuneRecipe, sys.argv[1:], script="finetune.py", default_config=QUICKSTART
+            )
         name = config_file.stem if config_file else "finetune"
 
         # 2. The run, from its data to its final model

@@ -5,13 +5,15 @@ one after another until end of input. With `--chat true` these are the turns of 
 answer early.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import GenerationRecipe
-from gpt2x.errors import UserError, exit_on_user_error
+from gpt2x.errors import UserError
 from gpt2x.locate import find_model
+from gpt2x.terminal import command
 
 
 def main(recipe: GenerationRecipe) -> None:
@@ -23,6 +25,7 @@ def main(recipe: GenerationRecipe) -> None:
     import torch  # seconds, which a name that is wrong need not wait for
     from transformers.utils import logging
 
+    from gpt2x.accelerators import compute_device
     from gpt2x.evaluation import stream_text
     from gpt2x.evaluation.chat import chat
     from gpt2x.models import load_for_inference
@@ -30,7 +33,7 @@ def main(recipe: GenerationRecipe) -> None:
 
     # 1. The model
     logging.disable_progress_bar()
-    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype))
+    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype), device=compute_device(os.environ))
     tokenizer = load_tokenizer(directory)
 
     # 2. The texts
@@ -57,6 +60,6 @@ def prompts(recipe: GenerationRecipe) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    parsed, _ = parse_recipe(GenerationRecipe, sys.argv[1:], script="generate.py", positional="model")
-    with exit_on_user_error():
+    with command(is_product=True):
+        parsed, _ = parse_recipe(GenerationRecipe, sys.argv[1:], script="generate.py", positional="model")
         main(parsed)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from gpt2x.command_line import parse_recipe
 from gpt2x.errors import exit_on_user_error
 from gpt2x.shards.import_recipe import ImportRecipe
+from gpt2x.terminal import command
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,8 +31,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command(if_stopped="stopped; the same command begins again"):
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("stopped; the same command begins again", file=sys.stderr)
-        sys.exit(130)

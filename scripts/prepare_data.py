@@ -22,6 +22,7 @@ from pathlib import Path
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe
 from gpt2x.errors import exit_on_user_error
+from gpt2x.terminal import command
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configuration" / "data" / "python-stdlib.yaml"
 
@@ -77,8 +78,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command(if_stopped="stopped; the same command goes on with the tasks that are not finished"):
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the tasks that are not finished", file=sys.stderr)
-        sys.exit(130)

@@ -7,9 +7,9 @@ of the environment's HF_TOKEN or of `hf auth login`.
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.errors import exit_on_user_error
 from gpt2x.locate import local_path
 from gpt2x.publishing.recipes import PushRecipe
+from gpt2x.terminal import command
 
 
 def main(recipe: PushRecipe) -> None:
@@ -26,6 +26,6 @@ def main(recipe: PushRecipe) -> None:
 
 
 if __name__ == "__main__":
-    parsed, _ = parse_recipe(PushRecipe, sys.argv[1:], script="push_to_hub.py", positional="model")
-    with exit_on_user_error():
+    with command(if_stopped="stopped before the Hub had said that it has the model; the same command tries again"):
+        parsed, _ = parse_recipe(PushRecipe, sys.argv[1:], script="push_to_hub.py", positional="model")
         main(parsed)

@@ -5,12 +5,13 @@ results. Needs the extra `eval`. lm-eval's own command reads any checkpoint as w
 `lm_eval --model hf --model_args pretrained=RUN/final --tasks hellaswag`.
 """
 
+import os
 import sys
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config.evaluation import LmEvalRecipe
-from gpt2x.errors import exit_on_user_error
 from gpt2x.locate import find_model
+from gpt2x.terminal import command
 
 
 def main(recipe: LmEvalRecipe) -> None:
@@ -18,11 +19,13 @@ def main(recipe: LmEvalRecipe) -> None:
     directory = find_model(recipe.model)
     from transformers.utils import logging  # seconds, which a name that is wrong need not wait for
 
+    from gpt2x.accelerators import compute_device
     from gpt2x.evaluation.lm_eval import run_lm_eval
     from gpt2x.evaluation.results import record_results
 
     logging.disable_progress_bar()
-    results = run_lm_eval(recipe)
+    results = run_lm_eval(recipe, compute_device(os.environ))
+    stats_file = record_results(directory, {f"lm_eval/{task}": found for task, found in results.items()})
     for task, figures in results.items():
         for name, figure in figures.items():
             print(
@@ -30,12 +33,11 @@ def main(recipe: LmEvalRecipe) -> None:
                 if isinstance(figure, float)
                 else f"{task:30s} {name:24s} {figure}"
             )
-    stats_file = record_results(directory, {f"lm_eval/{task}": found for task, found in results.items()})
     if stats_file is not None:
         print(f"recorded in {stats_file}")
 
 
 if __name__ == "__main__":
-    parsed, _ = parse_recipe(LmEvalRecipe, sys.argv[1:], script="run_lm_eval.py", positional="model")
-    with exit_on_user_error():
+    with command():
+        parsed, _ = parse_recipe(LmEvalRecipe, sys.argv[1:], script="run_lm_eval.py", positional="model")
         main(parsed)

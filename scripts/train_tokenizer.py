@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import TokenizerRecipe
 from gpt2x.errors import exit_on_user_error
+from gpt2x.terminal import command
 
 # That of configuration/data/python-stdlib.yaml, whose held-out documents no tokenizer of the quickstart may see.
 DEFAULT_CORPUS = ("--corpus.kind=python_stdlib", "--corpus.validation_fraction=0.06")
@@ -46,8 +47,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command(if_stopped="stopped; nothing is saved"):
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("stopped; nothing is saved", file=sys.stderr)
-        sys.exit(130)

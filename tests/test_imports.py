@@ -18,6 +18,7 @@ TOPS = ("scripts", "benchmarks", "gpt2x", "modeling_gpt2x")
 ORDER = [
     "addresses",
     "errors",
+    "terminal",
     "files",
     "manifest",
     "locate",
@@ -25,6 +26,7 @@ ORDER = [
     "command_line",
     "shards",
     "streams",
+    "accelerators",
     "batches",
     "vocabulary",
     "models",
@@ -35,7 +37,7 @@ ORDER = [
     "preflight",
     "run",
 ]
-WITHOUT_TORCH = ("addresses", "errors", "files", "manifest", "locate", "config", "reporting")
+WITHOUT_TORCH = ("addresses", "errors", "terminal", "files", "manifest", "locate", "config", "reporting")
 ALLOWED_TOPS = {
     "scripts": {"gpt2x", "modeling_gpt2x", "benchmarks"},
     "benchmarks": {"gpt2x", "modeling_gpt2x", "benchmarks"},

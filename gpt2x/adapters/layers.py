@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from gpt2x.accelerators import forked_rng
 from gpt2x.config import LoraSection
 from gpt2x.errors import UserError
 
@@ -43,7 +44,7 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, *, seed: int) -> 
         target_modules=targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in _linear_layers(model).values()),
     )
-    with torch.random.fork_rng(), peft_warnings_ignored():
+    with forked_rng(model.device), peft_warnings_ignored():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +36,13 @@ def data_rank(accelerator: Accelerator) -> DataRank:
         num_copies=num_copies,
         is_first_copy=copy == 0,
     )
+
+
+def sum_over_ranks(sums: Tensor, accelerator: Accelerator) -> Tensor:
+    """Float64 sums (N, ...) on the CPU, added up over the ranks, a share that several processes read once.
+
+    Their bits travel as integers: not every device has float64.
+    """
+    bits = accelerator.gather(sums.contiguous().view(torch.int64).to(accelerator.device)).cpu()
+    of_all = bits.view(torch.float64).view(accelerator.num_processes, *sums.shape)
+    return of_all.sum(0) / data_rank(accelerator).num_copies

@@ -4,6 +4,9 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from torch import Tensor
+
+from gpt2x.accelerators import map_distinct
 from gpt2x.batches.loader import StepBatch, TrainingBatches
 
 
@@ -88,7 +91,7 @@ class ReadAhead:
         batch = self.batches.step(step)
         if not self.pin_memory:
             return batch
-        pinned = [{name: tensor.pin_memory() for name, tensor in part.items()} for part in batch.micro_batches]
+        pinned = [map_distinct(Tensor.pin_memory, part) for part in batch.micro_batches]
         return batch._replace(micro_batches=pinned)
 
     def close(self) -> None:

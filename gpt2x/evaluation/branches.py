@@ -21,6 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from gpt2x.accelerators import on_device
+
 # transformers makes no mask for an attention whose masks it does not know, so none is registered.
 _NAME = "branches"
 _current: ContextVar["_Branches"] = ContextVar("_current")
@@ -168,7 +170,8 @@ class _Branches:
         given_T = torch.empty(self.starts[-1], dtype=torch.long)
         for row, tokens in enumerate(taken):
             given_T[tokens] = row * taken_RL.shape[1] + torch.arange(len(tokens))
-        return taken_RL.to(self.device), given_T.to(self.device)
+        there = on_device({"taken": taken_RL, "given": given_T}, self.device)
+        return there["taken"], there["given"]
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCrite
 
 from gpt2x.config import GenerationRecipe
 from gpt2x.errors import UserError
-from gpt2x.evaluation.samples import sampling_arguments
+from gpt2x.evaluation.samples import generate, sampling_arguments
 from gpt2x.shards.chat_layouts import Message
 from gpt2x.shards.chat_template import ChatEncoder
 from modeling_gpt2x.cache_gpt2x import CACHE_NAME
@@ -171,9 +171,9 @@ class Conversation:
         input_ids = torch.tensor([ids], device=self._model.device)
         room = self._limit - len(ids) if self._limit is not None else self._options.max_new_tokens
         pad = self._tokenizer.pad_token_id
-        return self._model.generate(
+        return generate(
+            self._model,
             input_ids,
-            attention_mask=torch.ones_like(input_ids),
             max_new_tokens=min(self._options.max_new_tokens, room),
             **sampling_arguments(self._options),
             eos_token_id=self._stops,

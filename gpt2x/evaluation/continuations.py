@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from gpt2x.batches.ranks import data_rank
+from gpt2x.accelerators import on_device, without_cudnn_attention
+from gpt2x.batches.ranks import data_rank, sum_over_ranks
 from gpt2x.errors import UserError
 from gpt2x.evaluation.branches import Branching, branches_of_pass, branching_attention
 from gpt2x.evaluation.packed import packed_weights
@@ -72,7 +72,7 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """B rows of T tokens, and N tokens that they predict.
+    """B rows of T tokens, and N tokens that they predict, in the order of those that predict them.
 
     Attributes:
         ids: (B, T) tokens: all questions one after the other (B = 1), or one continuation a row, padded on the right.
@@ -138,15 +138,14 @@ def score_continuations(
     score = partial(_score, model, plain, at_a_time=_ROWS_AT_A_TIME if is_free else None)
     compute = side_by_side if is_free and not torch.is_autocast_enabled("cpu") else map
     with _scoring(model, plain, shares):
-        found = compute(score, until_stopped())
-        for (places, log_probs), (_, counts) in zip(found, own, strict=False):
-            if counts:
-                scores.index_add_(0, places, log_probs)
+        found = list(compute(score, until_stopped()))  # on the device, from which all is fetched at the end
     if was_stopped:
         return None
+    for (places, log_probs), (_, counts) in zip(found, own, strict=True):
+        if counts:
+            scores.index_add_(0, places, log_probs.cpu().double())
     if accelerator is not None:
-        scores = accelerator.reduce(scores.to(accelerator.device), reduction="sum").cpu()
-        scores /= data_rank(accelerator).num_copies
+        scores = sum_over_ranks(scores, accelerator)
     return list(scores.split([len(question.continuations) for question in questions]))
 
 
@@ -157,7 +156,7 @@ def _scoring(model: nn.Module, plain: PreTrainedModel, shares: bool) -> Iterator
     model.eval()
     eager = torch.compiler.set_stance("force_eager")  # other shapes would compile everything once more
     attending = branching_attention(plain) if shares else nullcontext()
-    with eager, packed_weights(plain), attending, selective_head(plain):
+    with eager, packed_weights(plain), attending, selective_head(plain), without_cudnn_attention():
         try:
             yield
         finally:
@@ -219,34 +218,40 @@ def _collate(rows: Sequence[_Row], shares: bool) -> _Batch:
     predicting = [start + place for row, start in zip(rows, starts, strict=False) for place in row.predicting()]
     ids = [torch.tensor(row.ids()) for row in rows]
     continuations = [branch for row in rows for branch in row.branches]
+    targets = torch.tensor([token for _, ids in continuations for token in ids])
+    places = torch.tensor([place for place, ids in continuations for _ in ids])
+    predicting_N, order_N = torch.tensor(predicting).sort(stable=True)
     return _Batch(
         ids=torch.cat(ids)[None] if shares else pad_sequence(ids, batch_first=True),
         questions=[row.branching() for row in rows] if shares else None,
-        predicting=torch.tensor(predicting),
-        targets=torch.tensor([token for _, ids in continuations for token in ids]),
-        places=torch.tensor([place for place, ids in continuations for _ in ids]),
+        predicting=predicting_N,
+        targets=targets[order_N],
+        places=places[order_N],
     )
 
 
 @torch.no_grad()
 def _score(model: nn.Module, plain: PreTrainedModel, batch: _Batch, *, at_a_time: int | None) -> tuple[Tensor, Tensor]:
-    """(places, log-probabilities) of the predicted tokens, for so many of which logits are asked at a time."""
-    device = plain.device
-    inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
-    targets_N = batch.targets.to(device)
+    """(places, log-probabilities on the device) of the predicted tokens.
+
+    Logits are asked for so many at a time. Which of them are read is known here, so that no device is waited for.
+    """
+    inputs = {"input_ids": batch.ids}
     attending: AbstractContextManager = nullcontext()
     if batch.questions is not None:
-        positions = [question.positions() for question in batch.questions]
-        inputs["position_ids"] = torch.cat(positions)[None].to(device)
-        attending = branches_of_pass(batch.questions, device)
+        inputs["position_ids"] = torch.cat([question.positions() for question in batch.questions])[None]
+        attending = branches_of_pass(batch.questions, plain.device)
     # The continuations of a context have the place of their first token in common.
-    places_P, place_N = (tensor.to(device) for tensor in torch.unique(batch.predicting, return_inverse=True))
-    log_probs_N, done = torch.empty(len(place_N), device=device), 0
+    places_P, counts_P = torch.unique_consecutive(batch.predicting, return_counts=True)
+    ends_P = [0, *counts_P.cumsum(0).tolist()]
+    own = {"places": places_P, "place": torch.repeat_interleave(counts_P), "targets": batch.targets}
+    places_P, place_N, targets_N = on_device(own, plain.device).values()
+    found, done = [], 0
     with attending:
-        for logits_PV in selected_logits(model, inputs, places_P, at_a_time=at_a_time):
+        for logits_PV in selected_logits(model, on_device(inputs, plain.device), places_P, at_a_time=at_a_time):
             for logits in logits_PV.split(_ROWS_AT_A_TIME):
-                here = (done <= place_N) & (place_N < done + len(logits))
+                here = slice(ends_P[done], ends_P[done + len(logits)])
                 log_probs = logits.log_softmax(-1, dtype=torch.float32)
-                log_probs_N[here] = log_probs[place_N[here] - done, targets_N[here]]
+                found.append(log_probs[place_N[here] - done, targets_N[here]])
                 done += len(logits)
-    return batch.places, log_probs_N.double().cpu()
+    return batch.places, torch.cat(found)

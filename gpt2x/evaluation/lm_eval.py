@@ -12,10 +12,14 @@ from gpt2x.models import load_for_inference
 from gpt2x.shards.tokenizer import load_tokenizer
 
 
-def run_lm_eval(recipe: LmEvalRecipe) -> dict[str, dict[str, Any]]:
+def run_lm_eval(recipe: LmEvalRecipe, device: torch.device | None = None) -> dict[str, dict[str, Any]]:
     """Evaluates a model on the recipe's tasks.
 
     The model is handed over as loaded here, so that gpt2x's own form needs no remote code either.
+
+    Args:
+        recipe: which model, and which tasks.
+        device: where the model computes; None for the CPU. See compute_device.
 
     Returns:
         Per task its metrics by lm-eval's names (``acc,none``), with its version and the number of items.
@@ -35,14 +39,13 @@ def run_lm_eval(recipe: LmEvalRecipe) -> dict[str, dict[str, Any]]:
     if unknown:
         raise UserError(f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them.")
     directory = find_model(recipe.model)
-    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype), device=device)
     evaluated = simple_evaluate(
         model=HFLM(
-            pretrained=model.to(device),
+            pretrained=model,
             tokenizer=load_tokenizer(directory),
             batch_size=recipe.batch_size,
-            device=str(device),
+            device=str(model.device),
         ),
         tasks=tasks,
         task_manager=known,

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from gpt2x.accelerators import forked_rng, without_cudnn_attention
 from gpt2x.config import GenerationRecipe
 
 
@@ -33,7 +35,7 @@ def sample_texts(
     """
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with forked_rng(model.device), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         texts = [_continue(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
     model.train(was_training)
@@ -42,9 +44,9 @@ def sample_texts(
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
     input_ids, max_new_tokens = _encode(model, tokenizer, prompt, max_new_tokens)
-    output = model.generate(
+    output = generate(
+        model,
         input_ids,
-        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         do_sample=True,
         temperature=0.8,
@@ -59,14 +61,20 @@ def stream_text(
 ) -> None:
     """Prints the continuation of a prompt while it is being written."""
     input_ids, max_new_tokens = _encode(model, tokenizer, prompt, options.max_new_tokens)
-    model.generate(
+    generate(
+        model,
         input_ids,
-        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         **sampling_arguments(options),
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
+
+
+def generate(model: PreTrainedModel, input_ids: Tensor, **options: Any) -> Any:
+    """What the model's generate returns for rows (B, T) without padding."""
+    with without_cudnn_attention():
+        return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
 
 
 def sampling_arguments(options: GenerationRecipe) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2x.batches.ranks import data_rank
+from gpt2x.accelerators import on_device
+from gpt2x.batches.ranks import sum_over_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,35 +73,36 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(len(num_bytes), 3, dtype=torch.float64)  # nats, hits, tokens of each source
+    found = []
     # eager: another mode and batch size would compile everything once more
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             if is_stopped():
                 break
-            sums += _batch_sums(model, batch, accelerator.device, num_sources=len(num_bytes))
+            sources_B = batch.get("sources", torch.zeros(len(batch["labels"]), dtype=torch.long))
+            counted_B1 = (batch["labels"][:, 1:] != -100).sum(1, keepdim=True)
+            found.append((_batch_sums(model, batch, accelerator.device), counted_B1, sources_B))
         else:
-            sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-            sums /= data_rank(accelerator).num_copies
+            sums = torch.zeros(len(num_bytes), 3, dtype=torch.float64)  # nats, hits, tokens of each source
+            for sums_B2, counted_B1, sources_B in found:  # fetched only now: no pass waits for the one before it
+                sums_B3 = torch.cat([sums_B2.cpu().double(), counted_B1], dim=1)
+                sums += torch.zeros_like(sums).index_add_(0, sources_B, sums_B3)
             model.train(was_training)
-            return _of_all_sources(sums, num_bytes)
+            return _of_all_sources(sum_over_ranks(sums, accelerator), num_bytes)
     model.train(was_training)
     return None
 
 
-def _batch_sums(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device, *, num_sources: int) -> Tensor:
-    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", "sources")}
-    sources = batch["sources"].tolist() if "sources" in batch else [0] * len(batch["labels"])
-    targets_BT = batch["labels"][:, 1:].to(device)
+def _batch_sums(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """(B, 2) float32 on the device: the nats and the hits of each row."""
+    inputs = on_device({name: tensor for name, tensor in batch.items() if name != "sources"}, device)
+    targets_BT = inputs.pop("labels")[:, 1:]
     logits_BTV = model(**inputs, use_cache=False).logits
-    sums = torch.zeros(num_sources, 3, dtype=torch.float64, device=device)
-    # one row's float32 at a time
-    for source, logits_TV, targets_T in zip(sources, logits_BTV[:, :-1], targets_BT, strict=True):
-        counted_T = targets_T != -100
+    sums = []
+    for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT, strict=True):  # one row's float32 at a time
         nats = F.cross_entropy(logits_TV.float(), targets_T, ignore_index=-100, reduction="sum")
-        hits = ((logits_TV.argmax(-1) == targets_T) & counted_T).sum()
-        sums[source] += torch.stack([nats.double(), hits.double(), counted_T.sum().double()])
-    return sums.cpu()
+        sums.append(torch.stack([nats, (logits_TV.argmax(-1) == targets_T).sum()]))
+    return torch.stack(sums)
 
 
 def _of_all_sources(sums: Tensor, num_bytes: Mapping[str, int]) -> Validation:

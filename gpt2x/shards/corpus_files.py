@@ -1,6 +1,5 @@
 """Which files a corpus is made of."""
 
-import glob
 import os
 import sys
 import sysconfig
@@ -9,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from gpt2x.config import CorpusSection
-from gpt2x.shards.paths import matching_files
+from gpt2x.shards.paths import matches_of, matching_files, walk
 from gpt2x.shards.rows import BUILDERS
 
 # Tests are long tables of cases and would be a third of the corpus; the packages are not the library's.
@@ -59,15 +58,10 @@ def _local_files(corpus: CorpusSection) -> list[Path]:
     """What a dataset reads of this machine, as far as its name and data_files tell."""
     directory = Path(str(corpus.dataset))
     if corpus.dataset in BUILDERS:
-        found = [name for pattern in corpus.data_files for name in _matching(pattern)]
+        found = {Path(name) for pattern in corpus.data_files for name in matches_of(pattern)}
     else:
-        found = glob.glob(f"{glob.escape(str(directory))}/**/*", recursive=True) if directory.is_dir() else []
-    return sorted(file for file in {Path(name) for name in found} if file.is_file())
-
-
-def _matching(pattern: str) -> list[str]:
-    """A path that exists is that path, whatever letters it is made of."""
-    return [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+        found = set(walk(directory)) if directory.is_dir() else set()
+    return sorted(file for file in found if file.is_file())
 
 
 def _python_files(root: Path, left_out: frozenset[str]) -> list[Path]:

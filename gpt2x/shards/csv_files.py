@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from gpt2x.errors import UserError
-from gpt2x.shards.opened import MAX_ROW_BYTES, OpenedFile, read_line
+from gpt2x.shards.opened import MAX_ROW_BYTES, OpenedFile, read_line, too_long
 from gpt2x.shards.rows import Advance, Row
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -58,6 +58,8 @@ def _rows(reader: Iterator[list[str]], file: Path) -> Iterator[list[str]]:
         yield from reader
     except csv.Error as error:
         line = reader.line_num  # type: ignore[attr-defined]
+        if "field limit" in str(error):
+            raise too_long(f"{file}:{line}") from None
         raise UserError(f"{file}:{line} is no CSV ({error}); double the quotes inside of quotes.") from None
 
 

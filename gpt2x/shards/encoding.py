@@ -14,20 +14,27 @@ from gpt2x.shards.corpus import Piece
 CHARACTERS_PER_BATCH = 400_000
 # An encoding takes a kilobyte however short its text is.
 TEXTS_PER_BATCH = 4_000
+# Beyond it the tokenizer is waited for: a text that may not be cut takes 150 bytes per character while it is encoded.
+CHARACTERS_AHEAD = 2_500_000
 
 
 def encoded(pieces: Iterable[Piece], encoder: Tokenizer) -> Iterator[tuple[list[Piece], list[Encoding]]]:
-    """Encodes two batches ahead, in the tokenizer's own threads, while this one reads, hashes and writes."""
+    """Encodes two batches ahead, in the tokenizer's own threads, while this one reads, hashes and writes; less where
+    texts are very long."""
     ahead: deque[tuple[list[Piece], Future[list[Encoding]]]] = deque()
     with ThreadPoolExecutor(2) as threads:
         for batch in batches(pieces):
             texts = [piece.text for piece in batch]
             ahead.append((batch, threads.submit(encoder.encode_batch_fast, texts, add_special_tokens=False)))
-            if len(ahead) > 2:
+            while len(ahead) > 2 or _characters(ahead) > CHARACTERS_AHEAD:
                 encoded, future = ahead.popleft()
                 yield encoded, future.result()
         for encoded, future in ahead:
             yield encoded, future.result()
+
+
+def _characters(ahead: Iterable[tuple[list[Piece], object]]) -> int:
+    return sum(len(piece.text) for batch, _ in ahead for piece in batch)
 
 
 class HasText(Protocol):

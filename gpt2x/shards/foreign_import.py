@@ -14,7 +14,7 @@ from gpt2x.locate import local_path
 from gpt2x.shards.files import Shard, token_dtype, write_shard
 from gpt2x.shards.foreign_bytes import byte_counter
 from gpt2x.shards.import_recipe import ImportRecipe
-from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index, write_index
+from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index, split_directory, write_index
 from gpt2x.shards.records import alone_in
 from gpt2x.shards.sources import date_of
 from gpt2x.shards.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
@@ -64,7 +64,7 @@ class _SplitWriter:
     """Collects a split's documents, as views of where they lie, and writes a shard when one is full."""
 
     def __init__(self, recipe: ImportRecipe, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
-        self.directory, self.tokens_per_shard = recipe.output_dir / split, recipe.tokens_per_shard
+        self.directory, self.tokens_per_shard = split_directory(recipe.output_dir, split), recipe.tokens_per_shard
         self.vocab_size, self.eos_token_id = vocabulary_size(tokenizer), tokenizer.eos_token_id
         self.metadata = {
             "format": "gpt2x.tokens.1",

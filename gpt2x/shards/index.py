@@ -129,12 +129,12 @@ class Index:
             raise UserError(
                 f"{self.directory} holds no {split} tokens; prepare it again with corpus.validation_fraction above 0."
             )
-        shards = [self._open(split, entry) for entry in self.splits[split]]
+        directory = split_directory(self.directory, split)
+        shards = [self._open(directory / entry.file, entry) for entry in self.splits[split]]
         scans = scan_all([(shard.file, shard.tokens) for shard in shards])
         return [self._checked(*opened) for opened in zip(shards, self.splits[split], scans, strict=True)]
 
-    def _open(self, split: str, entry: ShardEntry) -> Shard:
-        file = self.directory / split / entry.file
+    def _open(self, file: Path, entry: ShardEntry) -> Shard:
         if file.is_symlink():
             raise UserError(f"{file} must not be a link; copy the shard itself there.")
         shard = open_shard(file)
@@ -157,6 +157,19 @@ class Index:
         shard = dataclasses.replace(shard, id_range=(found.smallest_id, found.largest_id))
         shard.check_token_ids(self.vocab_size)
         return shard
+
+
+def split_directory(directory: Path, split: str) -> Path:
+    """Where the shards of a split lie; it need not be there yet.
+
+    Raises:
+        UserError: where it is a link: a preparation deletes there what it does not list, and a copy of the data would
+            lack it. The whole directory may be one.
+    """
+    place = directory / split
+    if place.is_symlink():
+        raise UserError(f"{place} must not be a link; put the folder itself there, or make '{directory}' the link.")
+    return place
 
 
 def combined_sha256(hashes: Iterable[str]) -> str:

@@ -114,16 +114,17 @@ def _object(text: IO[str], buffer: str, start: int, name: str) -> tuple[dict[str
     while True:
         try:
             found, end = DECODER.raw_decode(buffer, start)
-            return found, buffer, end
+            # A long one is not held twice while it is made use of.
+            return (found, buffer[end:], 0) if end > 4 * CHARACTERS_PER_READ else (found, buffer, end)
         except (ValueError, RecursionError) as error:
             # Perhaps it is cut by the buffer's end. Twice as much each time: a long one is read in linear time.
             buffer, start = buffer[start:], 0
-            more = text.read(max(len(buffer), CHARACTERS_PER_READ))
+            if len(buffer) > MAX_ROW_BYTES:
+                raise too_long(name) from None
+            more = text.read(min(max(len(buffer), CHARACTERS_PER_READ), MAX_ROW_BYTES + 1 - len(buffer)))
             if not more:
                 raise UserError(f"{name} is not JSON ({_reason(error)}); repair it or leave it out.") from None
             buffer += more
-            if len(buffer) > MAX_ROW_BYTES:
-                raise too_long(name) from None
 
 
 def _reason(error: Exception) -> str:

@@ -16,9 +16,10 @@ from gpt2x.errors import UserError
 from gpt2x.shards.paths import TEXTS, kind_of
 from gpt2x.shards.rows import Advance
 
-# A row is held in memory as a whole, and what is parsed of it besides. A .txt file, or what lies between separators in
-# one, may have any length.
-MAX_ROW_BYTES = 2**28
+# A row is held in memory as a whole, and what is parsed of it besides: up to 13 bytes for each of its own, since one
+# emoji makes Python take four for every letter, and its reader of CSV always does. A .txt file, or what lies between
+# separators in one, may have any length.
+MAX_ROW_BYTES = 2**25
 WIDE_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 

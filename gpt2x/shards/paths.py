@@ -84,15 +84,19 @@ def _below(folder: Path) -> Iterator[tuple[Path, bool]]:
 
 def _matches(patterns: list[str]) -> Iterator[Path]:
     for pattern in patterns:
-        if os.path.lexists(pattern):
-            matches = [pattern]
-        elif "**" in Path(pattern).parts:
-            matches = sorted(map(str, _deep_matches(Path(pattern))))
-        else:
-            matches = sorted(glob.glob(pattern))
+        matches = matches_of(pattern)
         if not matches:
             raise UserError(f"corpus.paths: {pattern!r} matches no file; correct the path, or quote the pattern.")
         yield from map(Path, matches)
+
+
+def matches_of(pattern: str) -> list[str]:
+    """What a pattern matches, sorted. A path that exists is that path, whatever letters it is made of."""
+    if os.path.lexists(pattern):
+        return [pattern]
+    if "**" in Path(pattern).parts:
+        return sorted(map(str, _deep_matches(Path(pattern))))
+    return sorted(glob.glob(pattern))
 
 
 def _deep_matches(pattern: Path) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from gpt2x.locate import holds_tokenizer, local_path, place_to_write, say
 from gpt2x.shards.chats import read_chats, spoken_text
 from gpt2x.shards.corpus import Reading, open_corpus, read_pieces, size_to_read
 from gpt2x.shards.cutting import without_runs
-from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, entry_of, write_index
+from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, entry_of, split_directory, write_index
 from gpt2x.shards.paths import passed_over
 from gpt2x.shards.progress import ProgressBar, Report
 from gpt2x.shards.records import (
@@ -216,7 +216,7 @@ def _remove_unlisted_shards(index: Index) -> None:
     remove_leftovers(index.directory, "*.json")
     for split in SPLITS:
         listed = {entry.file for entry in index.splits[split]}
-        for file in (index.directory / split).glob("tokens_part_*.safetensors*"):
+        for file in split_directory(index.directory, split).glob("tokens_part_*.safetensors*"):
             if file.name not in listed:
                 discard(file)
 

@@ -10,6 +10,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from gpt2x.errors import UserError
+from gpt2x.shards.opened import MAX_ROW_BYTES, too_long
 from gpt2x.shards.paths import kind_of
 from gpt2x.shards.rows import Advance, Row
 
@@ -58,7 +59,7 @@ def _batches(file: Path, source: Any, columns: list[str]) -> tuple[int | None, I
     if kind_of(file) == ".parquet":
         table = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
         parts = table.iter_batches(
-            batch_size=_rows_per_batch(table.metadata, columns), columns=columns, use_threads=False
+            batch_size=_rows_per_batch(file, table.metadata, columns), columns=columns, use_threads=False
         )
         return table.metadata.num_rows, parts
     opened = _arrow(source)
@@ -67,14 +68,16 @@ def _batches(file: Path, source: Any, columns: list[str]) -> tuple[int | None, I
     return None, iter(opened)
 
 
-def _rows_per_batch(metadata: Any, columns: list[str]) -> int:
-    """By the row group with the longest rows."""
+def _rows_per_batch(file: Path, metadata: Any, columns: list[str]) -> int:
+    """By the row group with the longest rows; refused before they are read, where they are too long on the average."""
     longest = 1
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         parts = (group.column(place) for place in range(group.num_columns))
         size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
         longest = max(longest, size // max(group.num_rows, 1))
+    if longest > MAX_ROW_BYTES:
+        raise too_long(f"a row of '{file}'")
     return max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // longest))
 
 
@@ -95,7 +98,7 @@ def _encoded(values: Any) -> Any:
 def _table_row(name: str, columns: Sequence[str], values: Sequence[Any]) -> Row:
     def found(dropped: Counter[str]) -> dict[str, Any] | None:
         try:
-            return {column: _plain(value.as_py()) for column, value in zip(columns, values, strict=True)}
+            return {column: _plain(value, name) for column, value in zip(columns, values, strict=True)}
         except UnicodeDecodeError:
             dropped["not UTF-8"] += 1
             return None
@@ -103,5 +106,9 @@ def _table_row(name: str, columns: Sequence[str], values: Sequence[Any]) -> Row:
     return Row(name, found)
 
 
-def _plain(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
+def _plain(value: Any, name: str) -> Any:
+    is_binary = value.is_valid and isinstance(value, pyarrow.BinaryScalar)
+    if is_binary and value.as_buffer().size > MAX_ROW_BYTES:
+        raise too_long(name)
+    found = value.as_py()
+    return found.decode() if isinstance(found, bytes) else found

@@ -13,7 +13,7 @@ import numpy as np
 from gpt2x.errors import UserError
 from gpt2x.files import make_directory, unwritable
 from gpt2x.shards.files import DTYPES, token_dtype, write_shard
-from gpt2x.shards.index import ShardEntry
+from gpt2x.shards.index import ShardEntry, split_directory
 from gpt2x.shards.records import Plan
 
 
@@ -59,7 +59,7 @@ class ShardWriter:
     """
 
     def __init__(self, plan: Plan, split: str, numbers: Iterable[int]) -> None:
-        self.directory = plan.output_dir / split
+        self.directory = split_directory(plan.output_dir, split)
         make_directory(self.directory)
         self.numbers = iter(numbers)
         self.tokens_per_shard = plan.recipe.tokens_per_shard

@@ -5,6 +5,7 @@ import sys
 from typing import TextIO
 
 from gpt2x.addresses import without_secrets
+from gpt2x.terminal import protect_streams
 
 
 class Discreet:
@@ -21,6 +22,7 @@ class Discreet:
         return getattr(self._stream, name)
 
 
+protect_streams()
 sys.stderr = Discreet(sys.stderr)
 # Before the imports, which take seconds: a Ctrl-C, a lost terminal's SIGHUP or a cluster's SIGTERM goes to the whole
 # group of processes, and the training, which still needs the filler while it saves, is the one to end it.

@@ -27,7 +27,7 @@ from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
 from gpt2x.files import discard, locked, make_directory
 from gpt2x.shards.files import write_shard
-from gpt2x.shards.index import ShardEntry
+from gpt2x.shards.index import ShardEntry, split_directory
 from gpt2x.streams.cutting import Cutter, Documents, Piece, Vocabulary
 from gpt2x.streams.ledger import (
     Beginning,
@@ -152,7 +152,7 @@ class Filler:
     def _tidy(self) -> None:
         """Deletes what is not wanted and what no ledger tells the truth about."""
         for directory in ("train", "validation"):
-            make_directory(self.cache_dir / directory)
+            make_directory(split_directory(self.cache_dir, directory))
         kept = {shard_file(self.cache_dir, number) for number in self._wanted() if number in self.ledger.shards}
         for file in (self.cache_dir / "train").iterdir():
             if file not in kept and not file.is_dir():  # a directory is none of ours

@@ -6,17 +6,19 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator, ParallelismConfig, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin, set_seed
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from gpt2x import __version__
+from gpt2x.accelerators import compute_device
 from gpt2x.batches.ranks import data_rank
 from gpt2x.config import TrainingRecipe
 from gpt2x.errors import UserError
@@ -42,7 +44,12 @@ _FSDP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_accelerator(
-    recipe: TrainingRecipe, *, local_world_size: int, is_sharded: bool = False, is_zero: bool = False
+    recipe: TrainingRecipe,
+    *,
+    local_world_size: int,
+    is_sharded: bool = False,
+    is_zero: bool = False,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Accelerator:
     """The accelerator of a run, its threads set and its random numbers seeded.
 
@@ -51,13 +58,14 @@ def make_accelerator(
         local_world_size: processes on this machine, which share its cores.
         is_sharded: whether the launch configuration asks for FSDP2, with tensor parallelism or without.
         is_zero: whether it asks for DeepSpeed.
+        environment: of this process, as the launcher left it; by it the launch configuration asks for the CPU.
 
     Raises:
         UserError: for fp16, or shards in host memory, without a GPU; for what DeepSpeed cannot do.
     """
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = compute_device(environment).type == "cpu"
     if on_cpu and recipe.train.mixed_precision == "fp16":
-        raise UserError("train.mixed_precision (fp16) needs a GPU, and there is none; use bf16 or no.")
+        raise UserError("train.mixed_precision (fp16) needs a GPU, and this run is on the CPU; use bf16 or no.")
     if on_cpu:
         # accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU
         torch.set_num_threads(recipe.train.num_threads or usable_cores(local_world_size))
@@ -65,7 +73,7 @@ def make_accelerator(
         keep_freed_memory()
     plugin = make_fsdp_plugin(recipe.train.mixed_precision) if is_sharded else None
     if on_cpu and plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise UserError("fsdp_offload_params (true) needs a GPU, and there is none; set it to false.")
+        raise UserError("fsdp_offload_params (true) needs a GPU, and this run is on the CPU; set it to false.")
     if is_zero:
         check_zero(recipe)
     if on_cpu and (is_sharded or is_zero):
@@ -74,6 +82,9 @@ def make_accelerator(
         cpu=on_cpu and not is_zero,  # else accelerate leaves DeepSpeed out
         mixed_precision="no" if is_zero else recipe.train.mixed_precision,
         fsdp_plugin=plugin,
+        # What a launch configuration says of these is the recipe's to decide; see launch.passed_over.
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         parallelism_config=make_parallelism() if is_sharded else None,
         log_with=recipe.run.report_to or None,
         project_dir=recipe.run.dir,

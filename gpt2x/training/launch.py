@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from gpt2x.config import TrainingRecipe
 from gpt2x.errors import UserError
 
 # How many processes srun and mpirun tell each of theirs that they have started.
@@ -30,12 +31,47 @@ def check_launch(environment: Mapping[str, str]) -> None:
     """
     if "RANK" not in environment:
         _check_alone(environment)
+    if environment.get("ACCELERATE_USE_MEGATRON_LM") == "true":
+        raise UserError("distributed_type (MEGATRON_LM) must be FSDP or MULTI_GPU; use fsdp2_tp.yaml, or fsdp2.yaml.")
     if asks_for_sharding(environment) and environment.get("FSDP_VERSION", "1") != "2":
         raise UserError("fsdp_version (1) must be 2; set it in the launch configuration, as in fsdp2.yaml.")
     if asks_for_zero(environment):
         _check_zero(environment)
     if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
         _check_sizes(environment)
+
+
+def passed_over(environment: Mapping[str, str], recipe: TrainingRecipe) -> list[str]:
+    """A line for each thing that a launch configuration says and the recipe decides, where they differ."""
+    train = recipe.train
+    compiled, clipped = str(train.torch_compile).lower(), f"{train.max_grad_norm}".lower()
+    decided = (
+        ("dynamo_backend", "ACCELERATE_DYNAMO_BACKEND", ("no",), f"train.torch_compile ({compiled})"),
+        (
+            "mixed_precision",
+            "ACCELERATE_MIXED_PRECISION",
+            ("no", train.mixed_precision),  # the launcher says no where nobody has said anything
+            f"train.mixed_precision ({train.mixed_precision})",
+        ),
+        (
+            "gradient_accumulation_steps",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            ("1", "auto"),
+            f"train.tokens_per_step ({train.tokens_per_step})",
+        ),
+        (
+            "gradient_clipping",
+            "ACCELERATE_GRADIENT_CLIPPING",
+            ("none", "auto", clipped),
+            f"train.max_grad_norm ({clipped})",
+        ),
+    )
+    given = [(name, environment.get(variable, same[0]).lower(), same, ours) for name, variable, same, ours in decided]
+    return [
+        f"{name} ({value}) of the launch configuration is passed over: the recipe's {ours} counts."
+        for name, value, same, ours in given
+        if value not in same
+    ]
 
 
 def check_launch_of_adapters(environment: Mapping[str, str]) -> None:

@@ -76,6 +76,7 @@ def train(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest) -
         save_checkpoint(job, progress, is_last=True)
     validation = None if stopped else evaluate(job, progress, recorder, stop)
     if validation is not None:
+        note_validation(progress, validation.loss)
         check_validation(job, progress, validation)
         validation = validation if write_samples(job, progress, recorder, stop) else None
     finish_saving(job)
@@ -92,7 +93,7 @@ def check_validation(job: Job, progress: Progress, validation: Validation) -> No
     if not math.isfinite(validation.loss):
         raise give_up(job, progress.step, f"step {progress.step}: the validation loss is {validation.loss}")
     finish_saving(job)
-    job.saver.confirm(progress.step)
+    job.saver.confirm(progress.step, best_step=progress.best_step)
 
 
 def follow_up(job: Job, progress: Progress, recorder: Recorder, stop: StopRequest, *, saves: bool = False) -> bool:
@@ -139,7 +140,7 @@ def handle_incident(
             raise _stopped_by(job, progress, *reason)
         return
     progress.skipped_in_a_row = 0
-    job.saver.confirm(progress.step)
+    job.saver.confirm(progress.step, best_step=progress.best_step)
     if is_spike:
         found = suspects(job, outcome.losses)
         if job.accelerator.is_main_process:

@@ -40,6 +40,17 @@ def truncate_records(run: RunDirectory, *, step: int, is_followed_up: bool) -> N
             write_file(file, kept)
 
 
+def recorded_validation(run: RunDirectory, *, step: int) -> float | None:
+    """The validation loss that was recorded at a step; None where none was.
+
+    The last one of a budget is made after the checkpoint of its step, which does not know of it.
+    """
+    lines = (_content(run.metrics_file) or b"").split(b"\n")
+    records = [record for line in lines if b'"val/loss"' in line and (record := _record(line)) is not None]
+    losses: list[object] = [record.get("val/loss") for record in records if record["step"] == step]
+    return next((float(loss) for loss in losses if isinstance(loss, int | float)), None)
+
+
 def clear(run: RunDirectory) -> None:
     """Removes what a run that never had a checkpoint recorded, so that it starts from nothing."""
     for file in run.record_files:

@@ -100,11 +100,16 @@ class CheckpointSaver:
         tensors, trainer_json = dict(state.tensors()), json.dumps(state.trainer, allow_nan=False)
         self._pending = self._thread.submit(self._copy_and_write, tensors, trainer_json, needs_copy=not is_last)
 
-    def confirm(self, step: int) -> None:
-        """Tells that a loss of the weights of this step is finite: older checkpoints may give way to one of it."""
+    def confirm(self, step: int, *, best_step: int | None) -> None:
+        """Tells that a loss of the weights of this step is finite: older checkpoints may give way to one of it.
+
+        Args:
+            step: whose loss is known.
+            best_step: of the lowest validation loss so far; that of a last step is known after it is saved.
+        """
         if self._unconfirmed is not None and self._unconfirmed["step"] <= step and not self.is_busy:
             if not self.has_failed:
-                self._pending = self._thread.submit(self._prune, self._unconfirmed)
+                self._pending = self._thread.submit(self._prune, self._unconfirmed | {"best_step": best_step})
             self._unconfirmed = None
 
     def wait_for_copy(self) -> None:

@@ -14,6 +14,8 @@ import threading
 import time
 from types import FrameType
 
+from gpt2x.terminal import write_at_once
+
 # How long the main thread may take to leave by itself, cleaning up; where it waits in C++ it never does.
 LEAVE_S = 10.0
 # How often it is looked whether the launcher lives.
@@ -168,6 +170,5 @@ class StopRequest:
 
 
 def _say(text: str) -> None:
-    """Past Python's buffers, into which the interrupted code may be writing. A terminal that is gone hears nothing."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+    """Past Python's buffers, into which the interrupted code may be writing."""
+    write_at_once(2, text)

@@ -24,8 +24,8 @@ from gpt2x.training.hellaswag import open_hellaswag
 from gpt2x.training.job import Job
 from gpt2x.training.optimizer_state import load_optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import make_optimizers
-from gpt2x.training.records import clear, refuse_to_start_over, reopen, sweep, truncate_records
-from gpt2x.training.retention import Retention, is_of_this_decay
+from gpt2x.training.records import clear, recorded_validation, refuse_to_start_over, reopen, sweep, truncate_records
+from gpt2x.training.retention import Retention, is_of_this_decay, note_validation
 from gpt2x.training.run_directory import RunDirectory
 from gpt2x.training.saving import CheckpointSaver
 from gpt2x.training.state import Progress
@@ -66,6 +66,8 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
     if accelerator.is_main_process:
         _settle_records(run, checkpoint, progress, is_spent=budget.is_spent(progress))
     wait_for_main(accelerator)
+    if (loss := recorded_validation(run, step=progress.step)) is not None:
+        note_validation(progress, loss)
     job = Job(
         recipe=recipe,
         run=run,

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from gpt2x.accelerators import on_device
 from gpt2x.batches.ranks import data_rank
 from gpt2x.training.deepspeed import backward, uses_zero, zero_grad_norm
 from gpt2x.training.job import Job
@@ -80,7 +81,7 @@ def accumulate_losses(accelerator: Accelerator, model: nn.Module, micro_batches:
         is_last = position == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
             loss_sum = model(
-                **{key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()},
+                **on_device(batch, accelerator.device),
                 num_items_in_batch=1,
                 return_logits=False,
                 use_cache=False,

@@ -93,6 +93,45 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32() -> None:
         assert relative_error(a, b) < 1e-2
 
 
+def gradients_in_float16(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float) -> Any:
+    """As clipping sees them: of a loss that was scaled up, and then scaled down in a larger type."""
+    inputs = [tensor.detach().half().requires_grad_() for tensor in (hidden, weight)]
+    loss = chunked_linear_cross_entropy(*inputs, labels, num_items_in_batch=len(labels), chunk_size=512)
+    return [gradient.double() / scale for gradient in torch.autograd.grad(loss * scale, inputs)]
+
+
+def gradients_in_float64(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Any:
+    inputs = [tensor.detach().half().double().requires_grad_() for tensor in (hidden, weight)]
+    return torch.autograd.grad(F.cross_entropy(inputs[0] @ inputs[1].T, labels), inputs)
+
+
+def test_gradients_that_float16_cannot_hold_survive_where_the_loss_is_scaled() -> None:
+    """Of tokens whose probability is 4e-9; the smallest float16 is 6e-8, and a scale that comes later is too late."""
+    hidden, weight, labels = torch.zeros(64, 16), torch.zeros(16, 16), torch.zeros(64, dtype=torch.long)
+    hidden[:, 0] = weight[0, 0] = 4.375
+    expected = gradients_in_float64(hidden, weight, labels)[1][1:, 0]
+    assert expected.max() < 6e-8 < expected.max() * 2.0**16
+    found = gradients_in_float16(hidden, weight, labels, 2.0**16)[1][1:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+def rows_of_one_token() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of its row of the weight is a sum of 100,000 before it is divided by their number."""
+    return torch.full((512, 4), 200.0), torch.zeros(32, 4), torch.zeros(512, dtype=torch.long)
+
+
+def test_sums_of_gradients_that_float16_cannot_hold_are_finite_once_they_are_divided() -> None:
+    expected = gradients_in_float64(*rows_of_one_token())
+    assert expected[1].abs().max() * 512 > torch.finfo(torch.float16).max
+    for found, exact in zip(gradients_in_float16(*rows_of_one_token(), 1.0), expected):
+        torch.testing.assert_close(found, exact, rtol=2e-3, atol=1e-6)
+
+
+def test_whether_a_gradient_overflows_is_up_to_the_scale_of_the_loss() -> None:
+    found = [gradients_in_float16(*rows_of_one_token(), scale)[1] for scale in (2.0**16, 2.0**4)]
+    assert [bool(gradient.isfinite().all()) for gradient in found] == [False, True]
+
+
 def test_a_second_pass_over_the_graph_gives_the_same_gradient() -> None:
     hidden, weight, labels = problem()
     loss = chunked_linear_cross_entropy(hidden, weight, labels)

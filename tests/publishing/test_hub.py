@@ -1,25 +1,34 @@
 """The Hub: the real client against a server on loopback, what arrives there, and one line where it does not."""
 
+import copy
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from hub_server import running_hub
+from hub_server import children_of, running_hub
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from gpt2x.config import HubSection
 from gpt2x.errors import UserError
-from gpt2x.publishing.hub import Push, files_to_push, push_run
+from gpt2x.manifest import write_manifest
+from gpt2x.publishing.hub import COMMAND, Push, push_run
+from gpt2x.publishing.pushed_files import files_to_push
 from gpt2x.shards.tokenizer import load_tokenizer
 from gpt2x.training.failures import Failures
 from gpt2x.training.finish import push
 
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_PlantedTokenThatNobodyMaySee"
 PUSH = Push(repo_id="user/tiny")
 
@@ -79,6 +88,17 @@ def test_a_second_push_updates_the_same_repository_and_leaves_it_as_visible_as_i
     assert repository["files"]["plots/loss.png"] == b"another picture"
 
 
+def test_of_a_run_that_is_not_finished_the_newest_whole_checkpoint_is_pushed_with_a_line(run_dir, capsys):
+    whole = run_dir / "checkpoints" / "step-000010"
+    whole.mkdir(parents=True)
+    (run_dir / "final").rename(whole / "model")
+    write_manifest(whole)
+    shutil.copytree(whole / "model", run_dir / "checkpoints" / "step-000020" / "model")  # is being saved
+    assert files_to_push(run_dir)["config.json"] == whole / "model" / "config.json"
+    line = f"{run_dir} has no final model: its newest whole checkpoint is pushed, step-000010\n"
+    assert line in capsys.readouterr().err
+
+
 @pytest.mark.trial
 def test_from_pretrained_loads_what_was_pushed(hub, run_dir):
     push_run(run_dir, PUSH)
@@ -123,6 +143,69 @@ def test_a_server_that_does_not_answer_is_given_up_after_the_time_limit(hub, run
         push_run(run_dir, Push(repo_id="user/tiny", time_limit_s=2))
 
 
+def wait_for_request(hub, part):
+    deadline = time.monotonic() + 30
+    while not any(part in path for _, path, _ in hub.requests):
+        assert time.monotonic() < deadline, hub.requests
+        time.sleep(0.02)
+
+
+def test_the_upload_ends_when_what_started_it_is_gone(hub):
+    hub.faults["repos/create"] = "hang"
+    request = {"repo_id": "user/tiny", "private": True, "message": "m", "files": {}, "texts": {}}
+    with subprocess.Popen(COMMAND, stdin=subprocess.PIPE) as process:
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        wait_for_request(hub, "repos/create")
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(5) == 1
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="children are listed in /proc, which Linux has")
+def test_whatever_ends_a_push_ends_its_upload(hub, run_dir):
+    hub.faults["repos/create"] = "hang"
+
+    def leave(*_):
+        sys.exit(143)
+
+    def end_when_it_hangs():
+        wait_for_request(hub, "repos/create")
+        children.update(children_of(os.getpid()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    children = set()
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        threading.Thread(target=end_when_it_hangs).start()
+        with pytest.raises(SystemExit):
+            push_run(run_dir, PUSH)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert children
+    assert not children & children_of(os.getpid())
+
+
+@pytest.mark.trial
+@pytest.mark.skipif(not Path("/proc").exists(), reason="children are listed in /proc, which Linux has")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -15), (signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_signal_to_the_script_ends_script_and_upload_and_nothing_is_half_there(hub, run_dir, number, code):
+    hub.faults["/commit/"] = "hang"
+    command = [sys.executable, ROOT / "scripts" / "push_to_hub.py", run_dir, "--repo_id", "user/tiny"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_request(hub, "/commit/")
+        children = children_of(process.pid)
+        assert children
+        process.send_signal(number)
+        assert process.wait(5) == code  # a shell says 143 of -15
+        assert "Traceback" not in process.stderr.read()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert (hub.repositories["user/tiny"]["commits"], hub.repositories["user/tiny"]["files"]) == (0, {})
+
+
 def test_a_server_that_is_not_there_is_one_line(hub, run_dir, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(UserError, match=r"^user/tiny was not updated: .*refused.*; then `python .*$"):
@@ -142,18 +225,71 @@ def test_a_repository_must_be_named_by_user_and_name(run_dir, repo_id):
         push_run(run_dir, Push(repo_id=repo_id))
 
 
-def test_exports_hidden_files_and_unfinished_ones_are_not_pushed(saved):
-    directory = saved("llama")
-    for name in ("exports/onnx/model.onnx", ".cache/x", "model.safetensors.tmp", ".gitignore"):
+def test_what_is_no_part_of_a_model_is_not_pushed_and_named(saved, capsys):
+    directory = saved("gpt2x")
+    model_files = {file.name for file in directory.iterdir()}
+    write_manifest(directory)
+    shutil.copy(directory / "model.safetensors", directory / "optimizer.safetensors")
+    others = ["exports/onnx/model.onnx", ".cache/x", ".env", "id_rsa", "my_gpt2x.py", "notes.json"]
+    others += ["model.safetensors.tmp", "optimizer.pt", "onnx/notes.txt", "onnx/a/b.onnx"]
+    for name in others:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text("x")
-    assert {name.split("/")[0] for name in files_to_push(directory)} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    (directory / "passwords").symlink_to("/etc/hostname")
+    assert {"config.json", "modeling_gpt2x.py", "tokenizer.json", "model.safetensors"} <= model_files
+    assert set(files_to_push(directory)) == model_files
+    line = f"not pushed, since no part of a model: .cache, .env, exports and 9 more, in {directory}\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
+@pytest.mark.parametrize("form", ["gpt2x", "nanochat"])
+def test_nothing_that_a_chat_model_is_saved_as_is_left_out(saved, tokenizer, form):
+    directory = saved(form)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(directory)
+    every = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
+    assert {"chat_template.jinja", "additional_chat_templates/tools.jinja"} <= every
+    assert set(files_to_push(directory)) == every
+
+
+@pytest.mark.parametrize("name", ["README.md", "onnx/model.onnx"])
+def test_a_link_by_the_name_of_a_models_file_is_refused(saved, tmp_path, name):
+    directory = saved("llama")
+    (tmp_path / "secret").write_text("hush")
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=rf"^{directory / name} is a link or no regular file; put a copy of the file"):
+        files_to_push(directory)
+
+
+def test_a_folder_that_is_a_link_is_not_followed(saved, tmp_path):
+    directory = saved("llama")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "model.onnx").write_text("hush")
+    (directory / "onnx").symlink_to(tmp_path / "elsewhere")
+    assert not any("onnx" in name for name in files_to_push(directory))
+
+
+def test_weights_in_several_files_are_pushed_whatever_their_names(saved):
+    directory = saved("llama")
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").rename(directory / "weights_1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "weights_1.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert {"weights_1.safetensors", "model.safetensors.index.json"} <= set(files_to_push(directory))
+
+
+def test_an_index_makes_nothing_but_weights_part_of_a_model(saved):
+    directory = saved("llama")
+    (directory / "model.safetensors").unlink()
+    (directory / "onnx").mkdir()
+    for name in ("onnx/model.onnx", "id_rsa"):
+        (directory / name).write_text("x")
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "id_rsa"}}')
+    pushed = set(files_to_push(directory))
+    assert "onnx/model.onnx" in pushed
+    assert "id_rsa" not in pushed
 
 
 def cut_weights(model_dir):
@@ -243,8 +379,7 @@ def test_the_token_is_in_no_file_no_log_and_no_traceback(hub, run_dir, tmp_path,
 
 def test_a_message_of_the_client_that_quotes_the_token_is_cut(monkeypatch, run_dir):
     crash = [sys.executable, "-c", f"raise RuntimeError('bad header: {TOKEN}')"]
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda _, **options: run(crash, **options))
+    monkeypatch.setattr("gpt2x.publishing.hub.COMMAND", crash)
     with pytest.raises(UserError, match=r"was not updated: RuntimeError: bad header: <token>; then"):
         push_run(run_dir, PUSH)
 

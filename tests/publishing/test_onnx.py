@@ -22,6 +22,7 @@ pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 from gpt2x.publishing.export import export_model  # noqa: E402
 from gpt2x.publishing.onnx import check_onnx, write_onnx  # noqa: E402
 from gpt2x.publishing.onnx_generation import OnnxDecoder, Sampling, generate, generate_text, sample  # noqa: E402
+from gpt2x.publishing.pushed_files import files_to_push  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = {"one": [[5, 60, 7, 99, 280]], "three, padded": [[9, 17, 250], [4] * 3 + [77] * 6, list(range(40, 60))]}
@@ -87,6 +88,11 @@ def test_what_readers_look_for_lies_beside_it(exported):
     config = json.loads((exported / "config.json").read_text())
     assert config["model_type"] == "llama"
     assert config["transformers.js_config"] == {"kv_cache_dtype": {"fp16": "float16"}}
+
+
+def test_a_push_of_an_export_leaves_nothing_of_it_out(exported):
+    every = {file.relative_to(exported).as_posix() for file in exported.rglob("*") if file.is_file()}
+    assert set(files_to_push(exported)) == every
 
 
 def test_genai_config_names_the_inputs_outputs_and_cache_that_the_file_has(exported):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationMixin, PreTrainedTokenizerFast
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import ChatSection, GenerationRecipe
@@ -106,6 +106,24 @@ def test_without_a_prompt_every_line_of_stdin_is_one(generate, run_dir, monkeypa
     text = generate(run_dir, "--temperature=0", "--max_new_tokens=5")
     assert text.startswith(">>> " + alone + ">>> three")
     assert text.endswith(">>> \n")
+
+
+@pytest.mark.parametrize("chat", ["true", "false"])
+def test_model_and_prompt_are_on_the_accelerator_where_there_is_one(generate, chat_dir, monkeypatch, chat):
+    """The meta device stands for it, which computes nothing."""
+
+    class AskedError(Exception):
+        pass
+
+    def ask(model, input_ids, attention_mask, **_):
+        raise AskedError(model.device.type, input_ids.device.type, attention_mask.device.type)
+
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: meta)
+    monkeypatch.setattr(GenerationMixin, "generate", ask)
+    with pytest.raises(AskedError) as asked:
+        generate(chat_dir, "--prompt=hello", f"--chat={chat}")
+    assert asked.value.args == ("meta", "meta", "meta")
 
 
 @pytest.mark.trial

@@ -19,9 +19,10 @@ from datasets import load_dataset
 
 from gpt2x.config import CorpusSection
 from gpt2x.errors import UserError
-from gpt2x.shards import json_files, opened, text_files
+from gpt2x.shards import csv_files, json_files, opened, tables, text_files
 from gpt2x.shards.chats import read_chats
 from gpt2x.shards.corpus import Share, open_corpus, read_pieces
+from gpt2x.shards.corpus_files import source_files
 from gpt2x.shards.paths import matching_files, passed_over
 
 
@@ -257,6 +258,28 @@ def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
     ]
 
 
+@pytest.fixture
+def entangled(tmp_path):
+    """Two folders, each with links to itself, to the other and to the one above; 2 ** 40 paths lead through them."""
+    for name, other in ("ab", "ba"):
+        write(tmp_path / "c" / name / f"{name}.jsonl", json.dumps({"text": name}))
+        for link, target in {"self": name, "other": other, "up": "."}.items():
+            (tmp_path / "c" / name / link).symlink_to(tmp_path / "c" / target)
+    return tmp_path / "c"
+
+
+def test_folders_that_link_to_each_other_are_read_once(entangled):
+    for paths in ([entangled], [entangled / "a"], [entangled / "a", entangled / "b"], [entangled / "**" / "*.jsonl"]):
+        assert sorted(texts(files(*paths))) == ["a", "b"]
+
+
+def test_the_files_of_a_dataset_in_such_folders_are_found_once(entangled):
+    directory = CorpusSection(kind="dataset", dataset=str(entangled))
+    pattern = CorpusSection(kind="dataset", dataset="json", data_files=[f"{entangled}/**/*.jsonl"])
+    expected = [entangled / name / f"{name}.jsonl" for name in "ab"]
+    assert [list(source_files(corpus).values()) for corpus in (directory, pattern)] == [expected, expected]
+
+
 def test_what_links_lead_to_outside_of_the_folder_is_read(tmp_path):
     write(tmp_path / "out" / "a.txt", "outside")
     write(tmp_path / "c" / "b.txt", "inside")
@@ -294,17 +317,50 @@ def test_a_column_of_nothing_is_counted(tmp_path):
 # --- long rows -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_a_row_that_is_too_long_to_be_held_is_refused_by_its_name(tmp_path, monkeypatch, name):
-    for module in (opened, json_files):
+@pytest.fixture
+def at_most_100(monkeypatch):
+    for module in (csv_files, json_files, opened, tables):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 100)
     monkeypatch.setattr(json_files, "CHARACTERS_PER_READ", 20)
-    content = f"text\nx\n{'y' * 200}\n" if name == "a.csv" else f'{{"text": "x"}}\n{{"text": "{"y" * 200}"}}\n'
-    number = 3 if name == "a.csv" else 2
+    before = csv.field_size_limit()
+    yield
+    csv.field_size_limit(before)
+
+
+def write_rows(file, rows):
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), file)
+    elif file.suffix == ".csv":
+        write(file, "text\n" + "".join(f'"{row}"\n' for row in rows))
+    else:
+        write(file, "".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return files(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("a.jsonl", 9), ("a.json", 9), ("a.csv", 10), ("a.parquet", 9), ("lines.csv", 30)]
+)
+@pytest.mark.usefixtures("at_most_100")
+def test_a_row_that_is_too_long_to_be_held_is_refused_by_its_name(tmp_path, name, number):
+    rows = [*"abcdefgh", "four\n" * 40 if name == "lines.csv" else "y" * 200]
     with pytest.raises(
         UserError, match=rf"{name}:{number} has more than 100 bytes; cut it into several, or give the t"
     ):
-        read(files(write(tmp_path / name, content)))
+        read(write_rows(tmp_path / name, rows))
+
+
+@pytest.mark.usefixtures("at_most_100")
+def test_a_table_of_long_rows_is_refused_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_encoded", None)
+    with pytest.raises(UserError, match=r"^a row of '.*a.parquet' has more than 100 bytes; cut it"):
+        read(write_rows(tmp_path / "a.parquet", ["x" * 200]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+@pytest.mark.usefixtures("at_most_100")
+def test_a_row_that_can_just_be_held_is_read(tmp_path, name):
+    rows = ["y" * 85, "z" * 80, *"abcdefgh"]
+    assert texts(write_rows(tmp_path / name, rows)) == rows
 
 
 @pytest.mark.parametrize("cuts", [True, False])

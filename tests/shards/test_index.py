@@ -74,6 +74,29 @@ def test_a_shard_that_is_a_link_is_refused(index):
         index.open_split("train")
 
 
+def test_a_split_that_is_a_link_is_refused_and_the_whole_directory_may_be_one(index, tmp_path):
+    index.directory.rename(tmp_path / "large_disk")
+    index.directory.symlink_to(tmp_path / "large_disk")
+    assert load_index(index.directory).open_split("train")
+    (index.directory / "train").rename(tmp_path / "elsewhere")
+    (index.directory / "train").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match=rf"^{index.directory}/train must not be a link; put the folder itself there, o"
+    ):
+        load_index(index.directory).open_split("train")
+
+
+def test_nothing_is_written_or_deleted_behind_a_link_in_the_directory_of_shards(recipe, tmp_path):
+    others = tmp_path / "others" / "tokens_part_00009.safetensors"
+    others.parent.mkdir()
+    others.write_text("somebody's")
+    recipe.output_dir.mkdir(parents=True)
+    (recipe.output_dir / "train").symlink_to(others.parent)
+    with pytest.raises(UserError, match="train must not be a link"):
+        prepare(recipe)
+    assert list(others.parent.iterdir()) == [others]
+
+
 def test_a_shard_of_another_preparation_is_refused(index):
     directory = index.directory / "train"
     shutil.copy(directory / "tokens_part_00001.safetensors", directory / "tokens_part_00000.safetensors")

@@ -16,7 +16,7 @@ from gpt2x.shards import corpus as corpora
 from gpt2x.shards import cutting, text_files
 from gpt2x.shards.corpus import Piece, is_validation, open_corpus, read_pieces
 from gpt2x.shards.cutting import can_be_cut, chunks_of, cut, ids_of
-from gpt2x.shards.encoding import batches
+from gpt2x.shards.encoding import batches, encoded
 from gpt2x.shards.preparation import prepare, prepare_tokenizer
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -225,3 +225,21 @@ def test_tiny_shakespeare_has_the_published_number_of_tokens(tmp_path, recipe, m
     assert whole.total("train", "num_tokens") == 338_025 + 1
     assert pieces.splits["train"] == whole.splits["train"]
     assert np.array_equal(pieces.open_split("train")[0].documents, [0, 338_026])
+
+
+def test_of_texts_that_take_gigabytes_one_is_encoded_at_a_time():
+    """Each of three millions of characters, as a tokenizer gets them that must see them whole."""
+    done: list[str] = []
+
+    class Encoder:
+        def encode_batch_fast(self, texts, add_special_tokens):
+            done.extend(texts)
+            return texts
+
+    def pieces():
+        for number in range(4):
+            assert len(done) == number, "the one before has not been waited for"
+            yield Piece(str(number), str(number) * 3_000_000, False, True)
+
+    found = [piece.name for batch, _ in encoded(pieces(), Encoder()) for piece in batch]
+    assert found == ["0", "1", "2", "3"]

@@ -273,6 +273,16 @@ def test_a_missing_column_is_reported_with_those_that_there_are(section, open_so
         source.require(1)
 
 
+def test_nothing_is_deleted_behind_a_link_in_the_cache(section, open_source, tmp_path):
+    (tmp_path / "somebodys").mkdir()
+    (tmp_path / "somebodys" / "thesis.txt").write_text("mine")
+    section.cache_dir.mkdir()
+    (section.cache_dir / "train").symlink_to(tmp_path / "somebodys")
+    with pytest.raises(UserError, match=r"stream 'web': .*cache/train must not be a link; put the folder itself"):
+        open_source().require(1)
+    assert [file.name for file in (tmp_path / "somebodys").iterdir()] == ["thesis.txt"]
+
+
 def test_an_empty_stream_is_refused(section, open_source):
     for file in section.corpus.data_files:
         with open(file, "w") as lines:

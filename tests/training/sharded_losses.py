@@ -1,4 +1,4 @@
-"""Loss and gradient of one step on the shards of two processes, and what both are without shards."""
+"""Loss and gradient of one step on the shards of two processes, what they generate, and what all is without shards."""
 
 import torch
 from safetensors.torch import save_file
@@ -48,8 +48,21 @@ def without_shards(precision):
     return num_targets, loss, gradients
 
 
+def generated(model, rank):
+    """What the model writes on a rank, on one of them longer than on the other."""
+    from gpt2x.evaluation.samples import generate
+
+    length = 2 + 6 * rank
+    ids = torch.tensor([[1, 2, 3 + rank]])
+    options = {"min_new_tokens": length, "max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+    return generate(model.eval(), ids, **options)
+
+
 def write_steps(directory):
-    """On each of the ranks: the step of every precision, as the loop takes it, to DIRECTORY/step_PRECISION."""
+    """On each of the ranks: the step of every precision, as the loop takes it, to DIRECTORY/step_PRECISION.
+
+    And what was generated with the shards of float32, to DIRECTORY/generated_RANK.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
@@ -73,6 +86,9 @@ def write_steps(directory):
         loss = accelerator.reduce(losses.shares.sum(), reduction="mean")
         gradients = {name: parameter.grad for name, parameter in accelerator.unwrap_model(model).named_parameters()}
         wholes = gather(gradients, is_writer=accelerator.is_main_process)
+        if precision == "no":
+            ids = generated(accelerator.unwrap_model(model), accelerator.process_index)
+            save_file({"ids": ids}, directory / f"generated_{accelerator.process_index}.safetensors")
         if wholes:
             unscaled = {name: gradient / scale for name, gradient in wholes.items()}
             save_file({"loss": loss, **unscaled}, directory / f"step_{precision}.safetensors")

@@ -28,7 +28,8 @@ def test_every_section_of_the_check_for_a_gpu_runs_and_is_right_on_the_cpu(scrip
     assert (status, capsys.readouterr().out.splitlines()[-1]) == (0, "ok")
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["shards fp16"]["loss"] < 2e-5
-    expected = {"versions", "loss", "step", "host", "newton-schulz", "shards", "train", "generate"}
+    expected = {"versions", "loss", "step", "host", "evaluation", "batches", "attention", "random", "newton-schulz"}
+    expected |= {"shards", "train", "generate"}
     assert {name.split()[0].strip(",") for name in facts} == expected
 
 

@@ -7,11 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
+from gpt2x.accelerators import compute_device
 from gpt2x.errors import UserError
+from gpt2x.run import _accelerator
 from gpt2x.training.deepspeed import check_zero
 from gpt2x.training.launch import (
     asks_for_sharding,
@@ -19,6 +23,7 @@ from gpt2x.training.launch import (
     check_launch,
     check_launch_of_adapters,
     num_data_ranks,
+    passed_over,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +31,7 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 HARDWARE = {"compute_environment", "distributed_type", "use_cpu", "num_machines", "num_processes", "machine_rank"} | {
     f"main_process_{part}" for part in ("ip", "port")
 }
-HARDWARE |= {"rdzv_backend", "same_network", "fsdp_config", "parallelism_config", "deepspeed_config"}
+HARDWARE |= {"gpu_ids", "rdzv_backend", "same_network", "fsdp_config", "parallelism_config", "deepspeed_config"}
 # Of DeepSpeed what is hardware; micro-batch, accumulation and clipping are the recipe's.
 ZERO = {"zero_stage", "offload_optimizer_device", "offload_param_device", "zero3_init_flag"}
 
@@ -73,6 +78,36 @@ def test_the_launcher_takes_every_configuration_and_lets_its_numbers_be_overridd
         assert (found.fsdp_version, found.fsdp_auto_wrap_policy) == (2, "TRANSFORMER_BASED_WRAP")
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine that has them, as far as torch says, and as far as an environment lets them be seen."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", ["cpu", "single_gpu"])
+def test_one_process_computes_where_its_configuration_says(gpus, name):
+    config_file = str(ROOT / "accelerate_configs" / f"{name}.yaml")
+    found, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config_file, "x.py"]))
+    _, environment = prepare_simple_launcher_cmd_env(found)
+    assert compute_device(environment).type == {"cpu": "cpu", "single_gpu": "cuda"}[name]
+
+
+def test_two_processes_on_the_cpu_see_no_gpu():
+    """The launcher tells several processes nothing of use_cpu."""
+    config_file = str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
+    arguments = ["--config_file", config_file, "--main_process_port=0", "x.py"]
+    found, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    assert prepare_multi_gpu_env(found)["CUDA_VISIBLE_DEVICES"] == "-1,-1"
+
+
+def test_a_run_that_the_launcher_puts_on_the_cpu_knows_it_where_there_is_a_gpu(gpus, recipe, changed):
+    environment = {"ACCELERATE_USE_CPU": "True"}
+    accelerator = _accelerator(changed(recipe, train={"num_threads": 2}), environment)
+    assert (accelerator.device.type, torch.get_num_threads()) == ("cpu", 2)
+    with pytest.raises(UserError, match=r"mixed_precision \(fp16\) needs a GPU, and this run is on the CPU; use bf16"):
+        _accelerator(changed(recipe, train={"mixed_precision": "fp16"}), environment)
+
+
 def run_script(*launcher, environment=None):
     """What scripts/pretrain.py answers under a launcher: (exit code, last line of our process)."""
     whole = [*launcher, str(ROOT / "scripts" / "pretrain.py"), "--train.max_steps=1"]
@@ -114,6 +149,7 @@ def sizes(*, world, **given):
     ("environment", "message"),
     [
         ({"RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"fsdp_version \(1\) must be 2"),
+        ({"RANK": "0", "ACCELERATE_USE_MEGATRON_LM": "true"}, r"distributed_type \(MEGATRON_LM\) must be FSDP or"),
         (zero(ZERO_STAGE="3"), r"zero_stage \(3\) must be 2, as in deepspeed_zero2\.yaml; fsdp2\.yaml does more"),
         (zero(OFFLOAD_OPTIMIZER_DEVICE="cpu"), r"offload_optimizer_device \(cpu\) must be none"),
         (zero(CONFIG_FILE="own.json"), r"deepspeed_config_file \(own\.json\) must be none"),
@@ -148,6 +184,40 @@ def test_what_a_configuration_asks_for_and_is_not_done_is_refused(environment, m
 )
 def test_one_process_alone_and_ranks_of_a_launcher_are_let_through(environment):
     check_launch(environment)
+
+
+LEFTOVERS = {
+    "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+    "ACCELERATE_MIXED_PRECISION": "fp8",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+}
+
+
+def test_what_a_launch_configuration_says_and_the_recipe_decides_is_told(recipe):
+    lines = passed_over(LEFTOVERS, recipe)
+    assert [line.split(" of the launch configuration is passed over: ")[0] for line in lines] == [
+        "dynamo_backend (eager)",
+        "mixed_precision (fp8)",
+        "gradient_accumulation_steps (4)",
+        "gradient_clipping (0.5)",
+    ]
+    assert lines[0].endswith("the recipe's train.torch_compile (false) counts.")
+    defaults = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert passed_over(defaults, recipe) == passed_over({}, recipe) == []
+
+
+def test_leftovers_of_a_launch_configuration_change_no_number_of_a_run(
+    recipe, changed, pretrain, monkeypatch, tmp_path, assert_equal_tensors
+):
+    """accelerate alone would compile the model, whose names then fit no checkpoint, and quarter the gradients."""
+    recipe = changed(recipe, train={"max_steps": 2, "max_grad_norm": None})
+    expected = pretrain(recipe)
+    for name, value in LEFTOVERS.items():
+        monkeypatch.setenv(name, value)
+    found = pretrain(changed(recipe, run={"dir": tmp_path / "leftovers"}))
+    assert found.records() == expected.records()
+    assert_equal_tensors(found.saved(), expected.saved())
 
 
 # In place of SLURM and of the launcher, which waits for a signal where it is told to.

@@ -130,6 +130,20 @@ def test_the_checkpoint_of_the_best_validation_is_made_and_kept(recipe, changed,
     assert (trainer["best_step"], trainer["best_val_loss"]) == (best, losses[best])
 
 
+def test_the_validation_at_the_end_may_be_the_best_and_a_larger_budget_knows_of_it(recipe, changed, pretrain):
+    train = {"save_best": True, "save_steps": None, "save_total_limit": 1}
+    first = changed(recipe, train=train | {"max_steps": 9}, evaluation={"eval_steps": 3})
+    run = pretrain(first)
+    assert (run.progress.best_step, steps(run.path)) == (9, [9])
+    ruined = {"learning_rate": 1.0, "lr_scheduler_type": "linear"}
+    longer = changed(first, train={"max_steps": 15}, optimizer=ruined, resume=True)
+    extended = pretrain(longer)
+    losses = {record["step"]: record["val/loss"] for record in extended.records() if "val/loss" in record}
+    assert min(losses, key=losses.get) == 9
+    assert (extended.progress.best_step, extended.progress.best_val_loss) == (9, losses[9])
+    assert steps(run.path) == [9, 15]
+
+
 # --- what is not as it was -------------------------------------------------------------------------------------------
 
 

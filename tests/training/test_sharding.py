@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import pytest
+import sharded_losses
 import torch
 from ranks import launch
 from safetensors.torch import load_file, save_file
@@ -151,6 +152,15 @@ def test_loss_and_gradient_on_shards_are_those_of_one_process_however_many_token
     assert (two - one).norm() <= tolerance * one.norm()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_whose_texts_end_at_different_lengths_write_what_one_process_writes(two_ranks, rank):
+    """transformers sees to it that the first computes its shards until the second has ended, which waits for them."""
+    directory, _ = two_ranks
+    found = load_file(directory / f"generated_{rank}.safetensors")["ids"]
+    assert found.shape == (1, 3 + 2 + 6 * rank)
+    assert torch.equal(found, sharded_losses.generated(sharded_losses.make_model(1024), rank))
+
+
 def make_model():
     torch.manual_seed(0)
     return GPT2XForCausalLM(GPT2XConfig(**SHAPE, tie_word_embeddings=True))
@@ -188,6 +198,6 @@ def test_shards_are_computed_with_in_the_recipes_precision_and_added_up_in_float
 def test_shards_in_host_memory_without_a_gpu_are_refused(recipe, monkeypatch):
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(
-        UserError, match=r"fsdp_offload_params \(true\) needs a GPU, and there is none; set it to false"
+        UserError, match=r"fsdp_offload_params \(true\) needs a GPU, and this run is on the CPU; set it to false"
     ):
         make_accelerator(recipe, local_world_size=1, is_sharded=True)

@@ -164,6 +164,53 @@ def test_a_run_that_was_begun_there_goes_on_on_the_cpu(base, reference, tmp_path
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "count"), [("cpu", 1), ("cpu_2_processes", 2)])
+def test_a_launch_configuration_of_the_cpu_trains_there_whatever_the_machine_has(
+    base, reference, tmp_path, name, count, device
+):
+    """The device is one that the run may see."""
+    launch = (str(ROOT / "accelerate_configs" / f"{name}.yaml"),)
+    run_dir, said = run(base / "tiny.yaml", tmp_path, "--train.mixed_precision=no", device=device, launch=launch)
+    assert f"{count} x cpu with" in said
+    assert losses(run_dir) == pytest.approx(reference("tiny", "adamw"), rel=TOLERANCES["no"])
+
+
+# What of a GPU's memory a script has used, when it has ended.
+WATCHED = """
+import runpy, sys, torch
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0, file=sys.stderr)
+"""
+TURNS = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """The directory of a run with a chat template."""
+    options = ("--train.max_steps=2", "--train.mixed_precision=no")
+    run_dir, _ = run(base / "tiny.yaml", tmp_path_factory.mktemp("trained"), *options, device="cpu")
+    (run_dir / "final" / "chat_template.jinja").write_text(TURNS)
+    return run_dir
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("chat", ["false", "true"])
+def test_generate_writes_on_the_accelerator_what_it_writes_on_the_cpu(trained, chat, device):
+    arguments = [str(trained), "--prompt=def self", f"--chat={chat}", "--temperature=0", "--max_new_tokens=12"]
+    command = [sys.executable, "-c", WATCHED, str(ROOT / "scripts" / "generate.py"), *arguments]
+    found = {}
+    for place in {"cpu", device}:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment |= {"ACCELERATE_USE_CPU": str(place == "cpu")}
+        finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stderr.splitlines()[-1] == str(place != "cpu")
+        found[place] = finished.stdout
+    assert found[device] == found["cpu"] != ""
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_check_for_a_gpu_is_right_about_everything(tmp_path, device):
     """Correctness and speed by gpu_check.py: on a GPU in its own sizes, which takes five minutes."""
     command = [sys.executable, str(Path(__file__).parent / "gpu_check.py"), str(tmp_path)]

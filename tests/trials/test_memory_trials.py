@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from gpt2x.config import TokenizerSection
 from gpt2x.shards.files import write_shard
 from gpt2x.shards.index import Index, ShardEntry, load_index, write_index
+from gpt2x.shards.opened import MAX_ROW_BYTES
 from gpt2x.shards.tokenizer import save_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
 
 ROOT = Path(__file__).parents[2]
@@ -52,18 +54,18 @@ def write_data(directory, *, num_shards):
     )
 
 
-def peak_anonymous_mb(command, *, directory):
-    """The largest RssAnon of a process while it runs: memory of its own, without mapped files."""
-    process = subprocess.Popen(
-        [*map(str, command)], cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def peak_anonymous_mb(command, *, directory, code=0):
+    """The largest RssAnon of a process while it runs: memory of its own, without mapped files. Its standard error goes
+    into the file `said`."""
+    with (directory / "said").open("w") as said:
+        process = subprocess.Popen([*map(str, command)], cwd=directory, stdout=subprocess.DEVNULL, stderr=said)
     peak = 0.0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         found = re.search(r"RssAnon:\s+(\d+) kB", status)
         peak = max(peak, int(found[1]) / 1000 if found else 0.0)
         time.sleep(0.05)
-    assert process.returncode == 0
+    assert process.returncode == code
     return peak
 
 
@@ -103,14 +105,39 @@ def write_text(file, parts):
             stream.write(part)
 
 
+def words(size):
+    return (WORDS * 1000 for _ in range(size // len(WORDS) // 1000))
+
+
+def row(before, after):
+    """A row that can just be held; one emoji makes every letter of it four bytes in Python."""
+    return [before, "\U0001f600", *words(MAX_ROW_BYTES - 100_000), after]
+
+
 # The file, what is written into it, and the separator.
 LONG_TEXTS = {
-    "words without a line end": ("a.txt", lambda: (WORDS * 1000 for _ in range(SIZE // len(WORDS) // 1000)), None),
-    "words without a separator": ("a.txt", lambda: (WORDS * 1000 for _ in range(SIZE // len(WORDS) // 1000)), "\n"),
-    "one letter on one line": ("a.jsonl.gz", lambda: ['{"text": "', *("a" * 10**6 for _ in range(255)), '"}\n'], None),
+    "words without a line end": ("a.txt", lambda: words(SIZE), None),
+    "words without a separator": ("a.txt", lambda: words(SIZE), "\n"),
+    "one unbroken word": ("a.txt", lambda: ("a" * 10**6 for _ in range(300)), None),
     "blanks": ("a.txt", lambda: ["x", *(" " * 10**6 for _ in range(300)), "x"], None),
-    "a million tiny documents": ("a.jsonl", lambda: (json.dumps({"text": str(n)}) + "\n" for n in range(10**6)), None),
+    "the longest row of .jsonl": ("a.jsonl", lambda: row('{"text": "', '"}\n'), None),
+    "the longest row of .json": ("a.json", lambda: row('[{"text": "', '"}]\n'), None),
+    "the longest row of .csv": ("a.csv", lambda: row('text\n"', '"\n'), None),
 }
+TINY = [str(number) for number in range(10**6)]
+
+
+def peak_of_preparation(directory, paths, *options, code=0):
+    """The peak of a preparation by one process, in MB."""
+    base = ["a" * 2**power for power in range(1, 9)] + [" " * 2**power for power in range(1, 9)]
+    tokenizer = train_tokenizer([WORDS * 9, *base * 3], TokenizerSection(path="x", vocab_size=300))
+    save_tokenizer(tokenizer, directory / "tokenizer")
+    command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "--tokenizer.path=tokenizer"]
+    command += ["--tokenizer.vocab_size=null", "--corpus.kind=files", f"--corpus.paths=[{paths}]"]
+    command += ["--output_dir=shards", "--corpus.validation_fraction=0", "--num_workers=1", *options]
+    peak = peak_anonymous_mb(command, directory=directory, code=code)
+    print(paths, peak)
+    return peak
 
 
 @pytest.mark.trial
@@ -119,28 +146,45 @@ LONG_TEXTS = {
 def test_no_text_takes_a_gigabyte(tmp_path, case):
     name, parts, separator = LONG_TEXTS[case]
     write_text(tmp_path / name, parts())
-    base = ["a" * 2**power for power in range(1, 9)] + [" " * 2**power for power in range(1, 9)]
-    tokenizer = train_tokenizer([WORDS * 9, *base * 3], TokenizerSection(path="x", vocab_size=300))
-    save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "--tokenizer.path=tokenizer"]
-    command += [
-        "--tokenizer.vocab_size=null",
-        "--corpus.kind=files",
-        f"--corpus.paths=[{name}]",
-        "--output_dir=shards",
-    ]
-    command += ["--corpus.validation_fraction=0", "--num_workers=1"]
-    command += [f"--corpus.document_separator={separator!r}".replace("'", "")] if separator else []
-    peak = peak_anonymous_mb(command, directory=tmp_path)
-    print(case, peak)
-    assert peak < 1000
+    options = [f"--corpus.document_separator={separator!r}".replace("'", "")] if separator else []
+    assert peak_of_preparation(tmp_path, name, *options) < 1000
     index = load_index(tmp_path / "shards")
-    num_documents = 10**6 if "million" in case else 1
-    assert index.total("train", "num_documents") == num_documents
+    assert index.total("train", "num_documents") == 1
     assert index.dropped == {}
     # Not a byte of the text is lost on the way.
-    texts = map(str, range(10**6)) if "million" in case else (part for part in parts() if '"' not in part)
+    texts = (part for part in parts() if '"' not in part)
+    assert index.total("train", "num_bytes") == sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.trial
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc, which Linux has")
+@pytest.mark.parametrize("form", ["lines", "table", "files"])
+def test_a_million_tiny_documents_take_no_gigabyte(tmp_path, form):
+    texts = TINY[:20_000] if form == "files" else TINY
+    if form == "lines":
+        write_text(tmp_path / "a.jsonl", (json.dumps({"text": text}) + "\n" for text in texts))
+    elif form == "table":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "folder").mkdir()
+        for text in texts:
+            (tmp_path / "folder" / f"{text}.txt").write_text(text)
+    paths = {"lines": "a.jsonl", "table": "a.parquet", "files": "folder"}[form]
+    assert peak_of_preparation(tmp_path, paths) < 1000
+    index = load_index(tmp_path / "shards")
+    assert index.total("train", "num_documents") == len(texts)
     assert index.total("train", "num_bytes") == sum(map(len, texts))
+
+
+@pytest.mark.trial
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc, which Linux has")
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json", "a.csv"])
+def test_a_row_of_255_megabytes_is_refused_by_its_name_and_takes_no_gigabyte(tmp_path, name):
+    before, after = ('text\n"', '"\n') if name == "a.csv" else ('{"text": "', '"}\n')
+    write_text(tmp_path / name, [before, *("a" * 10**6 for _ in range(255)), after])
+    assert peak_of_preparation(tmp_path, name, code=1) < 1000
+    number = 2 if name == "a.csv" else 1
+    assert f"error: {name}:{number} has more than {MAX_ROW_BYTES:,} bytes; cut it" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.trial

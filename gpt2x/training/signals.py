@@ -55,6 +55,7 @@ class StopRequest:
         self._ended = threading.Event()
 
     def __enter__(self) -> "StopRequest":
+        self._main_thread = threading.get_ident()
         self._reading, self._writing = os.pipe()
         for end in (self._reading, self._writing):
             os.set_blocking(end, False)
@@ -110,8 +111,9 @@ class StopRequest:
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         """The handler, in the main thread."""
-        self._hear()
-        must_raise, self._must_raise = self._must_raise, False
+        with self._lock:
+            self._hear()
+            must_raise, self._must_raise = self._must_raise, False
         if must_raise:
             sys.exit(self.exit_code)
 
@@ -143,6 +145,9 @@ class StopRequest:
             else:
                 self._must_raise, self._leave_until = True, time.monotonic() + LEAVE_S
                 _say(f"{name}: nothing to save, leaving.")
+                if threading.get_ident() != self._main_thread:
+                    # It may wait in the kernel, which gave the signal to another thread.
+                    signal.pthread_kill(self._main_thread, signal.SIGUSR1)
         elif number != signal.SIGHUP:
             os._exit(128 + number)  # without waiting for threads that write
 

@@ -161,6 +161,30 @@ def test_a_signal_to_a_forked_child_ends_it_and_is_none_to_its_parent():
     assert (ended.stdout, ended.stderr) == ("-15 False\n", "")
 
 
+# The kernel gives the signal to the thread that listens, and the main thread sleeps on.
+ASLEEP = """
+import signal, time
+from gpt2x.training.signals import StopRequest
+with StopRequest():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    print("asleep", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        print("cleaned up")
+"""
+
+
+def test_a_main_thread_that_sleeps_is_woken_to_clean_up():
+    with subprocess.Popen(
+        [sys.executable, "-c", ASLEEP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as asleep:
+        assert asleep.stdout.readline() == "asleep\n"
+        asleep.send_signal(signal.SIGTERM)
+        said = asleep.communicate(timeout=9)
+    assert (asleep.returncode, *said) == (143, "cleaned up\n", "\nSIGTERM: nothing to save, leaving.\n")
+
+
 def test_who_leaves_cleans_up_first():
     code = (
         "import signal, threading, time\nfrom gpt2x.training.signals import StopRequest\n"

@@ -104,7 +104,8 @@ def protect_streams(*, is_product: bool = False) -> None:
     if "stdin" in closed:
         sys.stdin = open(null, encoding="utf-8", closefd=False)  # noqa: SIM115
     elif isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
+        with suppress(io.UnsupportedOperation):  # where it was read from before
+            sys.stdin.reconfigure(errors="replace")
     descriptors = {"stdout": 1, "stderr": 2} | dict.fromkeys(closed, null)
     for name, other in (("stdout", "stderr"), ("stderr", "stdout")):
         stream = getattr(sys, name)

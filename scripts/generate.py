@@ -8,6 +8,7 @@ answer early.
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import GenerationRecipe
@@ -18,6 +19,7 @@ from gpt2x.terminal import command
 
 def main(recipe: GenerationRecipe) -> None:
     """Streams the continuation of each prompt, or the answer to it, to stdout."""
+    recipe = replace(recipe, prompt=as_text(recipe.prompt), system=as_text(recipe.system))
     if recipe.chat and recipe.prompt is not None and not recipe.prompt.strip():
         raise UserError("prompt is blank; give a text, or leave it out to be asked.")
 
@@ -46,6 +48,11 @@ def main(recipe: GenerationRecipe) -> None:
     for prompt in prompts(recipe):
         print(prompt, end="", flush=True)
         stream_text(model, tokenizer, prompt, recipe)
+
+
+def as_text(argument: str | None) -> str | None:
+    """An argument of bytes that the locale does not know, read as UTF-8."""
+    return None if argument is None else argument.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def prompts(recipe: GenerationRecipe) -> Iterator[str]:

@@ -82,6 +82,12 @@ def test_a_prompt_is_printed_with_its_continuation(generate, run_dir):
     assert len(text) > len("def f\n")
 
 
+def test_bytes_that_the_locale_does_not_know_are_read_as_utf_8(generate, run_dir):
+    arguments = "caf\udcc3\udca9", "caf\udce9"  # as Python hands them over
+    texts = [generate(run_dir, f"--prompt={argument}", "--max_new_tokens=2") for argument in arguments]
+    assert [text[:4] for text in texts] == ["café", "caf\ufffd"]
+
+
 def test_the_model_of_a_run_is_its_final_one(generate, run_dir):
     greedy = ("--prompt=def", "--temperature=0", "--max_new_tokens=9")
     of_run, of_final, of_checkpoint = (

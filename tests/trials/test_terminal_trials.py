@@ -152,30 +152,44 @@ def test_fine_tuning_shows_what_is_learned_and_a_model_writes_whatever_the_encod
     assert (code, errors) == (128 + signal.SIGPIPE, "")
 
 
-def test_sigusr1_is_for_the_processes_of_a_run_and_ends_a_launcher(home):
-    """SLURM's --signal without B:, and pkill -f scripts/pretrain.py, send it to them; the launcher has no handler."""
-    line = launch("usr1", TWO) + " --train.max_steps 100000 --train.save_steps 100000"
-    run_dir = home / "runs" / "usr1"
+def endless(home, name, *, shell):
+    """A run of two processes that does not end by itself, after its first step."""
+    line = launch(name, TWO) + " --train.max_steps 100000 --train.save_steps 100000"
     launcher = subprocess.Popen(
-        ["bash", "-c", f"exec {line}"], cwd=home, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ["bash", "-c", shell.format(line)],
+        cwd=home,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
+    run_dir = home / "runs" / name
     wait_until((run_dir / "metrics.jsonl").exists)
-    for rank in children_of(launcher.pid):
-        os.kill(rank, signal.SIGUSR1)
+    return launcher, run_dir
+
+
+def test_sigusr1_to_all_processes_saves_where_the_launcher_was_told_to_leave_it_to_them(home):
+    """As docs/examples/pretrain.slurm does, where scancel --signal reaches the launcher as well."""
+    launcher, run_dir = endless(home, "usr1", shell="trap '' USR1; exec {}")
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for pid in (launcher.pid, *map(int, children)):
+        os.kill(pid, signal.SIGUSR1)
     wait_until(lambda: list_checkpoints(run_dir))
-    (saved,), asked_at = list_checkpoints(run_dir), read_records(run_dir)[-1]["step"]
+    asked_at = read_records(run_dir)[-1]["step"]
     wait_until(lambda: read_records(run_dir)[-1]["step"] > asked_at + 10)
-    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    output, _ = launcher.communicate(timeout=60)
+    assert output.count(b"SIGUSR1: saving after this step, and going on.") == 2
+    assert len(list_checkpoints(run_dir)) == 2, output
+
+
+def test_sigusr1_to_a_launcher_ends_it_and_the_run_is_saved(home):
+    launcher, run_dir = endless(home, "launcher", shell="exec {}")
     launcher.send_signal(signal.SIGUSR1)
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == -signal.SIGUSR1
+    assert output.count(b"the launcher is gone.") >= 1
     wait_until(lambda: not (run_dir / "run.lock").exists())
-    assert len(list_checkpoints(run_dir)) == 2, output
-    assert list_checkpoints(run_dir)[0] == saved
-
-
-def children_of(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert len(list_checkpoints(run_dir)) == 1, output
 
 
 def wait_until(condition):

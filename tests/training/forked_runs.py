@@ -163,6 +163,7 @@ def child(order, rank):
     for number in (1, 2):
         os.dup2(descriptor, number)
     os.close(descriptor)
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - the orders are not the script's to read
     if (num_processes := len(order["outputs"])) > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
         os.environ |= {name: str(value) for name, value in places.items()}

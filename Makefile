@@ -6,6 +6,8 @@ VENV_NEWEST := .venv-newest
 PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 # `accelerate launch` lists each of its defaults as a warning, which says nothing about the run.
 LAUNCH := ACCELERATE_LOG_LEVEL=error $(VENV)/bin/accelerate launch --quiet
+# A file's tests share what they make, and so a process; more processes than these would wait for each other.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 # Overrides of the recipe: make pretrain ARGS='--train.max_steps 20'
 ARGS ?=
 # The quickstart as it is fetches nothing, and no library needs to ask the Hub; what ARGS name may have to be fetched.
@@ -23,7 +25,7 @@ pretrain: $(VENV)/installed  ## pretrain the quickstart model on this machine (A
 	@$(OFFLINE) $(LAUNCH) scripts/pretrain.py $(ARGS)
 
 test: $(VENV)/installed  ## run the tests: minutes, offline
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest $(IN_PARALLEL)
 
 trials: $(VENV)/installed  ## run the long tests: kills, soaks, real clients
 	@$(VENV)/bin/python -m pytest -m trial

@@ -314,9 +314,9 @@ def one_line_of(name_or_path: str | Path) -> Iterator[None]:
                 f"{name_or_path} ({_model_type(name_or_path)}) is of a type that this version of transformers does "
                 f"not know; run `{install('--upgrade', 'transformers')}`, or give another model."
             ) from error
+        if len(line) > MAX_LINE - 40:
+            line = shorten(line, MAX_LINE - 80, placeholder=" ...") + "; copy it again, or give another."
         line = line if str(name_or_path) in line else f"{name_or_path} cannot be loaded: {line}"
-        if len(line) > MAX_LINE:
-            line = shorten(line, MAX_LINE - 40, placeholder=" ...") + "; copy it again, or give another."
         raise UserError(line) from error
 
 

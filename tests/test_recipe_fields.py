@@ -71,9 +71,9 @@ def own_fields(command: str) -> list[tuple[str, Any]]:
     return [(key, hint) for key, hint in fields_of(COMMANDS[command][0]) if key not in seen]
 
 
-def sections_of(section: type) -> set[type]:
+def sections_of(section: type) -> list[type]:
     inner = [section_of(hint) or item_of(hint) for hint in annotations_of(section).values()]
-    return {section}.union(*(sections_of(one) for one in inner if one is not None))
+    return [section, *(deeper for one in inner if one is not None for deeper in sections_of(one))]
 
 
 def is_numeric(hint: Any) -> bool:
@@ -132,7 +132,10 @@ def test_every_number_out_of_range_is_refused_with_field_value_and_range(line_of
                 assert line.startswith(f"{key} ({shown(value)}) must be {rule}"), line
 
 
-@pytest.mark.parametrize("section", {one for recipe, _ in COMMANDS.values() for one in sections_of(recipe)})
+SECTIONS = dict.fromkeys(one for recipe, _ in COMMANDS.values() for one in sections_of(recipe))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_every_number_out_of_range_is_refused_in_a_section_that_code_makes(section):
     for name in (name for name, hint in annotations_of(section).items() if is_numeric(hint)):
         made = object.__new__(section)

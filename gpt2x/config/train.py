@@ -115,7 +115,7 @@ class OptimizerSection:
     """AdamW's decay of the gradient's mean."""
     adam_beta2: ShareBelowOne = 0.95
     """AdamW's decay of the squared gradient's mean."""
-    adam_epsilon: Annotated[float, Range(above=0, most=1)] = 1e-8
+    adam_epsilon: Annotated[float, Range(above=0, most=1_000_000)] = 1e-8
     """AdamW's epsilon."""
     lr_scheduler_type: Literal["cosine", "linear", "wsd"] = "cosine"
     """Decay after warmup: cosine, linear, or warmup-stable-decay (arXiv:2405.18392)."""

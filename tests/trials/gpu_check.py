@@ -260,7 +260,8 @@ def copies(check: Check) -> None:
         tensor.fill_(2.0)
     is_right = bool((taken["0"] == 3.0).all() and (taken["3"] == 1.0).all())
     pinned = taken["3"].is_pinned()
-    is_ok = is_right and 0.95 < grown < 1.05 and pinned == (not check.is_smoke)
+    # a process that has lived for long may have had some of it
+    is_ok = is_right and (check.is_smoke or grown > 0.95) and grown < 1.05 and pinned == (not check.is_smoke)
     check.say("host copies", pinned=pinned, memory=grown, ok=is_ok)
 
 

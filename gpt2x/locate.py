@@ -30,8 +30,8 @@ _LOCAL = re.compile(
 )
 # Where what we make goes, if it is not told otherwise.
 _OURS = frozenset(("runs", "data"))
-# Of what a library says, which may be a page.
-MAX_LINE = 240
+# Of what a library says, which may be a page, without the path that it is about.
+MAX_LINE = 210
 # How long the Hub may take to say that it is there.
 PROBE_S = 10.0
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json", "tekken.json")
@@ -314,9 +314,10 @@ def one_line_of(name_or_path: str | Path) -> Iterator[None]:
                 f"{name_or_path} ({_model_type(name_or_path)}) is of a type that this version of transformers does "
                 f"not know; run `{install('--upgrade', 'transformers')}`, or give another model."
             ) from error
-        if len(line) > MAX_LINE - 40:
-            line = shorten(line, MAX_LINE - 80, placeholder=" ...") + "; copy it again, or give another."
         line = line if str(name_or_path) in line else f"{name_or_path} cannot be loaded: {line}"
+        longest = MAX_LINE + len(str(name_or_path))  # a path is as long as it is
+        if len(line) > longest:
+            line = shorten(line, longest - 40, placeholder=" ...") + "; copy it again, or give another."
         raise UserError(line) from error
 
 

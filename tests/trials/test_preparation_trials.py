@@ -120,7 +120,7 @@ def test_ctrl_c_ends_all_processes_without_a_traceback(started):
     os.killpg(started.pid, signal.SIGINT)
     _, complaints = started.communicate(timeout=30)
     assert started.returncode == 130
-    assert complaints.strip().splitlines() == ["stopped; the same command goes on with the tasks that are not finished"]
+    assert complaints.strip() == "stopped; the same command goes on with the tasks that are not finished"
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
 

@@ -79,17 +79,10 @@ def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
 def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Accelerator":
     from gpt2x.training.agreement import after_main
     from gpt2x.training.devices import make_accelerator
-    from gpt2x.training.launch import asks_for_sharding, asks_for_zero
 
     rank, num_processes = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     with after_main(rank=rank, num_processes=num_processes):
-        return make_accelerator(
-            recipe,
-            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
-            is_sharded=asks_for_sharding(environment),
-            is_zero=asks_for_zero(environment),
-            environment=environment,
-        )
+        return make_accelerator(recipe, environment)
 
 
 def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Accelerator", stop: StopRequest) -> int:

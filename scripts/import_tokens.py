@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
-from gpt2x.errors import exit_on_user_error
 from gpt2x.shards.import_recipe import ImportRecipe
 from gpt2x.shards.recipe_checks import check_import
 from gpt2x.terminal import command
@@ -18,15 +17,13 @@ def main(argv: Sequence[str]) -> None:
     """Runs the import that a command line describes."""
     # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
     recipe, _ = parse_recipe(ImportRecipe, argv, script="import_tokens.py")
-    with exit_on_user_error():
-        check_import(recipe)
+    check_import(recipe)
     from gpt2x.shards.foreign_import import import_tokens
     from gpt2x.shards.statistics import statistics
 
     # --- 2. Token files to token shards; what is finished is left alone ---
-    with exit_on_user_error():
-        index = import_tokens(recipe)
-        found = statistics(index)
+    index = import_tokens(recipe)
+    found = statistics(index)
 
     # --- 3. What was made, and how to go on ---
     print(found)

@@ -24,7 +24,6 @@ from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
 from gpt2x.config import PreparationRecipe
 from gpt2x.config.checks import Range
-from gpt2x.errors import exit_on_user_error
 from gpt2x.shards.recipe_checks import check_preparation, check_task
 from gpt2x.terminal import command
 
@@ -49,29 +48,27 @@ def main(argv: Sequence[str]) -> None:
     """Runs the preparation that a command line describes."""
     # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
     default = None if names_a_corpus(argv) else DEFAULT_CONFIG
-    command, _ = parse_recipe(PreparationCommand, argv, script="prepare_data.py", default_config=default)
-    fields = dict(vars(command))
+    asked, _ = parse_recipe(PreparationCommand, argv, script="prepare_data.py", default_config=default)
+    fields = dict(vars(asked))
     task = fields.pop("task")
     recipe = PreparationRecipe(**fields)
-    with exit_on_user_error():
-        check_preparation(recipe)
-        if task is not None:
-            check_task(task, recipe)
+    check_preparation(recipe)
+    if task is not None:
+        check_task(task, recipe)
     from gpt2x.shards.chat_preview import preview
     from gpt2x.shards.preparation import prepare, prepare_task
     from gpt2x.shards.statistics import longest_document, statistics
     from gpt2x.shards.tokenizer import load_tokenizer
 
     # --- 2. Text to token shards; what is finished is left alone ---
-    with exit_on_user_error():
-        if task is not None:
-            prepare_task(recipe, task)
-            print(f"task {task} of {recipe.num_tasks} is finished; without --task this command finishes the rest")
-            return
-        index = prepare(recipe)
-        found = statistics(index)
-        shown = preview(index, load_tokenizer(index.tokenizer_dir)) if recipe.chat is not None else None
-        longest = longest_document(index)
+    if task is not None:
+        prepare_task(recipe, task)
+        print(f"task {task} of {recipe.num_tasks} is finished; without --task this command finishes the rest")
+        return
+    index = prepare(recipe)
+    found = statistics(index)
+    shown = preview(index, load_tokenizer(index.tokenizer_dir)) if recipe.chat is not None else None
+    longest = longest_document(index)
 
     # --- 3. What was made, and how to go on ---
     print(found)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
 from gpt2x.config import TokenizerRecipe
-from gpt2x.errors import exit_on_user_error
 from gpt2x.locate import holds_tokenizer, local_path
 from gpt2x.shards.recipe_checks import check_corpus, check_tokenizer_section
 from gpt2x.terminal import command
@@ -31,17 +30,15 @@ def main(argv: Sequence[str]) -> None:
     # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
     arguments = argv if corpus_arguments(argv) else [*argv, *DEFAULT_CORPUS]
     recipe, _ = parse_recipe(TokenizerRecipe, arguments, script="train_tokenizer.py")
-    with exit_on_user_error():
-        check_tokenizer_section(recipe.tokenizer)
-        if recipe.tokenizer.vocab_size is not None and not holds_tokenizer(local_path(recipe.tokenizer.path)):
-            check_corpus(recipe.corpus)
+    check_tokenizer_section(recipe.tokenizer)
+    if recipe.tokenizer.vocab_size is not None and not holds_tokenizer(local_path(recipe.tokenizer.path)):
+        check_corpus(recipe.corpus)
     from gpt2x.shards.preparation import prepare_tokenizer
     from gpt2x.shards.tokenizer import check_trained_on, vocabulary_size
 
     # --- 2. The tokenizer; a saved one of this size and corpus is left alone ---
-    with exit_on_user_error():
-        tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
-        check_trained_on(recipe.tokenizer, recipe.corpus)
+    tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
+    check_trained_on(recipe.tokenizer, recipe.corpus)
 
     # --- 3. What was made, and how to go on ---
     print(f"tokenizer of {vocabulary_size(tokenizer):,} ids: {recipe.tokenizer.path}")

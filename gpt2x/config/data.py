@@ -157,9 +157,9 @@ class StreamSection:
     """Shards that are shuffled together; the first era has one, so that training starts soon."""
     tokens_per_shard: Count = 4_000_000
     """Tokens per shard at most; documents stay whole."""
-    retry_s: Seconds = 600
+    retry_s: Seconds = 600.0
     """How long a broken connection is tried again before the run saves and ends."""
-    stall_s: Seconds = 120
+    stall_s: Seconds = 120.0
     """How long nothing may arrive before the connection counts as broken."""
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from gpt2x.locate import does_not_exist, find_model, is_hub_id, say
 from gpt2x.manifest import MANIFEST, WEIGHTS_INDEX, indexed_weights
 from gpt2x.publishing.published_model import ADAPTER_CONFIG, read_adapter_config
 from gpt2x.publishing.run_files import RunFiles
+from gpt2x.shards.values import listed
 
 # What transformers, PEFT and the exports write. Everything else that lies there may be anything: a key, an optimizer.
 _NAMES = (
@@ -21,7 +22,6 @@ _NAMES = (
     *(file.name for file in (Path(__file__).parents[2] / "modeling_gpt2x").glob("*_gpt2x.py")),
 )
 _FOLDERS = {name.split("/")[0] for name in _NAMES if "/" in name}
-_MOST_NAMED = 3
 
 
 def files_to_push(directory: Path) -> dict[str, Path]:
@@ -43,8 +43,7 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     files = {name: _no_link(model_dir / name) for name in found if name in shards or _belongs(name)}
     _check_whole(model_dir, files)
     if others := [name for name in found if name not in files and name != MANIFEST]:
-        more = f" and {len(others) - _MOST_NAMED:,} more" if len(others) > _MOST_NAMED else ""
-        say(f"not pushed, since no part of a model: {', '.join(others[:_MOST_NAMED])}{more}, in {model_dir}")
+        say(f"not pushed, since no part of a model: {listed(others, most=3)}, in {model_dir}")
     return files | {f"plots/{plot.name}": _no_link(plot) for plot in RunFiles.of(directory).plots}
 
 

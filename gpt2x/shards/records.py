@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection, PreparationRecipe
+from gpt2x.config.checks import shown
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, locked, make_directory, read_json, write_file
 from gpt2x.shards.chat_template import chat_tokenizer
@@ -29,11 +30,11 @@ from gpt2x.shards.sources import (
     identity_of,
     look_at,
     read_record,
-    shown,
     with_sha256,
     write_record,
 )
 from gpt2x.shards.tokenizer import tokenizer_fingerprint, vocabulary_size
+from gpt2x.shards.values import listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def _check_sources(directory: Path, corpus: CorpusSection) -> None:
         return
     if changed := changes(record["files"], look_at(files), files):
         date = date_of(directory / INDEX_FILE)
-        raise OtherDataError(f"'{directory}' was prepared on {date} from other texts ({shown(changed)})")
+        raise OtherDataError(f"'{directory}' was prepared on {date} from other texts ({listed(changed, most=3)})")
 
 
 def _present_files(corpus: CorpusSection, record: SourceRecord) -> dict[str, Path]:
@@ -181,8 +182,8 @@ def planned_sources(plan: Plan) -> Sources:
     # Where files are dealt out to the tasks, one that no finished task has read is in no shard.
     if changed := changes(then, found, files, is_partly_read=len(files) >= plan.recipe.num_tasks):
         raise UserError(
-            f"'{plan.output_dir}' holds parts made of other texts ({shown(changed)}); restore them, set another "
-            f"output_dir, or delete that directory."
+            f"'{plan.output_dir}' holds parts made of other texts ({listed(changed, most=3)}); restore them, set "
+            f"another output_dir, or delete that directory."
         )
     return Sources(files=files, found=found, revision=record.get("revision"), plan=identity_of(record))
 
@@ -221,7 +222,7 @@ def _shown(value: Any) -> str:
     """A value for a message of one line; a template by its hash."""
     if isinstance(value, str) and "\n" in value:
         return f"a text of sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]}"
-    return repr(value)
+    return shown(value)
 
 
 def tasks_dir(output_dir: Path) -> Path:

@@ -26,7 +26,6 @@ from gpt2x.shards.scan import remembered
 SOURCES_FILE = "sources.json"
 # A corpus may have millions of files.
 MAX_BYTES = 2**31
-MOST_NAMED = 3
 
 
 class SourceFile(TypedDict):
@@ -167,12 +166,6 @@ def sha256_of(file: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except DamagedError as error:
         raise UserError(f"corpus: {error}; repair it or leave it out.") from None
-
-
-def shown(differences: Sequence[str]) -> str:
-    """Up to three of them, and how many more there are."""
-    more = f" and {len(differences) - MOST_NAMED:,} more" if len(differences) > MOST_NAMED else ""
-    return ", ".join(differences[:MOST_NAMED]) + more
 
 
 def date_of(file: Path) -> str:

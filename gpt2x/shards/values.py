@@ -5,7 +5,7 @@ from typing import Any
 
 
 def shown(value: Any) -> str:
-    """A value for a message of one line, in at most 60 characters."""
+    """A value of a row for a message of one line, in at most 60 characters; not as YAML, which is slow to spell it."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -13,7 +13,7 @@ def shown(value: Any) -> str:
 def listed(names: Iterable[str], *, most: int = 8) -> str:
     """Names for a message of one line: so many, and how many there are beside them."""
     every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    return ", ".join(every[:most]) + (f" and {len(every) - most:,} more" if len(every) > most else "")
 
 
 def is_unicode(text: str) -> bool:

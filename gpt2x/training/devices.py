@@ -6,7 +6,6 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from gpt2x.batches.ranks import data_rank
 from gpt2x.config import TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.training.deepspeed import check_zero, prepare_zero, uses_zero
+from gpt2x.training.launch import asks_for_sharding, asks_for_zero
 from gpt2x.training.tensor_parallel import TensorParallelism, separate_meshes
 
 # malloc.h: M_MMAP_MAX, no separate mapping for large blocks; M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
@@ -43,32 +43,24 @@ _PEAK_FLOPS = {
 _FSDP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_accelerator(
-    recipe: TrainingRecipe,
-    *,
-    local_world_size: int,
-    is_sharded: bool = False,
-    is_zero: bool = False,
-    environment: Mapping[str, str] = MappingProxyType({}),
-) -> Accelerator:
+def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> Accelerator:
     """The accelerator of a run, its threads set and its random numbers seeded.
 
     Args:
         recipe: precision, trackers, threads and seed.
-        local_world_size: processes on this machine, which share its cores.
-        is_sharded: whether the launch configuration asks for FSDP2, with tensor parallelism or without.
-        is_zero: whether it asks for DeepSpeed.
-        environment: of this process, as the launcher left it; by it the launch configuration asks for the CPU.
+        environment: of this process, as the launcher left it: what the launch configuration asks for, and how many
+            processes share this machine's cores.
 
     Raises:
         UserError: for fp16, or shards in host memory, without a GPU; for what DeepSpeed cannot do.
     """
     on_cpu = compute_device(environment).type == "cpu"
+    is_sharded, is_zero = asks_for_sharding(environment), asks_for_zero(environment)
     if on_cpu and recipe.train.mixed_precision == "fp16":
         raise UserError("train.mixed_precision (fp16) needs a GPU, and this run is on the CPU; use bf16 or no.")
     if on_cpu:
         # accelerate launch sets OMP_NUM_THREADS=1 on a machine without a GPU
-        torch.set_num_threads(recipe.train.num_threads or usable_cores(local_world_size))
+        torch.set_num_threads(recipe.train.num_threads or usable_cores(int(environment.get("LOCAL_WORLD_SIZE", "1"))))
         torch.set_flush_denormal(True)
         keep_freed_memory()
     plugin = make_fsdp_plugin(recipe.train.mixed_precision) if is_sharded else None

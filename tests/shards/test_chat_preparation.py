@@ -254,9 +254,7 @@ def test_a_template_that_says_something_else_is_another_recipe_and_one_that_lies
     )
     with pytest.raises(UserError, match=complaint):
         prepare(with_chat(recipe, template=template))
-    with pytest.raises(
-        UserError, match=r"another recipe \(chat.learn 'assistant' -> 'all', chat.max_length None -> 9\)"
-    ):
+    with pytest.raises(UserError, match=r"another recipe \(chat.learn assistant -> all, chat.max_length null -> 9\)"):
         prepare(with_chat(recipe, learn="all", max_length=9))
 
 
@@ -265,14 +263,14 @@ def test_conversations_and_documents_are_not_taken_for_each_other(recipe, chats_
     as_chat = dataclasses.replace(recipe, chat=plain)
     write_rows(chats_file, [{"text": f"text {number}"} for number in range(30)])
     prepare(as_chat)
-    with pytest.raises(UserError, match=r"another recipe \(chat True -> None\); set another output_dir"):
+    with pytest.raises(UserError, match=r"another recipe \(chat true -> null\); set another output_dir"):
         prepare(dataclasses.replace(recipe, chat=None))
     documents_dir = recipe.output_dir / "documents"
     as_text = dataclasses.replace(recipe, chat=None, output_dir=documents_dir)
     index = prepare(as_text)
     assert "chat" not in index.recipe
     assert all(shard.targets is None for shard in index.open_split("train"))
-    with pytest.raises(UserError, match=r"another recipe \(chat None -> True\); set another output_dir"):
+    with pytest.raises(UserError, match=r"another recipe \(chat null -> true\); set another output_dir"):
         prepare(dataclasses.replace(as_chat, output_dir=documents_dir))
 
 

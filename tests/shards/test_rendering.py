@@ -103,9 +103,9 @@ def test_a_clock_that_somebody_else_has_set_goes_on():
     heard = threading.Event()
     before = signal.signal(signal.SIGALRM, lambda *_: heard.set())
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        signal.setitimer(signal.ITIMER_REAL, 0.8)  # on a busy machine rendering may take a part of it
         assert render("{{ messages | length }}", CHAT, tracks=False) == ("2", [])
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.1
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.8
         assert heard.wait(2)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -184,7 +184,7 @@ def read_tensors(run_dir: Path) -> dict[str, Tensor]:
 def start_job(recipe: Recipe) -> tuple[Job, Progress]:
     AcceleratorState._reset_state(reset_partial_state=True)
     run = open_run_directory(recipe, name="recipe")
-    job, progress = make_job(recipe, run, make_accelerator(recipe, local_world_size=1))
+    job, progress = make_job(recipe, run, make_accelerator(recipe, {}))
     write_config(run, recipe)
     return job, progress
 

@@ -43,7 +43,7 @@ def run_recipe(recipe, name):
     from gpt2x.training.start import make_job
 
     run = open_run_directory(recipe, name=name)
-    accelerator = make_accelerator(recipe, local_world_size=2, is_sharded=True)
+    accelerator = make_accelerator(recipe, {"ACCELERATE_USE_FSDP": "true", "LOCAL_WORLD_SIZE": "2"})
     job, progress = make_job(recipe, run, accelerator)
     assert is_sharded(job.plain_model)
     assert accelerator.num_processes == 2

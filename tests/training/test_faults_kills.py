@@ -157,7 +157,8 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(runs, write_recipe, tmp
     """Fault 4: rank 1 is asked in the middle of a step."""
     command, run_dir = write_recipe(tmp_path, train={"max_steps": 5000, "save_steps": None})
     run = runs.start(*command, num_processes=2)
-    run.wait_until((run_dir / "metrics.jsonl").exists)
+    metrics = run_dir / "metrics.jsonl"
+    run.wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)  # both have finished a step
     run.send(signal.SIGTERM, rank=1)
     assert run.wait_for_all()[1] == 143
     assert "SIGTERM: saving after this step" in run.output(rank=1)

@@ -60,7 +60,7 @@ REMEDY = (
 def test_a_forgotten_output_dir_is_refused_with_the_remedy(capsys):
     check(recipe())
     assert num_documents() == 40
-    message = r"^'data/python-stdlib' holds data of another recipe \(paths \['mine.jsonl'\] -> \['yours.jsonl'\]\)"
+    message = r"^'data/python-stdlib' holds data of another recipe \(paths \[mine.jsonl\] -> \[yours.jsonl\]\)"
     with pytest.raises(UserError, match=message + REMEDY):
         check(recipe(paths="yours.jsonl"))
     places = [
@@ -137,8 +137,6 @@ def test_fine_tuning_refuses_a_forgotten_output_dir_too(monkeypatch):
         return recipe(*words, paths=paths, recipe_class=FinetuneRecipe, config="finetune/chat.yaml")
 
     check(finetuning("mine.jsonl"))
-    message = (
-        r"'data/python-docstrings' holds data of another recipe \(paths \['mine.jsonl'\] -> \['yours.jsonl'\]\); "
-    )
+    message = r"'data/python-docstrings' holds data of another recipe \(paths \[mine.jsonl\] -> \[yours.jsonl\]\); "
     with pytest.raises(UserError, match=message):
         check(finetuning("yours.jsonl"))

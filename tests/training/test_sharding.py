@@ -200,4 +200,4 @@ def test_shards_in_host_memory_without_a_gpu_are_refused(recipe, monkeypatch):
     with pytest.raises(
         UserError, match=r"fsdp_offload_params \(true\) needs a GPU, and this run is on the CPU; set it to false"
     ):
-        make_accelerator(recipe, local_world_size=1, is_sharded=True)
+        make_accelerator(recipe, {"ACCELERATE_USE_FSDP": "true"})

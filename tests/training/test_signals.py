@@ -167,8 +167,8 @@ import signal, time
 from gpt2x.training.signals import StopRequest
 with StopRequest():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    print("asleep", flush=True)
     try:
+        print("asleep", flush=True)
         time.sleep(60)
     finally:
         print("cleaned up")

@@ -163,7 +163,8 @@ def endless(home, name, *, shell):
         stderr=subprocess.STDOUT,
     )
     run_dir = home / "runs" / name
-    wait_until((run_dir / "metrics.jsonl").exists)
+    metrics = run_dir / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)  # both have finished a step
     return launcher, run_dir
 
 

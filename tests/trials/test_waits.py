@@ -20,7 +20,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "training"))
 
-from forked_runs import ForkedRuns, free_port, read_records  # noqa: E402
+from forked_runs import free_port, read_records  # noqa: E402
 
 from gpt2x.files import locked  # noqa: E402
 from gpt2x.training.checkpoints import newest_checkpoint  # noqa: E402
@@ -112,13 +112,6 @@ def start(tmp_path):
     yield start_one
     for tree in trees:
         tree.end()
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    forked = ForkedRuns(tmp_path_factory.mktemp("output"))
-    yield forked
-    forked.close()
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ test: $(VENV)/installed  ## run the tests: minutes, offline
 	@$(VENV)/bin/python -m pytest $(IN_PARALLEL)
 
 trials: $(VENV)/installed  ## run the long tests: kills, soaks, real clients
-	@$(VENV)/bin/python -m pytest -m trial
+	@$(VENV)/bin/python -m pytest -m trial $(IN_PARALLEL)
 
 test-floor: $(VENV_FLOOR)/installed  ## run the tests on the oldest torch and transformers supported
 	@$(VENV_FLOOR)/bin/python -m pytest

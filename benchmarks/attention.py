@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from gpt2x.distributed.devices import usable_cores
 from gpt2x.training.cpu_attention import chunked_causal_attention
-from gpt2x.training.devices import usable_cores
 
 SHAPES_BTHD = ((16, 128, 4, 48), (8, 256, 2, 128), (8, 512, 4, 64), (4, 1024, 12, 64))
 

@@ -32,11 +32,11 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from benchmarks.contest import interleave, print_table
-from gpt2x.training.devices import keep_freed_memory, usable_cores
-from gpt2x.training.optimizer_state import optimizer_tensors, parameter_names
-from gpt2x.training.retention import Retention
-from gpt2x.training.run_directory import RunDirectory
-from gpt2x.training.saving import CheckpointSaver, State
+from gpt2x.checkpoints.optimizer_state import optimizer_tensors, parameter_names
+from gpt2x.checkpoints.retention import Retention
+from gpt2x.checkpoints.saver import CheckpointSaver, State
+from gpt2x.distributed.devices import keep_freed_memory, usable_cores
+from gpt2x.runs.directory import RunDirectory
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 CONTESTANTS = ("torch-save", "torch-save-safe", "gpt2x")

@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks.contest import interleave, print_table
-from gpt2x.training.devices import usable_cores
+from gpt2x.distributed.devices import usable_cores
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 PROMPT_TOKENS = 32

@@ -26,11 +26,11 @@ from transformers import AutoTokenizer
 
 from benchmarks.contest import interleave
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
-from gpt2x.shards.corpus import open_corpus
-from gpt2x.shards.preparation import prepare
-from gpt2x.shards.text_files import Row, decoded
-from gpt2x.shards.tokenizer import load_tokenizer, text_encoder
-from gpt2x.shards.workers import usable_cores
+from gpt2x.corpus.documents import open_corpus
+from gpt2x.corpus.text_files import Row, decoded
+from gpt2x.preparation.prepare import prepare
+from gpt2x.preparation.workers import usable_cores
+from gpt2x.tokenizers.bpe import load_tokenizer, text_encoder
 
 CONTESTANTS = ("gpt2x", "datasets", "floor")
 TEXTS_PER_BATCH = 64

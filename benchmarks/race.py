@@ -29,10 +29,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe
+from gpt2x.distributed.devices import usable_cores
 from gpt2x.evaluation.validation import validate
+from gpt2x.preparation.prepare import prepare
 from gpt2x.shards.index import INDEX_FILE, Index, load_index
-from gpt2x.shards.preparation import prepare
-from gpt2x.training.devices import usable_cores
 
 ROOT = Path(__file__).parent.parent
 CORPUS = ROOT / "configuration" / "data" / "python-stdlib.yaml"

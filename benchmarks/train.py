@@ -22,8 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.contest import interleave, print_table
 from gpt2x.config import OptimizerSection
+from gpt2x.distributed.devices import keep_freed_memory, usable_cores
 from gpt2x.training.cpu_attention import register_chunked_causal
-from gpt2x.training.devices import keep_freed_memory, usable_cores
 from gpt2x.training.optimizers import make_optimizers
 from gpt2x.training.start import compile_layers
 from gpt2x.training.steps import accumulate_gradients, clip_gradients

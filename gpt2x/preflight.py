@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 
-from gpt2x.batches.ranks import data_rank
 from gpt2x.batches.source import tokens_of
+from gpt2x.checkpoints.progress import Progress
 from gpt2x.config import accumulation_steps
+from gpt2x.distributed.devices import describe_device
+from gpt2x.distributed.ranks import data_rank
+from gpt2x.distributed.sharding import is_sharded
 from gpt2x.models import flops_per_token, num_parameters
-from gpt2x.shards.chat_preview import preview
-from gpt2x.training.devices import describe_device
+from gpt2x.preparation.chat_preview import preview
+from gpt2x.runs.changes import as_table
 from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.job import Job
-from gpt2x.training.recipe_changes import as_table
-from gpt2x.training.sharding import is_sharded
-from gpt2x.training.state import Progress
 
 
 def describe(job: Job, progress: Progress) -> str:

@@ -12,10 +12,10 @@ from gpt2x.training.signals import StopRequest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from gpt2x.checkpoints.progress import Progress
     from gpt2x.evaluation.validation import Validation
+    from gpt2x.runs.directory import RunDirectory
     from gpt2x.training.job import Job
-    from gpt2x.training.run_directory import RunDirectory
-    from gpt2x.training.state import Progress
 
 
 def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Mapping[str, str]) -> int:
@@ -34,10 +34,10 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
         UserError: for whatever the user can set right.
     """
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
+    from gpt2x.distributed.launch import check_launch, check_launch_of_adapters, num_data_ranks, passed_over
+    from gpt2x.runs.directory import open_run_directory
+    from gpt2x.runs.lock import locked
     from gpt2x.training.checks import check_before_torch
-    from gpt2x.training.launch import check_launch, check_launch_of_adapters, num_data_ranks, passed_over
-    from gpt2x.training.lock import locked
-    from gpt2x.training.run_directory import open_run_directory
 
     is_main = environment.get("RANK", "0") == "0"
     check_launch(environment)
@@ -62,8 +62,8 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
 
 def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
     """Whether a run has ended and its model is whole, which is said; so it is where it is not whole."""
-    from gpt2x.training.checkpoints import named_checkpoints
-    from gpt2x.training.final_model import damage_of_final
+    from gpt2x.checkpoints.final_model import damage_of_final
+    from gpt2x.checkpoints.format import named_checkpoints
 
     if not directory.is_finished():
         return False
@@ -77,8 +77,8 @@ def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
 
 
 def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Accelerator":
-    from gpt2x.training.agreement import after_main
-    from gpt2x.training.devices import make_accelerator
+    from gpt2x.distributed.devices import make_accelerator
+    from gpt2x.distributed.flags import after_main
 
     rank, num_processes = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     with after_main(rank=rank, num_processes=num_processes):
@@ -88,10 +88,10 @@ def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Acc
 def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Accelerator", stop: StopRequest) -> int:
     """Trains in a run's directory, which this process has to itself."""
     from gpt2x.preflight import describe, previews
+    from gpt2x.runs.directory import write_config
     from gpt2x.training.finish import finish, push
     from gpt2x.training.loop import train
     from gpt2x.training.recording import Recorder
-    from gpt2x.training.run_directory import write_config
     from gpt2x.training.start import make_job
 
     job, progress = make_job(recipe, directory, accelerator)

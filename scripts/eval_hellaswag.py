@@ -24,13 +24,13 @@ def main(recipe: HellaSwagRecipe) -> None:
     from accelerate import Accelerator
     from transformers.utils import logging
 
-    from gpt2x.accelerators import compute_device
+    from gpt2x.distributed.accelerators import compute_device
     from gpt2x.evaluation.hellaswag import HellaSwag, evaluate_hellaswag, print_scores, result_record
     from gpt2x.evaluation.quantization import num_bytes, quantize_int8
-    from gpt2x.evaluation.results import record_results
     from gpt2x.evaluation.side_by_side import keep_freed_memory
     from gpt2x.models import load_for_inference
-    from gpt2x.shards.tokenizer import load_tokenizer
+    from gpt2x.runs.results import record_results
+    from gpt2x.tokenizers.bpe import load_tokenizer
 
     # 2. The model
     logging.disable_progress_bar()

@@ -29,11 +29,11 @@ def main(recipe: GenerationRecipe) -> None:
     import torch  # seconds, which a mistake need not wait for
     from transformers.utils import logging
 
-    from gpt2x.accelerators import compute_device
-    from gpt2x.evaluation.chat import chat
+    from gpt2x.chat import chat
+    from gpt2x.distributed.accelerators import compute_device
     from gpt2x.evaluation.samples import stream_text
     from gpt2x.models import load_for_inference
-    from gpt2x.shards.tokenizer import load_tokenizer
+    from gpt2x.tokenizers.bpe import load_tokenizer
 
     # 1. The model
     logging.disable_progress_bar()

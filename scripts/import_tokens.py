@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
-from gpt2x.shards.import_recipe import ImportRecipe
-from gpt2x.shards.recipe_checks import check_import
+from gpt2x.config.importing import ImportRecipe
+from gpt2x.preparation.checks import check_import
 from gpt2x.terminal import command
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
     recipe, _ = parse_recipe(ImportRecipe, argv, script="import_tokens.py")
     check_import(recipe)
-    from gpt2x.shards.foreign_import import import_tokens
+    from gpt2x.preparation.importing import import_tokens
     from gpt2x.shards.statistics import statistics
 
     # --- 2. Token files to token shards; what is finished is left alone ---

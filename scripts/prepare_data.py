@@ -24,7 +24,7 @@ from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
 from gpt2x.config import PreparationRecipe
 from gpt2x.config.checks import Range
-from gpt2x.shards.recipe_checks import check_preparation, check_task
+from gpt2x.preparation.checks import check_preparation, check_task
 from gpt2x.terminal import command
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configuration" / "data" / "python-stdlib.yaml"
@@ -55,10 +55,10 @@ def main(argv: Sequence[str]) -> None:
     check_preparation(recipe)
     if task is not None:
         check_task(task, recipe)
-    from gpt2x.shards.chat_preview import preview
-    from gpt2x.shards.preparation import prepare, prepare_task
+    from gpt2x.preparation.chat_preview import preview
+    from gpt2x.preparation.prepare import prepare, prepare_task
     from gpt2x.shards.statistics import longest_document, statistics
-    from gpt2x.shards.tokenizer import load_tokenizer
+    from gpt2x.tokenizers.bpe import load_tokenizer
 
     # --- 2. Text to token shards; what is finished is left alone ---
     if task is not None:

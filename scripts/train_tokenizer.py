@@ -10,7 +10,7 @@ from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
 from gpt2x.config import TokenizerRecipe
 from gpt2x.locate import holds_tokenizer, local_path
-from gpt2x.shards.recipe_checks import check_corpus, check_tokenizer_section
+from gpt2x.preparation.checks import check_corpus, check_tokenizer_section
 from gpt2x.terminal import command
 
 # That of configuration/data/python-stdlib.yaml, whose held-out documents no tokenizer of the quickstart may see.
@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> None:
     check_tokenizer_section(recipe.tokenizer)
     if recipe.tokenizer.vocab_size is not None and not holds_tokenizer(local_path(recipe.tokenizer.path)):
         check_corpus(recipe.corpus)
-    from gpt2x.shards.preparation import prepare_tokenizer
-    from gpt2x.shards.tokenizer import check_trained_on, vocabulary_size
+    from gpt2x.preparation.prepare import prepare_tokenizer
+    from gpt2x.tokenizers.bpe import check_trained_on, vocabulary_size
 
     # --- 2. The tokenizer; a saved one of this size and corpus is left alone ---
     tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)

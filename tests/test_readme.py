@@ -9,8 +9,8 @@ import pytest
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import FinetuneRecipe, GenerationRecipe, PreparationRecipe, Recipe, TokenizerRecipe
 from gpt2x.config.evaluation import HellaSwagRecipe, LmEvalRecipe
-from gpt2x.publishing.recipes import ExportRecipe, PushRecipe
-from gpt2x.shards.import_recipe import ImportRecipe
+from gpt2x.config.importing import ImportRecipe
+from gpt2x.config.publishing import ExportRecipe, PushRecipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {

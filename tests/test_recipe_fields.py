@@ -18,8 +18,8 @@ from gpt2x.config import FinetuneRecipe, GenerationRecipe, Recipe, TokenizerReci
 from gpt2x.config.checks import annotations_of, check_number, shown
 from gpt2x.config.evaluation import HellaSwagRecipe, LmEvalRecipe
 from gpt2x.config.fields import in_words, item_of, section_of
-from gpt2x.publishing.recipes import ExportRecipe, PushRecipe
-from gpt2x.shards.import_recipe import ImportRecipe
+from gpt2x.config.importing import ImportRecipe
+from gpt2x.config.publishing import ExportRecipe, PushRecipe
 
 
 def preparation_command() -> type:

@@ -10,7 +10,7 @@ import yaml
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import FinetuneRecipe, GenerationRecipe, PreparationRecipe, Recipe, to_yaml
 from gpt2x.config.parts import load_yaml
-from gpt2x.training.recipe_changes import changes_between
+from gpt2x.runs.changes import changes_between
 
 ROOT = Path(__file__).parents[1]
 CHAT = ROOT / "configuration" / "finetune" / "chat.yaml"

@@ -14,7 +14,7 @@ from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe
-from gpt2x.shards.preparation import finalize, prepare_task, prepare_tokenizer
+from gpt2x.preparation.prepare import finalize, prepare_task, prepare_tokenizer
 
 
 class PrepareTask:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt2x.adapters.layers import adapter_weights
 from gpt2x.errors import UserError
-from gpt2x.shards.tokenizer import write_tokenizer
+from gpt2x.tokenizers.bpe import write_tokenizer
 from modeling_gpt2x import save_config
 
 if TYPE_CHECKING:

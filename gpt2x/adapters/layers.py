@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gpt2x.accelerators import forked_rng
 from gpt2x.config import LoraSection
+from gpt2x.distributed.accelerators import forked_rng
 from gpt2x.errors import UserError
 from gpt2x.prerequisites import check_installed
 

@@ -12,7 +12,7 @@ from gpt2x.adapters.layers import peft_warnings_ignored
 from gpt2x.locate import base_of
 from gpt2x.models import load_for_inference
 from gpt2x.prerequisites import check_installed
-from gpt2x.shards.tokenizer import load_tokenizer
+from gpt2x.tokenizers.bpe import load_tokenizer
 
 
 @contextmanager

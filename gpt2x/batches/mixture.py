@@ -184,7 +184,7 @@ def _chat_template(tokenizer_dir: str | Path) -> Any:
     """A tokenizer's chat template, or several of them by name; None where it has none."""
     directory = Path(tokenizer_dir)
     if not directory.is_dir():
-        from gpt2x.shards.tokenizer import load_tokenizer  # imports transformers
+        from gpt2x.tokenizers.bpe import load_tokenizer  # imports transformers
 
         return load_tokenizer(tokenizer_dir).chat_template
     template, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gpt2x.accelerators import map_distinct
 from gpt2x.batches.loader import StepBatch, TrainingBatches
+from gpt2x.distributed.accelerators import map_distinct
 
 
 class ReadAhead:

@@ -13,7 +13,7 @@ from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
 from gpt2x.shards.index import combined_sha256
 from gpt2x.shards.learned import count_learned, document_begins, learned_flags
-from gpt2x.shards.tokens import TokenSet, open_tokens
+from gpt2x.shards.token_sets import TokenSet, open_tokens
 
 
 class Source(ABC):

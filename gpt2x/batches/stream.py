@@ -21,9 +21,9 @@ from gpt2x.batches.source import Source
 from gpt2x.config import StreamSection
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
-from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from gpt2x.streams.cache import StreamCache
 from gpt2x.streams.ledger import Beginning, Ledger, StreamShard, changes, ledger_of_json, shard_file
+from gpt2x.tokenizers.bpe import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 
 
 # Not by its fields, which hold an array: an era is found by being the same object.

@@ -17,7 +17,7 @@ from gpt2x.batches.strides import StridedWindows
 from gpt2x.batches.whole_documents import WholeDocuments
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
-from gpt2x.shards.tokens import TokenSet
+from gpt2x.shards.token_sets import TokenSet
 
 
 @dataclass(frozen=True, kw_only=True)

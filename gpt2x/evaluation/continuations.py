@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from gpt2x.accelerators import on_device, without_cudnn_attention
-from gpt2x.batches.ranks import data_rank, sum_over_ranks
+from gpt2x.distributed.accelerators import on_device, without_cudnn_attention
+from gpt2x.distributed.ranks import data_rank, sum_over_ranks
 from gpt2x.errors import UserError
 from gpt2x.evaluation.branches import Branching, branches_of_pass, branching_attention
 from gpt2x.evaluation.packed import packed_weights

@@ -10,7 +10,7 @@ from gpt2x.errors import UserError
 from gpt2x.locate import find_model
 from gpt2x.models import load_for_inference
 from gpt2x.prerequisites import check_installed
-from gpt2x.shards.tokenizer import load_tokenizer
+from gpt2x.tokenizers.bpe import load_tokenizer
 
 
 def run_lm_eval(recipe: LmEvalRecipe, device: torch.device | None = None) -> dict[str, dict[str, Any]]:

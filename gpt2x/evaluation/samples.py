@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from gpt2x.accelerators import forked_rng, without_cudnn_attention
 from gpt2x.config import GenerationRecipe
+from gpt2x.distributed.accelerators import forked_rng, without_cudnn_attention
 
 
 def sample_texts(

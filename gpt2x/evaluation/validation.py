@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2x.accelerators import on_device
-from gpt2x.batches.ranks import sum_over_ranks
+from gpt2x.distributed.accelerators import on_device
+from gpt2x.distributed.ranks import sum_over_ranks
 
 
 @dataclass(frozen=True, kw_only=True)

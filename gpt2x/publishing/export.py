@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 
 from gpt2x.adapters import whole_model
+from gpt2x.config.publishing import ExportRecipe
 from gpt2x.locate import local_path
 from gpt2x.models import load_for_inference
 from gpt2x.publishing.comparison import Difference
 from gpt2x.publishing.export_checks import check_export
 from gpt2x.publishing.files import size_bytes, whole_or_nothing
-from gpt2x.publishing.recipes import ExportRecipe
 from gpt2x.publishing.reference import Reference
-from gpt2x.shards.tokenizer import load_tokenizer, write_tokenizer
+from gpt2x.tokenizers.bpe import load_tokenizer, write_tokenizer
 
 # Model types that transformers.js loads by name.
 _JAVASCRIPT_TYPES = ("gpt2", "llama", "qwen3", "nanochat")

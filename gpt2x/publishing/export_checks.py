@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from gpt2x.config.publishing import ExportRecipe
 from gpt2x.errors import UserError
 from gpt2x.prerequisites import check_installed, check_model, model_type_of
 from gpt2x.publishing.files import check_output
-from gpt2x.publishing.recipes import ExportRecipe
 
 GGUF_TYPES = ("gpt2", "llama", "qwen3")
 """The forms that llama.cpp computes."""

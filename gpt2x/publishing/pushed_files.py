@@ -4,12 +4,12 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from gpt2x.corpus.values import listed
 from gpt2x.errors import UserError
 from gpt2x.locate import does_not_exist, find_model, is_hub_id, say
 from gpt2x.manifest import MANIFEST, WEIGHTS_INDEX, indexed_weights
 from gpt2x.publishing.published_model import ADAPTER_CONFIG, read_adapter_config
-from gpt2x.publishing.run_files import RunFiles
-from gpt2x.shards.values import listed
+from gpt2x.runs.files_of import RunFiles
 
 # What transformers, PEFT and the exports write. Everything else that lies there may be anything: a key, an optimizer.
 _NAMES = (

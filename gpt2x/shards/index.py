@@ -15,8 +15,8 @@ from typing_extensions import TypedDict
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, parse_json, read_bytes, write_file
 from gpt2x.locate import does_not_exist
+from gpt2x.scan import Scan, scan_all
 from gpt2x.shards.files import REMEDY, Shard, open_shard
-from gpt2x.shards.scan import Scan, scan_all
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")

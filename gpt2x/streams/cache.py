@@ -11,10 +11,10 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import StreamSection
+from gpt2x.config.streaming import FillerRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, discard, opened
 from gpt2x.shards.files import Shard, open_shard
-from gpt2x.shards.tokenizer import is_saved, load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from gpt2x.streams.cutting import Vocabulary
 from gpt2x.streams.ledger import (
     Beginning,
@@ -28,7 +28,7 @@ from gpt2x.streams.ledger import (
     validation_file,
 )
 from gpt2x.streams.process import FillerProcess
-from gpt2x.streams.recipe import FillerRecipe
+from gpt2x.tokenizers.bpe import is_saved, load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 
 POLL_S = 0.02
 # How long a failure that was there before this reader counts as that of an earlier run, whose successor removes it.

@@ -15,14 +15,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gpt2x.config import CorpusSection
+from gpt2x.corpus.cutting import CHARACTERS_PER_PIECE, can_be_cut, ids_of
+from gpt2x.corpus.documents import is_validation
+from gpt2x.corpus.rows import text_of
 from gpt2x.errors import UserError
-from gpt2x.shards.corpus import is_validation
-from gpt2x.shards.cutting import CHARACTERS_PER_PIECE, can_be_cut, ids_of
-from gpt2x.shards.encoding import batches
 from gpt2x.shards.files import token_dtype
-from gpt2x.shards.rows import text_of
 from gpt2x.streams.ledger import Position
 from gpt2x.streams.reading import Row
+from gpt2x.tokenizers.encoding import batches
 
 
 @dataclass(frozen=True, kw_only=True)

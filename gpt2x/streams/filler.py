@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection
+from gpt2x.config.streaming import FillerRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import discard, locked, make_directory
 from gpt2x.shards.files import write_shard
@@ -43,7 +44,6 @@ from gpt2x.streams.ledger import (
     write_failure,
 )
 from gpt2x.streams.reading import Patience, StreamBrokenError, read_rows
-from gpt2x.streams.recipe import FillerRecipe
 
 # How often a full cache is looked at for shards that someone else deleted.
 LOOK_S = 0.2

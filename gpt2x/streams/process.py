@@ -9,10 +9,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from gpt2x.config.streaming import FillerRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import BusyError, discard, locked, make_directory, unwritable
 from gpt2x.streams.ledger import Beginning, failure_file, write_failure
-from gpt2x.streams.recipe import FillerRecipe
 
 # A filler that ends this soon after it was started again will not do better the next time.
 AT_ONCE_S = 20.0

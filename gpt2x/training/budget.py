@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from gpt2x.checkpoints.progress import Progress
 from gpt2x.config import OptimizerSection, TrainSection
-from gpt2x.training.state import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from gpt2x.config import FinetuneRecipe, PreparationRecipe, TrainingRecipe, accu
 from gpt2x.errors import UserError
 from gpt2x.evaluation.hellaswag_items import load_run_items
 from gpt2x.locate import check_tokenizer, find_model
+from gpt2x.preparation.checks import check_corpus, check_preparation
 from gpt2x.prerequisites import (
     check_adaptable,
     check_installed,
@@ -17,7 +18,6 @@ from gpt2x.prerequisites import (
 )
 from gpt2x.publishing.hub import check_push
 from gpt2x.shards.index import INDEX_FILE
-from gpt2x.shards.recipe_checks import check_corpus, check_preparation
 
 
 def check_before_torch(recipe: TrainingRecipe, *, num_processes: int, run_dir: Path) -> None:
@@ -69,7 +69,7 @@ def prepare_missing_shards(recipe: TrainingRecipe) -> None:
     """Makes the token shards that are missing where a source's preparation writes them to its place."""
     for preparation in _preparations(recipe):
         if not (preparation.output_dir / INDEX_FILE).exists():
-            from gpt2x.shards.preparation import prepare  # imports transformers
+            from gpt2x.preparation.prepare import prepare  # imports transformers
 
             prepare(preparation)
 
@@ -82,8 +82,8 @@ def _preparations(recipe: TrainingRecipe) -> list[PreparationRecipe]:
 
 
 def _prepare_or_compare(preparation: PreparationRecipe, *, has_begun: bool) -> None:
-    from gpt2x.shards.preparation import prepare  # imports transformers
-    from gpt2x.shards.sources import OtherDataError
+    from gpt2x.corpus.sources import OtherDataError
+    from gpt2x.preparation.prepare import prepare  # imports transformers
 
     try:
         prepare(preparation, is_quiet=has_begun)  # it was said when the run began

@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from gpt2x.batches.loader import TrainingBatches, check_unchanged
 from gpt2x.batches.mixture import Mixture, open_mixture
 from gpt2x.batches.order import GlobalOrder, Phase, phases_of_json
-from gpt2x.batches.ranks import data_rank
 from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import TrainingRecipe
+from gpt2x.distributed.flags import wait_for_main
+from gpt2x.distributed.ranks import data_rank
 from gpt2x.errors import UserError
-from gpt2x.shards.tokenizer import load_tokenizer, tokenizer_fingerprint
-from gpt2x.training.agreement import wait_for_main
+from gpt2x.tokenizers.bpe import load_tokenizer, tokenizer_fingerprint
 from gpt2x.training.checks import check_batch, prepare_missing_shards
 
 

@@ -11,17 +11,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from gpt2x.evaluation.results import recorded_results
+from gpt2x.checkpoints.final_model import write_final
+from gpt2x.checkpoints.progress import Progress
+from gpt2x.distributed.devices import describe_device
+from gpt2x.distributed.flags import wait_for_main
 from gpt2x.evaluation.validation import Validation
 from gpt2x.files import write_file
 from gpt2x.models import flops_per_token, num_parameters
 from gpt2x.reporting import column, read_metrics, write_plots
-from gpt2x.training.agreement import wait_for_main
-from gpt2x.training.devices import describe_device
-from gpt2x.training.final_model import write_final
+from gpt2x.runs.directory import RunDirectory
+from gpt2x.runs.results import recorded_results
 from gpt2x.training.job import Job
-from gpt2x.training.run_directory import RunDirectory
-from gpt2x.training.state import Progress
 
 
 def finish(job: Job, progress: Progress, validation: Validation) -> None:

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.validation import ValidationBatches
+from gpt2x.checkpoints.saver import CheckpointSaver
 from gpt2x.config import TrainingRecipe
+from gpt2x.runs.changes import plain
+from gpt2x.runs.directory import RunDirectory
 from gpt2x.training.budget import Budget
 from gpt2x.training.failures import Failures
 from gpt2x.training.hellaswag import RunHellaSwag
-from gpt2x.training.recipe_changes import plain
-from gpt2x.training.run_directory import RunDirectory
-from gpt2x.training.saving import CheckpointSaver
 from gpt2x.training.trainee import Trainee
 
 

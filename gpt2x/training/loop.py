@@ -4,19 +4,19 @@ import math
 import time
 
 from gpt2x.batches.loader import StepBatch
+from gpt2x.checkpoints.progress import Progress
+from gpt2x.checkpoints.retention import note_validation
+from gpt2x.distributed.flags import Vote, agree
 from gpt2x.errors import UserError
 from gpt2x.evaluation.samples import sample_texts
 from gpt2x.evaluation.validation import Validation, validate
-from gpt2x.training.agreement import Vote, agree
 from gpt2x.training.giving_up import find_unsound, give_up
 from gpt2x.training.job import Job
 from gpt2x.training.obstacles import StepOutcome, reason_to_stop
 from gpt2x.training.recording import Recorder
-from gpt2x.training.retention import note_validation
 from gpt2x.training.save_points import finish_saving, reserve_copies, save_before_decay, save_checkpoint
 from gpt2x.training.signals import StopRequest
 from gpt2x.training.spikes import SpikeDetector, record_spike, suspects
-from gpt2x.training.state import Progress
 from gpt2x.training.steps import optimizer_step
 
 # While a stream is waited for: how often the ranks ask each other, and when that is said.

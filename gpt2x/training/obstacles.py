@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from gpt2x.checkpoints.progress import Progress
 from gpt2x.training.job import Job
 from gpt2x.training.scaler import MIN_SCALE
 from gpt2x.training.spikes import SpikeDetector, StepLosses, Suspect, located, record_spike, suspects
-from gpt2x.training.state import Progress
 
 NO_TARGETS = "no token to predict"
 

@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from gpt2x.config import OptimizerSection
-from gpt2x.training.sharding import in_shards_like, whole_matrices
+from gpt2x.distributed.sharding import in_shards_like, whole_matrices
 
 
 def make_optimizers(

@@ -9,11 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from gpt2x.addresses import without_secrets
+from gpt2x.checkpoints.progress import Progress
+from gpt2x.distributed.devices import peak_flops
+from gpt2x.distributed.flags import part
 from gpt2x.models import flops_per_token
-from gpt2x.training.agreement import part
-from gpt2x.training.devices import peak_flops
 from gpt2x.training.job import Job
-from gpt2x.training.state import Progress
 
 # Waiting for data is worth a line when it takes this long, and this share of a step; and a line once in a while.
 _WAITED_S, _WAITED_SHARE, _SILENCE_S = 0.5, 0.2, 60.0

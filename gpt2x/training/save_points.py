@@ -2,14 +2,14 @@
 
 from dataclasses import asdict
 
-from gpt2x.training.agreement import wait_for_main
-from gpt2x.training.deepspeed import ZeroAdamW
-from gpt2x.training.devices import environment_of
+from gpt2x.checkpoints.optimizer_state import optimizer_tensors
+from gpt2x.checkpoints.progress import Progress
+from gpt2x.checkpoints.saver import State
+from gpt2x.distributed.deepspeed import ZeroAdamW
+from gpt2x.distributed.devices import environment_of
+from gpt2x.distributed.flags import wait_for_main
+from gpt2x.distributed.sharding import gather, is_sharded
 from gpt2x.training.job import Job
-from gpt2x.training.optimizer_state import optimizer_tensors
-from gpt2x.training.saving import State
-from gpt2x.training.sharding import gather, is_sharded
-from gpt2x.training.state import Progress
 
 
 def save_before_decay(job: Job, progress: Progress) -> None:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gpt2x.batches.ranks import data_rank
+from gpt2x.checkpoints.progress import Progress
+from gpt2x.distributed.ranks import data_rank
 from gpt2x.training.job import Job
-from gpt2x.training.state import Progress
 
 WINDOW = 128
 MIN_LOSSES = 32

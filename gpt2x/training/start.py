@@ -11,25 +11,25 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.batches.validation import ValidationBatches
+from gpt2x.checkpoints.final_model import damage_of_final
+from gpt2x.checkpoints.format import Trainer, newest_checkpoint, read_state
+from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, parameter_names
+from gpt2x.checkpoints.progress import Progress
+from gpt2x.checkpoints.retention import Retention, is_of_this_decay, note_validation
+from gpt2x.checkpoints.saver import CheckpointSaver
 from gpt2x.config import FinetuneRecipe, TrainingRecipe
+from gpt2x.distributed.devices import describe_changes, environment_of, prepare
+from gpt2x.distributed.flags import wait_for_everyone, wait_for_main
+from gpt2x.distributed.tensor_parallel import cut_weights
 from gpt2x.errors import UserError
-from gpt2x.training.agreement import wait_for_everyone, wait_for_main
+from gpt2x.runs.directory import RunDirectory
+from gpt2x.runs.records import clear, recorded_validation, refuse_to_start_over, reopen, sweep, truncate_records
 from gpt2x.training.budget import Budget, make_budget
-from gpt2x.training.checkpoints import Trainer, newest_checkpoint, read_state
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.data import open_run_data, prepare_data, steps_per_epoch
-from gpt2x.training.devices import describe_changes, environment_of, prepare
-from gpt2x.training.final_model import damage_of_final
 from gpt2x.training.hellaswag import open_hellaswag
 from gpt2x.training.job import Job
-from gpt2x.training.optimizer_state import load_optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import make_optimizers
-from gpt2x.training.records import clear, recorded_validation, refuse_to_start_over, reopen, sweep, truncate_records
-from gpt2x.training.retention import Retention, is_of_this_decay, note_validation
-from gpt2x.training.run_directory import RunDirectory
-from gpt2x.training.saving import CheckpointSaver
-from gpt2x.training.state import Progress
-from gpt2x.training.tensor_parallel import cut_weights
 from gpt2x.training.trainee import Trainee, WholeModel
 
 

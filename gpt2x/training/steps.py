@@ -8,16 +8,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gpt2x.accelerators import on_device
-from gpt2x.batches.ranks import data_rank
-from gpt2x.training.deepspeed import backward, uses_zero, zero_grad_norm
+from gpt2x.checkpoints.progress import Progress, seed_step
+from gpt2x.distributed.accelerators import on_device
+from gpt2x.distributed.deepspeed import backward, uses_zero, zero_grad_norm
+from gpt2x.distributed.ranks import data_rank
 from gpt2x.training.job import Job
 from gpt2x.training.obstacles import StepOutcome, find_obstacle
 from gpt2x.training.optimizers import set_learning_rates
 from gpt2x.training.scaler import settle_scale, without_scaler
 from gpt2x.training.schedules import learning_rate_factor
 from gpt2x.training.spikes import StepLosses
-from gpt2x.training.state import Progress, seed_step
 
 MicroBatch = Mapping[str, Tensor]
 

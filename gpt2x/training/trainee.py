@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.config import TrainingRecipe
+from gpt2x.distributed.sharding import whole_weights
 from gpt2x.models import load_weights, make_model, save_model
-from gpt2x.training.sharding import whole_weights
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 Weights: TypeAlias = Mapping[str, Tensor]

@@ -21,7 +21,7 @@ from transformers import (
 
 from gpt2x.adapters import adapter_weights, add_adapters, load_base
 from gpt2x.config import DataSection, FinetuneRecipe, LoraSection, TrainSection
-from gpt2x.shards.tokenizer import write_tokenizer
+from gpt2x.tokenizers.bpe import write_tokenizer
 
 VOCAB_SIZE, LENGTH = 41, 32
 SIZES: dict[str, Any] = {

@@ -21,7 +21,7 @@ from gpt2x.adapters import load_base, save_adapters
 from gpt2x.config import DataSection, ModelSection, Recipe, RunSection, TrainSection
 from gpt2x.errors import UserError
 from gpt2x.models import make_model, save_model
-from gpt2x.shards.tokenizer import write_tokenizer
+from gpt2x.tokenizers.bpe import write_tokenizer
 
 
 def refusal(directory: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> str:

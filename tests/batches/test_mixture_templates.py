@@ -8,7 +8,7 @@ from gpt2x.batches.mixture import open_mixture
 from gpt2x.config import DataSection, SourceSection
 from gpt2x.errors import UserError
 from gpt2x.shards.index import write_index
-from gpt2x.shards.tokenizer import write_tokenizer
+from gpt2x.tokenizers.bpe import write_tokenizer
 
 PLAIN, OTHER = "{{ messages[0].content }}", "{{ messages[0].role }}"
 

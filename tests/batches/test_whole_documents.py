@@ -19,7 +19,7 @@ from gpt2x.batches.source import ShardSource
 from gpt2x.batches.whole_documents import WholeDocumentSource
 from gpt2x.config import CorpusSection, DataSection, StreamSection
 from gpt2x.errors import UserError
-from gpt2x.shards.tokens import open_tokens
+from gpt2x.shards.token_sets import open_tokens
 
 EOS, LENGTH, PER_STEP = 7, 12, 24
 SHARDS = [[3, 12, 1, 5, 7, 2], [12], [4, 4, 11, 1, 1, 6, 9, 3]]

@@ -15,10 +15,10 @@ from transformers import (
     pipeline,
 )
 
+from gpt2x.chat import Conversation, chat
 from gpt2x.config import ChatSection, GenerationRecipe
 from gpt2x.errors import UserError
-from gpt2x.evaluation.chat import Conversation, chat
-from gpt2x.shards.chat_template import ChatEncoder, chat_tokenizer
+from gpt2x.tokenizers.chat_template import ChatEncoder, chat_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 TEMPLATES = Path(__file__).parents[2] / "tokenization"

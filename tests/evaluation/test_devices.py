@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2x.batches.ranks import sum_over_ranks
+from gpt2x.chat import Conversation
 from gpt2x.config import ChatSection, GenerationRecipe
-from gpt2x.evaluation.chat import Conversation
+from gpt2x.distributed.ranks import sum_over_ranks
 from gpt2x.evaluation.continuations import Question, score_continuations
 from gpt2x.evaluation.samples import sample_texts, stream_text
 from gpt2x.evaluation.validation import validate
-from gpt2x.shards.chat_template import chat_tokenizer
+from gpt2x.tokenizers.chat_template import chat_tokenizer
 
 TEMPLATE = Path(__file__).parents[2] / "tokenization" / "plain.jinja"
 META = torch.device("meta")

@@ -8,7 +8,7 @@ from published_models import VOCAB_SIZE, random_model
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import TokenizerSection
-from gpt2x.shards.tokenizer import train_tokenizer, write_tokenizer
+from gpt2x.tokenizers.bpe import train_tokenizer, write_tokenizer
 
 
 @pytest.fixture(scope="session")

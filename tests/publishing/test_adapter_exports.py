@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2x.adapters import add_adapters, save_adapters
 from gpt2x.config import LoraSection
+from gpt2x.config.publishing import ExportRecipe
 from gpt2x.errors import UserError
 from gpt2x.publishing.export import export_model
-from gpt2x.publishing.recipes import ExportRecipe
 from modeling_gpt2x import GPT2XForCausalLM
 
 IDS = torch.arange(3, 15)[None]

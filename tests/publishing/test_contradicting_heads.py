@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gpt2x.config.publishing import ExportRecipe
 from gpt2x.publishing.export import export_model
-from gpt2x.publishing.recipes import ExportRecipe
 from modeling_gpt2x import GPT2XForCausalLM
 
 

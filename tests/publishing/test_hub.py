@@ -24,7 +24,7 @@ from gpt2x.errors import UserError
 from gpt2x.manifest import write_manifest
 from gpt2x.publishing.hub import COMMAND, Push, push_run
 from gpt2x.publishing.pushed_files import files_to_push
-from gpt2x.shards.tokenizer import load_tokenizer
+from gpt2x.tokenizers.bpe import load_tokenizer
 from gpt2x.training.failures import Failures
 from gpt2x.training.finish import push
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from published_models import random_model
 
+from gpt2x.config.publishing import ExportRecipe
 from gpt2x.errors import UserError
-from gpt2x.publishing.recipes import ExportRecipe
 from gpt2x.publishing.reference import Reference
-from gpt2x.shards.tokenizer import write_tokenizer
+from gpt2x.tokenizers.bpe import write_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")

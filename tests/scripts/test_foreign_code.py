@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gpt2x.config import DataSection, FinetuneRecipe, LoraSection, ModelSection, Recipe, TokenizerSection, TrainSection
 from gpt2x.errors import UserError
 from gpt2x.models import load_for_inference, make_model, save_model
-from gpt2x.shards.tokenizer import load_tokenizer
+from gpt2x.tokenizers.bpe import load_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 ROOT = Path(__file__).parents[2]

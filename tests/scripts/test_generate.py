@@ -16,7 +16,7 @@ from gpt2x.command_line import parse_recipe
 from gpt2x.config import ChatSection, GenerationRecipe
 from gpt2x.errors import UserError
 from gpt2x.models import save_model
-from gpt2x.shards.chat_template import chat_tokenizer
+from gpt2x.tokenizers.chat_template import chat_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 ROOT = Path(__file__).parents[2]

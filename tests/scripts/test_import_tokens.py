@@ -9,7 +9,7 @@ import pytest
 
 from gpt2x.config import TokenizerSection
 from gpt2x.shards.index import load_index
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
+from gpt2x.tokenizers.bpe import save_tokenizer, train_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "import_tokens.py"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from gpt2x.command_line import parse_recipe
+from gpt2x.config.publishing import PushRecipe
 from gpt2x.errors import UserError
 from gpt2x.publishing import hub
-from gpt2x.publishing.recipes import PushRecipe
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"

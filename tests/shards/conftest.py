@@ -8,7 +8,7 @@ import pytest
 from chat_corpora import NUM_CHATS, SECTION, WORDS, conversation, write_rows
 
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
+from gpt2x.tokenizers.bpe import save_tokenizer, train_tokenizer
 
 NUM_DOCUMENTS = 60
 

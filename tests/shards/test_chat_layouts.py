@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from gpt2x.config import CorpusSection
+from gpt2x.corpus.documents import Share, open_corpus
 from gpt2x.errors import UserError
-from gpt2x.shards.chats import read_chats
-from gpt2x.shards.corpus import Share, open_corpus
+from gpt2x.preparation.chats import read_chats
 
 ASKED, ANSWERED = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4 – vier."}
 CHAT = [ASKED, ANSWERED]

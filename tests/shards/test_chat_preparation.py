@@ -17,12 +17,12 @@ from chat_corpora import CHATML, ROOT, conversation, documents, hashes, single, 
 from transformers import AutoTokenizer
 
 from gpt2x.config import ChatSection, PreparationRecipe, TokenizerSection
+from gpt2x.corpus.documents import open_corpus
 from gpt2x.errors import UserError
-from gpt2x.shards.chats import read_chats
-from gpt2x.shards.corpus import open_corpus
+from gpt2x.preparation.chats import read_chats
+from gpt2x.preparation.prepare import finalize, prepare, prepare_task, prepare_tokenizer
 from gpt2x.shards.index import SPLITS
-from gpt2x.shards.preparation import finalize, prepare, prepare_task, prepare_tokenizer
-from gpt2x.shards.tokenizer import load_tokenizer
+from gpt2x.tokenizers.bpe import load_tokenizer
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def start_and_kill(recipe: PreparationRecipe, num_shards: int) -> bool:
     code = f"""
 from pathlib import PosixPath
 from gpt2x.config import ChatSection, CorpusSection, PreparationRecipe, TokenizerSection
-from gpt2x.shards.preparation import prepare
+from gpt2x.preparation.prepare import prepare
 if __name__ == "__main__":
     prepare({recipe!r})
 """

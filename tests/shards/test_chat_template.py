@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from gpt2x.config import ChatSection
 from gpt2x.errors import UserError
-from gpt2x.shards.chat_template import ChatEncoder, chat_tokenizer
-from gpt2x.shards.tokenizer import save_tokenizer
+from gpt2x.tokenizers.bpe import save_tokenizer
+from gpt2x.tokenizers.chat_template import ChatEncoder, chat_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CHATML, PLAIN = (ROOT / "tokenization" / name for name in ("chatml.jinja", "plain.jinja"))

@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 
 from gpt2x.config import CorpusSection
+from gpt2x.corpus import text_files
+from gpt2x.corpus.documents import Share, is_validation, open_corpus, read_pieces
 from gpt2x.errors import UserError
-from gpt2x.shards import text_files
-from gpt2x.shards.corpus import Share, is_validation, open_corpus, read_pieces
 
 
 def files(*paths: Path | str, **fields: str) -> CorpusSection:

@@ -18,12 +18,13 @@ import pytest
 from datasets import load_dataset
 
 from gpt2x.config import CorpusSection
+from gpt2x.corpus import csv_files, json_files, tables, text_files
+from gpt2x.corpus import opened_files as opened
+from gpt2x.corpus.documents import Share, open_corpus, read_pieces
+from gpt2x.corpus.paths import matching_files, passed_over
+from gpt2x.corpus.source_files import source_files
 from gpt2x.errors import UserError
-from gpt2x.shards import csv_files, json_files, opened, tables, text_files
-from gpt2x.shards.chats import read_chats
-from gpt2x.shards.corpus import Share, open_corpus, read_pieces
-from gpt2x.shards.corpus_files import source_files
-from gpt2x.shards.paths import matching_files, passed_over
+from gpt2x.preparation.chats import read_chats
 
 
 def files(*paths: Path | str, **fields) -> CorpusSection:
@@ -387,9 +388,9 @@ def test_long_rows_of_a_table_come_in_smaller_batches(tmp_path, monkeypatch):
         return iterate(table, batch_size=batch_size, **options)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", remember)
-    monkeypatch.setattr("gpt2x.shards.tables.BYTES_PER_BATCH", 10_000)
+    monkeypatch.setattr("gpt2x.corpus.tables.BYTES_PER_BATCH", 10_000)
     assert texts(files(tmp_path)) == ["x" * 1000] * 300
-    monkeypatch.setattr("gpt2x.shards.tables.BYTES_PER_BATCH", 10)
+    monkeypatch.setattr("gpt2x.corpus.tables.BYTES_PER_BATCH", 10)
     assert len(texts(files(tmp_path))) == 300
     assert 5 <= batches[0] <= 10
     assert batches[1] == 1

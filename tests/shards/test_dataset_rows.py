@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from gpt2x.config import CorpusSection
+from gpt2x.corpus.documents import Share, open_corpus, read_pieces
 from gpt2x.errors import UserError
-from gpt2x.shards.chats import read_chats
-from gpt2x.shards.corpus import Share, open_corpus, read_pieces
+from gpt2x.preparation.chats import read_chats
 
 both = pytest.mark.parametrize("streaming", [True, False])
 # datasets logs what it raises.

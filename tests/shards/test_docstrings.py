@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2x.shards.docstrings import conversations
+from gpt2x.corpus.docstrings import conversations
 
 SOURCE = '''
 """A module."""

@@ -8,12 +8,12 @@ import shutil
 import pytest
 from huggingface_hub import constants
 
+from gpt2x import scan as scanning
 from gpt2x.errors import UserError
-from gpt2x.shards import scan as scanning
+from gpt2x.preparation.prepare import prepare
 from gpt2x.shards.files import open_shard, write_shard
 from gpt2x.shards.index import load_index
-from gpt2x.shards.preparation import prepare
-from gpt2x.shards.tokens import open_tokens
+from gpt2x.shards.token_sets import open_tokens
 
 
 @pytest.fixture(autouse=True)

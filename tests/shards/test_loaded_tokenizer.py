@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer
 
 from gpt2x.errors import UserError
-from gpt2x.shards.tokenizer import load_tokenizer, text_encoder, tokenizer_fingerprint, write_tokenizer
+from gpt2x.tokenizers.bpe import load_tokenizer, text_encoder, tokenizer_fingerprint, write_tokenizer
 
 TEXTS = texts()
 
@@ -55,7 +55,7 @@ def test_gguf_is_told_how_the_file_cuts_text_and_not_how_the_class_does(tmp_path
 
 def test_a_class_that_makes_something_else_of_any_file_is_refused_by_its_name(tmp_path, monkeypatch):
     written("digits", tmp_path)
-    monkeypatch.setattr("gpt2x.shards.loaded_tokenizer.PreTrainedTokenizerFast", GPT2Tokenizer)
+    monkeypatch.setattr("gpt2x.tokenizers.loading.PreTrainedTokenizerFast", GPT2Tokenizer)
     message = (
         r"its tokenizer_class \(GPT2Tokenizer\) gives other ids than its tokenizer.json, .* another pre_tokenizer"
     )

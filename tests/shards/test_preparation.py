@@ -18,18 +18,18 @@ import pytest
 from transformers import AutoTokenizer
 
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
+from gpt2x.corpus.documents import is_validation
 from gpt2x.errors import UserError
-from gpt2x.shards.corpus import is_validation
-from gpt2x.shards.index import load_index
-from gpt2x.shards.preparation import (
+from gpt2x.preparation.plan import plan_of
+from gpt2x.preparation.prepare import (
     finalize,
     prepare,
     prepare_task,
     prepare_tokenizer,
 )
-from gpt2x.shards.records import plan_of
+from gpt2x.preparation.writer import ShardWriter
+from gpt2x.shards.index import load_index
 from gpt2x.shards.statistics import statistics
-from gpt2x.shards.writer import ShardWriter
 
 
 def texts(index, split):
@@ -174,7 +174,7 @@ def test_a_finished_task_is_not_run_again(recipe, monkeypatch):
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
     prepare_task(recipe, 0)
     before = hashes(recipe.output_dir)
-    monkeypatch.setattr("gpt2x.shards.preparation.open_corpus", None)
+    monkeypatch.setattr("gpt2x.preparation.prepare.open_corpus", None)
     prepare_task(recipe, 0)
     assert hashes(recipe.output_dir) == before
 
@@ -212,7 +212,8 @@ def start_and_kill(recipe: PreparationRecipe) -> None:
 import time
 from pathlib import PosixPath
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
-from gpt2x.shards import files, preparation
+from gpt2x.shards import files
+from gpt2x.preparation import prepare as preparation
 fsync = files.os.fsync
 files.os.fsync = lambda descriptor: (time.sleep(0.1), fsync(descriptor))
 preparation.prepare({recipe!r})

@@ -11,13 +11,13 @@ from published_data import needed
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from gpt2x.config import CorpusSection, TokenizerSection
+from gpt2x.corpus import cutting, text_files
+from gpt2x.corpus import documents as corpora
+from gpt2x.corpus.cutting import can_be_cut, chunks_of, cut, ids_of
+from gpt2x.corpus.documents import Piece, is_validation, open_corpus, read_pieces
 from gpt2x.errors import UserError
-from gpt2x.shards import corpus as corpora
-from gpt2x.shards import cutting, text_files
-from gpt2x.shards.corpus import Piece, is_validation, open_corpus, read_pieces
-from gpt2x.shards.cutting import can_be_cut, chunks_of, cut, ids_of
-from gpt2x.shards.encoding import batches, encoded
-from gpt2x.shards.preparation import prepare, prepare_tokenizer
+from gpt2x.preparation.prepare import prepare, prepare_tokenizer
+from gpt2x.tokenizers.encoding import batches, encoded
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 LLAMA3 = (

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from gpt2x.errors import UserError
-from gpt2x.shards.workers import run_parts
+from gpt2x.preparation.workers import run_parts
 
 
 def note_process(recipe: Path, part: int, report) -> None:
@@ -53,7 +53,7 @@ def test_every_part_is_worked_on_once_by_processes_that_share_the_cores(tmp_path
 def test_the_first_workers_of_a_process_do_not_hear_ctrl_c(tmp_path):
     code = (
         "import sys; from pathlib import Path; sys.path[:0] = sys.argv[2:];"
-        "from gpt2x.shards.workers import run_parts; from test_preparation_workers import note_mask;"
+        "from gpt2x.preparation.workers import run_parts; from test_preparation_workers import note_mask;"
         "run_parts(note_mask, Path(sys.argv[1]), range(2), num_workers=2, report=print)"
     )
     paths = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]

@@ -9,8 +9,8 @@ import pytest
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gpt2x.shards import rendering
-from gpt2x.shards.rendering import TemplateBoundError, compiled, render
+from gpt2x.tokenizers import rendering
+from gpt2x.tokenizers.rendering import TemplateBoundError, compiled, render
 
 TEMPLATES = [file.read_text() for file in sorted((Path(__file__).parents[2] / "tokenization").glob("*.jinja"))]
 ORDINARY = [

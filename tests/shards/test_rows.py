@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from gpt2x.config import CorpusSection
+from gpt2x.corpus.rows import open_rows, text_of
 from gpt2x.errors import UserError
-from gpt2x.shards.rows import open_rows, text_of
 
 CHAT = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!\n"}]
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from gpt2x import scan as scanning
 from gpt2x.errors import UserError
-from gpt2x.shards import scan as scanning
-from gpt2x.shards.scan import Scan, remembered, scan_all
+from gpt2x.scan import Scan, remembered, scan_all
 
 TOKENS = np.random.default_rng(0).integers(3, 400, 10_000).astype(np.uint16)
 
@@ -116,7 +116,7 @@ def test_many_processes_look_once(tmp_path, cache_dir):
     code = (
         "import sys, time\n"
         "from huggingface_hub import constants\n"
-        "from gpt2x.shards.scan import remembered\n"
+        "from gpt2x.scan import remembered\n"
         f"constants.HF_HOME = {str(cache_dir.parent)!r}\n"
         "def look():\n"
         f"    with open({str(tmp_path / 'looks')!r}, 'a') as stream:\n"
@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         "import resource, sys\n"
         "from pathlib import Path\n"
         "import numpy as np\n"
-        "from gpt2x.shards.scan import _scan\n"
+        "from gpt2x.scan import _scan\n"
         "file = Path(sys.argv[1])\n"
         "used = int(Path('/proc/self/statm').read_text().split()[5]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (used + 2**25, -1))\n"

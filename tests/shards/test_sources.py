@@ -17,13 +17,15 @@ from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from gpt2x.config import CorpusSection
+from gpt2x.corpus import documents as reading
+from gpt2x.corpus import rows, sources
+from gpt2x.corpus.source_files import source_files
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError
-from gpt2x.shards import corpus as reading
-from gpt2x.shards import preparation, rows, sources, tasks
-from gpt2x.shards.corpus_files import source_files
+from gpt2x.preparation import prepare as preparation
+from gpt2x.preparation import tasks
+from gpt2x.preparation.prepare import finalize, prepare, prepare_task, prepare_tokenizer
 from gpt2x.shards.index import load_index
-from gpt2x.shards.preparation import finalize, prepare, prepare_task, prepare_tokenizer
 
 NUM_FILES = 6
 
@@ -117,7 +119,7 @@ def test_other_texts_are_refused_by_their_names(recipe, corpus_dir, change):
 
 
 def test_a_change_that_keeps_size_and_time_of_a_file_is_not_looked_for(recipe, corpus_dir):
-    """What the docstring of gpt2x.shards.sources says."""
+    """What the docstring of gpt2x.corpus.sources says."""
     prepare(recipe)
     file, times = corpus_dir / "2.jsonl", (corpus_dir / "2.jsonl").stat()
     file.write_text(file.read_text().replace("document 3", "document 8"))
@@ -344,7 +346,7 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import PosixPath
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
-from gpt2x.shards import preparation
+from gpt2x.preparation import prepare as preparation
 sys.stdin.readline()
 preparation.prepare({recipe!r})
 """

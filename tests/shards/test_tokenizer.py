@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from gpt2x.config import TokenizerSection
+from gpt2x.corpus.documents import open_corpus, read_pieces
 from gpt2x.errors import UserError
-from gpt2x.shards.corpus import open_corpus, read_pieces
-from gpt2x.shards.tokenizer import (
+from gpt2x.tokenizers.bpe import (
     load_tokenizer,
     save_tokenizer,
     text_encoder,
@@ -67,8 +67,8 @@ def test_the_vocabulary_has_the_size_asked_for_and_every_byte(tokenizer):
 def test_training_again_gives_the_same_tokenizer_also_in_another_process(corpus, section, tokenizer, tmp_path):
     code = (
         "import sys; from gpt2x.config import CorpusSection, TokenizerSection;"
-        "from collections import Counter; from gpt2x.shards.tokenizer import *;"
-        "from gpt2x.shards.corpus import open_corpus, read_pieces;"
+        "from collections import Counter; from gpt2x.tokenizers.bpe import *;"
+        "from gpt2x.corpus.documents import open_corpus, read_pieces;"
         "corpus = CorpusSection(kind='files', paths=[sys.argv[1]]);"
         "section = TokenizerSection(path='x', vocab_size=300);"
         "reading = open_corpus(corpus, lambda _: None);"

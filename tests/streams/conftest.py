@@ -13,7 +13,7 @@ from naive_stream import LENGTH, SEED, FillerThread, NaiveStream
 
 from gpt2x.batches.stream import StreamSource
 from gpt2x.config import CorpusSection, StreamSection, TokenizerSection
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
+from gpt2x.tokenizers.bpe import save_tokenizer, train_tokenizer
 
 NUM_FILES, DOCUMENTS_PER_FILE = 3, 25
 

@@ -11,9 +11,9 @@ import numpy as np
 from gpt2x.batches.order import permute, round_keys
 from gpt2x.batches.stream import StreamSource
 from gpt2x.config import StreamSection
-from gpt2x.shards.corpus import is_validation
-from gpt2x.shards.tokenizer import load_tokenizer, text_encoder
+from gpt2x.corpus.documents import is_validation
 from gpt2x.streams.filler import Filler, fill
+from gpt2x.tokenizers.bpe import load_tokenizer, text_encoder
 
 LENGTH, SEED = 16, 5
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from naive_stream import NaiveStream
 
+from gpt2x.corpus.documents import is_validation
 from gpt2x.errors import UserError
-from gpt2x.shards.corpus import is_validation
-from gpt2x.shards.tokenizer import load_tokenizer, text_encoder, tokenizer_fingerprint
 from gpt2x.streams.cutting import Cutter, Vocabulary
 from gpt2x.streams.ledger import Position
 from gpt2x.streams.reading import Row
+from gpt2x.tokenizers.bpe import load_tokenizer, text_encoder, tokenizer_fingerprint
 
 
 def rows_of(texts):
@@ -35,7 +35,7 @@ def test_pieces_are_cut_before_the_document_that_does_not_fit(texts, section, cu
     expected = NaiveStream(texts, section).epoch_shards
     every = rows_of([text for file in texts for text in file])
     for characters_per_batch in (1, 700, 10**6):
-        monkeypatch.setattr("gpt2x.shards.encoding.CHARACTERS_PER_BATCH", characters_per_batch)
+        monkeypatch.setattr("gpt2x.tokenizers.encoding.CHARACTERS_PER_BATCH", characters_per_batch)
         pieces = list(cutter.cut(every, every[0].start))
         assert [tokens(piece) for piece in pieces] == expected
         assert max(piece.documents.num_tokens for piece in pieces) <= section.tokens_per_shard
@@ -87,7 +87,7 @@ def test_an_id_outside_the_vocabulary_is_refused(texts, cutter):
 def test_a_long_document_is_encoded_in_pieces_to_the_same_ids(texts, section, cutter, monkeypatch):
     every = rows_of([text for file in texts for text in file])
     expected = [tokens(piece) for piece in cutter.cut(every, every[0].start)]
-    for module in ("gpt2x.shards.cutting", "gpt2x.streams.cutting"):
+    for module in ("gpt2x.corpus.cutting", "gpt2x.streams.cutting"):
         monkeypatch.setattr(f"{module}.CHARACTERS_PER_PIECE", 50)
     assert [tokens(piece) for piece in cutter.cut(every, every[0].start)] == expected
     assert max(len(row.value) for row in every) > 100

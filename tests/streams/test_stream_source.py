@@ -13,8 +13,8 @@ from naive_stream import LENGTH, NaiveStream, read
 
 from gpt2x.errors import UserError
 from gpt2x.shards.files import open_shard
-from gpt2x.shards.tokenizer import load_tokenizer
 from gpt2x.streams.ledger import failure_file, write_failure
+from gpt2x.tokenizers.bpe import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("in_thread")
 

@@ -14,6 +14,8 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gpt2x.checkpoints.format import newest_checkpoint
+from gpt2x.checkpoints.progress import Progress
 from gpt2x.config import (
     CorpusSection,
     DataSection,
@@ -26,18 +28,16 @@ from gpt2x.config import (
     TokenizerSection,
     TrainSection,
 )
+from gpt2x.distributed.devices import make_accelerator
 from gpt2x.evaluation.validation import Validation
-from gpt2x.shards.preparation import prepare
-from gpt2x.training.checkpoints import newest_checkpoint
-from gpt2x.training.devices import make_accelerator
+from gpt2x.preparation.prepare import prepare
+from gpt2x.runs.directory import open_run_directory, write_config
 from gpt2x.training.finish import finish
 from gpt2x.training.job import Job
 from gpt2x.training.loop import train
 from gpt2x.training.recording import Recorder
-from gpt2x.training.run_directory import open_run_directory, write_config
 from gpt2x.training.signals import StopRequest
 from gpt2x.training.start import make_job
-from gpt2x.training.state import Progress
 
 WORDS = ["def", "return", "(", ")", ":", "\n", "    ", "self", "value", "=", "1", "for", "in", "été", "naïve", "if"]
 CLOCK = ("elapsed_s", "tokens_per_s", "data/waited_s")

@@ -55,7 +55,7 @@ def limit_files():
     """After the first checkpoint no file grows beyond some kilobytes, as on a full disk."""
     import resource
 
-    from gpt2x.training.retention import Retention
+    from gpt2x.checkpoints.retention import Retention
 
     original = Retention.prune
 
@@ -68,7 +68,7 @@ def limit_files():
 
 def fill_the_disk():
     """After the first checkpoint another program fills the file system of the run."""
-    from gpt2x.training.retention import Retention
+    from gpt2x.checkpoints.retention import Retention
 
     original = Retention.prune
 

@@ -66,8 +66,8 @@ def write_steps(directory):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
-    from gpt2x.training.devices import let_accelerate_shard_on_cpu, make_fsdp_plugin
-    from gpt2x.training.sharding import gather
+    from gpt2x.distributed.devices import let_accelerate_shard_on_cpu, make_fsdp_plugin
+    from gpt2x.distributed.sharding import gather
     from gpt2x.training.steps import accumulate_losses
 
     for precision, (_, length, scale) in STEPS.items():

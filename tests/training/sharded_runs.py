@@ -33,12 +33,12 @@ def run_recipes(directory, names):
 
 def run_recipe(recipe, name):
     """As scripts/pretrain.py does it, but the processes stay."""
+    from gpt2x.distributed.devices import make_accelerator
+    from gpt2x.distributed.sharding import is_sharded
+    from gpt2x.runs.directory import open_run_directory, write_config
     from gpt2x.training import finish as at_the_end
-    from gpt2x.training.devices import make_accelerator
     from gpt2x.training.loop import train
     from gpt2x.training.recording import Recorder
-    from gpt2x.training.run_directory import open_run_directory, write_config
-    from gpt2x.training.sharding import is_sharded
     from gpt2x.training.signals import StopRequest
     from gpt2x.training.start import make_job
 

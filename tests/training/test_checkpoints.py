@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt2x.errors import UserError
-from gpt2x.files import UnwritableError
-from gpt2x.training.checkpoints import (
+from gpt2x.checkpoints.format import (
     checkpoint_dir,
     list_checkpoints,
     newest_checkpoint,
     write_checkpoint,
 )
-from gpt2x.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
+from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
+from gpt2x.errors import UserError
+from gpt2x.files import UnwritableError
 
 STATE = {"weight/exp_avg": torch.ones(2)}
 

@@ -13,18 +13,18 @@ import pytest
 from forked_runs import ForkedRuns, files_of, read_records, read_tensors
 
 from gpt2x import files
+from gpt2x.checkpoints.format import list_checkpoints, newest_checkpoint
 from gpt2x.config import to_yaml
 from gpt2x.errors import UserError
-from gpt2x.training.checkpoints import list_checkpoints, newest_checkpoint
-from gpt2x.training.lock import locked
+from gpt2x.runs.lock import locked
 
 # Killed there, a run of 12 steps that saves every four has at least the checkpoint of step 4.
 POINTS = [
-    "gpt2x.training.saving:HostCopies.take:before:2",
+    "gpt2x.checkpoints.saver:HostCopies.take:before:2",
     "gpt2x.training.trainee:save_model:after:2",
     "gpt2x.manifest:sha256_of:after:20",
     "gpt2x.files:sync:before:40",
-    "gpt2x.training.retention:remove_checkpoints:before:2",
+    "gpt2x.checkpoints.retention:remove_checkpoints:before:2",
     "gpt2x.training.steps:count_targets:after:14",
 ]
 
@@ -138,7 +138,7 @@ def test_a_second_ctrl_c_during_the_save_leaves_at_once_with_the_older_checkpoin
 ):
     """Fault 5."""
     command, run_dir = write_recipe(tmp_path)
-    points = ["gpt2x.training.loop:optimizer_step:before:6", "gpt2x.training.checkpoints:write_manifest:before:2"]
+    points = ["gpt2x.training.loop:optimizer_step:before:6", "gpt2x.checkpoints.format:write_manifest:before:2"]
     code, output = runs.run(*command, at=[f"{point}:SIGINT" for point in points])
     assert (code, "Traceback" in output) == (130, False), output
     assert list_checkpoints(run_dir) == [run_dir / "checkpoints" / "step-000004"]

@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from gpt2x import preflight
+from gpt2x.checkpoints.host_copies import HostCopies
 from gpt2x.errors import UserError
 from gpt2x.training import finish as finish_module
 from gpt2x.training import loop, steps
 from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.failures import Failures
 from gpt2x.training.finish import finish
-from gpt2x.training.host_copies import HostCopies
 from gpt2x.training.loop import train
 from gpt2x.training.recording import Recorder
 from gpt2x.training.signals import StopRequest

@@ -18,7 +18,7 @@ from gpt2x.errors import UserError
 from gpt2x.evaluation.hellaswag import HellaSwagQuestions, evaluate_hellaswag, score_hellaswag
 from gpt2x.evaluation.hellaswag_items import load_hellaswag
 from gpt2x.models import load_for_inference
-from gpt2x.shards.tokenizer import load_tokenizer
+from gpt2x.tokenizers.bpe import load_tokenizer
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.loop import train
 from gpt2x.training.recording import Recorder
@@ -255,8 +255,8 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from gpt2x.evaluation.hellaswag import HellaSwagQuestions, score_hellaswag
 from gpt2x.evaluation.hellaswag_items import load_hellaswag
-from gpt2x.shards.tokenizer import load_tokenizer
-from gpt2x.training.agreement import Vote, agree
+from gpt2x.tokenizers.bpe import load_tokenizer
+from gpt2x.distributed.flags import Vote, agree
 from modeling_gpt2x import GPT2XForCausalLM
 from ranks import leave
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2x.training import host_copies
+from gpt2x.checkpoints import host_copies
+from gpt2x.checkpoints.host_copies import HostCopies
 from gpt2x.training.disk import measure_room
-from gpt2x.training.host_copies import HostCopies
 from gpt2x.training.save_points import whole_state
 from gpt2x.training.steps import optimizer_step
 

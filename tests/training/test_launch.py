@@ -13,11 +13,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from gpt2x.accelerators import compute_device
-from gpt2x.errors import UserError
-from gpt2x.run import _accelerator
-from gpt2x.training.deepspeed import check_zero
-from gpt2x.training.launch import (
+from gpt2x.distributed.accelerators import compute_device
+from gpt2x.distributed.deepspeed import check_zero
+from gpt2x.distributed.launch import (
     asks_for_sharding,
     asks_for_zero,
     check_launch,
@@ -25,6 +23,8 @@ from gpt2x.training.launch import (
     num_data_ranks,
     passed_over,
 )
+from gpt2x.errors import UserError
+from gpt2x.run import _accelerator
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

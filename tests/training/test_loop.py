@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2x.checkpoints.progress import Progress, seed_step
 from gpt2x.training import loop
-from gpt2x.training.state import Progress, seed_step
 from gpt2x.training.steps import accumulate_gradients, clip_gradients, count_targets, optimizer_step
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gpt2x.checkpoints.final_model import damage_of_final, write_final
 from gpt2x.config import RunSection
 from gpt2x.errors import UserError
-from gpt2x.training import loop, run_directory
-from gpt2x.training.final_model import damage_of_final, write_final
+from gpt2x.runs import directory as run_directory
+from gpt2x.runs.directory import RunDirectory, open_run_directory
+from gpt2x.runs.lock import locked
+from gpt2x.training import loop
 from gpt2x.training.finish import finish
-from gpt2x.training.lock import locked
 from gpt2x.training.recording import Recorder
-from gpt2x.training.run_directory import RunDirectory, open_run_directory
 from gpt2x.training.signals import StopRequest
 from gpt2x.training.start import make_job
 

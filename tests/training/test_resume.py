@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from gpt2x.training import devices, steps
-from gpt2x.training.checkpoints import newest_checkpoint
+from gpt2x.checkpoints.format import newest_checkpoint
+from gpt2x.distributed import devices
+from gpt2x.training import steps
 
 ADAMW = {"optimizer": {"name": "adamw"}}
 MUON = {"optimizer": {"name": "muon", "muon_learning_rate": 0.02}}

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2x.training.checkpoints import (
+from gpt2x.checkpoints.format import (
     checkpoint_dir,
     list_checkpoints,
     newest_checkpoint,
     read_trainer,
     write_checkpoint,
 )
-from gpt2x.training.retention import Retention, note_validation
-from gpt2x.training.state import Progress
+from gpt2x.checkpoints.progress import Progress
+from gpt2x.checkpoints.retention import Retention, note_validation
 
 WSD = {"lr_scheduler_type": "wsd", "decay_ratio": 0.4, "warmup_steps": 0}
 

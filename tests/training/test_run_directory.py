@@ -16,8 +16,8 @@ from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe, Recipe, SourceSection, TokenizerSection, to_yaml
 from gpt2x.errors import UserError
 from gpt2x.preflight import describe
-from gpt2x.training.recipe_changes import as_table, changes_between, plain
-from gpt2x.training.run_directory import open_run_directory
+from gpt2x.runs.changes import as_table, changes_between, plain
+from gpt2x.runs.directory import open_run_directory
 
 
 def test_a_new_run_lies_under_its_name_or_the_recipes(recipe, changed, tmp_path):

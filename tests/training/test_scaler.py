@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from gpt2x.checkpoints.format import newest_checkpoint
+from gpt2x.distributed import devices
 from gpt2x.errors import UserError
-from gpt2x.training import devices, steps
-from gpt2x.training.checkpoints import newest_checkpoint
+from gpt2x.training import steps
 
 INIT_SCALE, GROWTH_INTERVAL = 1024.0, 4
 OPTIMIZERS = ["adamw", "muon"]

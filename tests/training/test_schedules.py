@@ -5,10 +5,10 @@ import math
 
 import pytest
 
+from gpt2x.checkpoints.progress import Progress
 from gpt2x.config import OptimizerSection, TrainSection
 from gpt2x.training.budget import make_budget
 from gpt2x.training.schedules import learning_rate_factor
-from gpt2x.training.state import Progress
 
 
 def factors(schedule, train):

@@ -14,12 +14,12 @@ from test_two_processes import read
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.config import to_yaml
+from gpt2x.distributed.devices import make_accelerator, make_fsdp_plugin
+from gpt2x.distributed.sharding import gather, is_sharded, whole_weights
 from gpt2x.errors import UserError
-from gpt2x.training.devices import make_accelerator, make_fsdp_plugin
-from gpt2x.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.training.optimizers import Muon
-from gpt2x.training.sharding import gather, is_sharded, whole_weights
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 SHAPE = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from gpt2x.training.optimizers import Muon
-from gpt2x.training.sharding import gather
+from gpt2x.distributed.sharding import gather
 from ranks import leave
 from sharded_losses import write_steps
 from sharded_runs import run_recipes

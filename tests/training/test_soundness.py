@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
+from gpt2x.checkpoints.format import list_checkpoints
+from gpt2x.checkpoints.soundness import first_not_finite
 from gpt2x.errors import UserError
 from gpt2x.training import loop, steps
-from gpt2x.training.checkpoints import list_checkpoints
 from gpt2x.training.giving_up import find_unsound
-from gpt2x.training.soundness import first_not_finite
 
 # Every step is saved, and only the newest kept: a save that should not be would take the last good one.
 EACH = {"save_steps": 1, "save_total_limit": 1}

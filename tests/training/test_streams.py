@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from gpt2x.batches.read_ahead import ReadAhead
+from gpt2x.checkpoints.format import newest_checkpoint
 from gpt2x.config import CorpusSection, SourceSection, StreamSection
 from gpt2x.errors import UserError
-from gpt2x.training.checkpoints import newest_checkpoint
 from gpt2x.training.signals import StopRequest
 
 WORDS = ["def", "return", "(", ")", ":", "\n", "self", "value", "=", "1", "été", "if"]

@@ -51,13 +51,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gpt2x.accelerators import compute_device, forked_rng, on_device
+from gpt2x.checkpoints.host_copies import HostCopies
 from gpt2x.config import OptimizerSection
+from gpt2x.distributed.accelerators import compute_device, forked_rng, on_device
+from gpt2x.distributed.devices import make_fsdp_plugin
 from gpt2x.evaluation.continuations import Question, score_continuations
 from gpt2x.evaluation.samples import generate
 from gpt2x.evaluation.validation import validate
-from gpt2x.training.devices import make_fsdp_plugin
-from gpt2x.training.host_copies import HostCopies
 from gpt2x.training.optimizers import make_optimizers, orthogonalize
 from gpt2x.training.start import compile_layers
 from gpt2x.training.steps import MicroBatch, accumulate_losses, clip_gradients

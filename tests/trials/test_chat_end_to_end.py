@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
+from gpt2x.chat import Conversation
 from gpt2x.config import GenerationRecipe, ModelSection, TokenizerSection
-from gpt2x.evaluation.chat import Conversation
 from gpt2x.models import make_config, save_model
 from gpt2x.shards.index import load_index
-from gpt2x.shards.tokenizer import train_tokenizer
+from gpt2x.tokenizers.bpe import train_tokenizer
 from modeling_gpt2x import GPT2XForCausalLM
 
 pytestmark = pytest.mark.trial

@@ -27,20 +27,20 @@ from mutations import mutate, restore  # noqa: E402
 from same_bytes import sums  # noqa: E402
 
 from gpt2x import files  # noqa: E402
+from gpt2x.checkpoints.format import newest_checkpoint  # noqa: E402
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection  # noqa: E402
 from gpt2x.errors import UserError  # noqa: E402
 from gpt2x.locate import find_model  # noqa: E402
+from gpt2x.preparation.prepare import prepare  # noqa: E402
 from gpt2x.publishing.published_model import PublishedModel  # noqa: E402
-from gpt2x.publishing.run_files import RunFiles  # noqa: E402
 from gpt2x.reporting import read_metrics  # noqa: E402
+from gpt2x.runs.directory import RunDirectory  # noqa: E402
+from gpt2x.runs.files_of import RunFiles  # noqa: E402
+from gpt2x.runs.lock import locked  # noqa: E402
+from gpt2x.runs.records import truncate_records  # noqa: E402
 from gpt2x.shards.files import open_shard  # noqa: E402
 from gpt2x.shards.index import load_index  # noqa: E402
-from gpt2x.shards.preparation import prepare  # noqa: E402
 from gpt2x.streams.ledger import read_ledger  # noqa: E402
-from gpt2x.training.checkpoints import newest_checkpoint  # noqa: E402
-from gpt2x.training.lock import locked  # noqa: E402
-from gpt2x.training.records import truncate_records  # noqa: E402
-from gpt2x.training.run_directory import RunDirectory  # noqa: E402
 
 pytestmark = pytest.mark.trial
 
@@ -203,7 +203,7 @@ def world(runs, tmp_path_factory):
 
 def leave_lock(run_dir):
     """What a killed run leaves: its lock and a lease of a process that is no more."""
-    code = "import sys, time; from pathlib import Path; from gpt2x.training.lock import locked\n"
+    code = "import sys, time; from pathlib import Path; from gpt2x.runs.lock import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('locked', flush=True)\n    time.sleep(60)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(run_dir)]
@@ -271,7 +271,7 @@ def one_file(world, kind):
 def test_five_hundred_mutations_are_damaged_or_harmless_to_the_reader(name, world, monkeypatch):
     monkeypatch.setattr(files, "LEASE_S", 0.2)
     monkeypatch.setattr(files, "SILENT_S", 0.02)
-    monkeypatch.setattr("gpt2x.shards.scan.cache_dir", lambda: world / "hf" / "gpt2x")
+    monkeypatch.setattr("gpt2x.scan.cache_dir", lambda: world / "hf" / "gpt2x")
     kind, rng = KINDS[name], random.Random(name)
     restore(world.with_name("pristine"), world)
     top = Path(kind.file).parts[0]

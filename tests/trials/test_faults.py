@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / "tests" / "training"))
 
 from forked_runs import files_of, free_port, read_records, read_tensors  # noqa: E402
 
-from gpt2x.training.checkpoints import list_checkpoints, newest_checkpoint  # noqa: E402
+from gpt2x.checkpoints.format import list_checkpoints, newest_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.trial
 
@@ -29,22 +29,22 @@ WORDS = ["def", "return", "(", ")", ":", "\n", "self", "value", "=", "1", "naïv
 # Every function between the decision to save and its end, and the others that write or compute, with calls early and
 # late in the run: (module, function, numbers of calls).
 POINTS = [
-    ("gpt2x.training.saving", "HostCopies.take", (1, 2)),
-    ("gpt2x.training.saving", "write_checkpoint", (1, 2, 3)),
+    ("gpt2x.checkpoints.saver", "HostCopies.take", (1, 2)),
+    ("gpt2x.checkpoints.saver", "write_checkpoint", (1, 2, 3)),
     ("gpt2x.training.trainee", "save_model", (1, 2)),
     ("gpt2x.models", "write_tokenizer", (1, 2)),
     ("safetensors.torch", "save_file", (1, 2)),
-    ("gpt2x.training.checkpoints", "write_manifest", (1, 2, 3)),
+    ("gpt2x.checkpoints.format", "write_manifest", (1, 2, 3)),
     ("gpt2x.manifest", "sha256_of", (1, 5, 12, 20)),
     ("gpt2x.files", "_settle", (1, 2, 3, 4)),
     ("gpt2x.files", "sync", (1, 5, 12, 20, 30, 40)),
-    ("gpt2x.training.retention", "remove_checkpoints", (1, 2, 3)),
+    ("gpt2x.checkpoints.retention", "remove_checkpoints", (1, 2, 3)),
     ("gpt2x.files", "shutil.rmtree", (1,)),
     ("gpt2x.training.steps", "count_targets", (1, 2, 13, 14)),
     ("gpt2x.training.loop", "optimizer_step", (1, 7, 12)),
-    ("gpt2x.training.run_directory", "append_line", (1, 8, 13)),
+    ("gpt2x.runs.directory", "append_line", (1, 8, 13)),
     ("gpt2x.evaluation.validation", "_batch_sums", (1, 3)),
-    ("gpt2x.training.run_directory", "write_file", (1,)),
+    ("gpt2x.runs.directory", "write_file", (1,)),
     ("gpt2x.training.finish", "save_final_model", (1,)),
     ("gpt2x.training.finish", "write_losses", (1,)),
     ("gpt2x.training.finish", "write_stats", (1,)),

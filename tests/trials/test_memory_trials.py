@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from gpt2x.config import TokenizerSection
+from gpt2x.corpus.opened_files import MAX_ROW_BYTES
 from gpt2x.shards.files import write_shard
 from gpt2x.shards.index import Index, ShardEntry, load_index, write_index
-from gpt2x.shards.opened import MAX_ROW_BYTES
-from gpt2x.shards.tokenizer import save_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
+from gpt2x.tokenizers.bpe import save_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from gpt2x.config import TokenizerSection
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
+from gpt2x.tokenizers.bpe import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["def", "return", "(", ")", ":", "\n", "self", "value", "=", "1", "naïve", "if", "\n\n    "]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gpt2x.config import TokenizerSection
-from gpt2x.publishing.recipes import ExportRecipe
-from gpt2x.shards.tokenizer import train_tokenizer, write_tokenizer
+from gpt2x.config.publishing import ExportRecipe
+from gpt2x.tokenizers.bpe import train_tokenizer, write_tokenizer
 
 PUBLISHING = Path(__file__).parents[1] / "publishing"
 sys.path.insert(0, str(PUBLISHING))

@@ -21,10 +21,10 @@ from client_environments import (
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gpt2x.config import TokenizerSection
+from gpt2x.config.publishing import ExportRecipe
 from gpt2x.models import save_model
 from gpt2x.publishing.export import Export, export_model
-from gpt2x.publishing.recipes import ExportRecipe
-from gpt2x.shards.tokenizer import train_tokenizer
+from gpt2x.tokenizers.bpe import train_tokenizer
 from modeling_gpt2x import GPT2XForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "publishing"))

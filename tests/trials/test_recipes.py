@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt2x.config import TokenizerSection
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
+from gpt2x.tokenizers.bpe import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

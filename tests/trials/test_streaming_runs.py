@@ -14,7 +14,7 @@ from flaky_hub import ACCIDENTS, flaky_hub
 from test_streaming_trials import NAMES, NUM_FILES, ROOT, ShardCounter, files_of
 
 from gpt2x.config import TokenizerSection
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
+from gpt2x.tokenizers.bpe import save_tokenizer, train_tokenizer
 
 NUM_STEPS, WEIGHTS = 170, (0.5, 0.3, 0.2)
 MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 16}

@@ -16,7 +16,7 @@ import pytest
 from flaky_hub import ACCIDENTS, flaky_hub
 
 from gpt2x.config import TokenizerSection
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
+from gpt2x.tokenizers.bpe import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 NAMES, NUM_FILES, DOCUMENTS_PER_FILE = ("web", "code", "books"), 4, 30

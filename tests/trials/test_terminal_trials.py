@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "tests" / "training"))
 
 from forked_runs import read_records  # noqa: E402
 
-from gpt2x.training.checkpoints import list_checkpoints  # noqa: E402
+from gpt2x.checkpoints.format import list_checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.trial
 

@@ -22,8 +22,8 @@ sys.path.append(str(ROOT / "tests" / "training"))
 
 from forked_runs import free_port, read_records  # noqa: E402
 
+from gpt2x.checkpoints.format import newest_checkpoint  # noqa: E402
 from gpt2x.files import locked  # noqa: E402
-from gpt2x.training.checkpoints import newest_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.trial
 
@@ -344,7 +344,7 @@ def test_while_it_is_pushed_to_a_hub_that_is_silent(start, runs, write_recipe, t
 SLOW = """
 import os, runpy, sys, time
 from pathlib import Path
-from gpt2x.training import saving
+from gpt2x.checkpoints import saver as saving
 original = saving.write_checkpoint
 def slow(target, **options):
     if target.name == "step-000004":

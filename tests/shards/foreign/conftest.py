@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from gpt2x.shards.tokenizer import load_tokenizer
+from gpt2x.tokenizers.bpe import load_tokenizer
 
 TEXTS = [f"document {number}: the foxes jump över {number**3} dögs\n" for number in range(40)]
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import TokenizerSection
 from gpt2x.errors import UserError
-from gpt2x.shards.tokenizer import save_tokenizer, train_tokenizer
-from gpt2x.shards.tokens import open_tokens
+from gpt2x.shards.token_sets import open_tokens
+from gpt2x.tokenizers.bpe import save_tokenizer, train_tokenizer
 
 ROWS, INT32 = 7, pa.int32()
 

@@ -13,7 +13,7 @@ import torch
 from foreign_files import refusal, tokens_of
 from huggingface_hub import constants
 
-from gpt2x.shards.tokens import open_tokens
+from gpt2x.shards.token_sets import open_tokens
 
 GENERATOR = np.random.default_rng(0)
 

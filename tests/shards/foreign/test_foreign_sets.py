@@ -12,7 +12,7 @@ import torch
 from foreign_files import refusal, tokens_of
 
 from gpt2x.errors import UserError
-from gpt2x.shards.tokens import open_tokens
+from gpt2x.shards.token_sets import open_tokens
 
 
 @pytest.mark.parametrize("write", written.WRITERS)

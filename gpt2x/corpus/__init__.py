@@ -1,0 +1,1 @@
+"""Documents out of files, tables, datasets, packages and conversations."""

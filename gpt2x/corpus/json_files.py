@@ -1,0 +1,134 @@
+"""Rows of JSON: one object per line (.jsonl); objects in an array or one after the other (.json)."""
+
+import io
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from gpt2x.corpus.opened_files import MAX_ROW_BYTES, OpenedFile, decoded, read_line, too_long
+from gpt2x.corpus.rows import Advance, Row
+from gpt2x.errors import UserError
+
+CHARACTERS_PER_READ = 2**18
+DECODER = json.JSONDecoder()
+BLANK, BLANK_OR_COMMA = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
+
+
+# Not datasets' reader: its type inference turns a text that looks like a date into one, and a column that is not read
+# but changes its type fails there.
+def json_lines(file: Path, advance: Advance) -> Generator[Row, None, None]:
+    """The rows of a .jsonl, each parsed when its columns are asked for."""
+    with OpenedFile(file) as opened:
+        for number in itertools.count(1):
+            held = [read_line(opened, file, number)]
+            if not held[0]:
+                return
+            if not held[0].isspace():
+                yield _line_row(f"{file}:{number}", held)
+            opened.tell(advance)
+
+
+def _line_row(name: str, held: list[bytes]) -> Row:
+    """The line is taken out of its list, so that a long one and its text are not there at a time."""
+
+    def columns(dropped: Counter[str]) -> dict[str, Any] | None:
+        found = decoded(held.pop())
+        if found is None:
+            dropped["not UTF-8"] += 1
+            return None
+        return parsed_line(found, name)
+
+    return Row(name, columns)
+
+
+def parsed_line(line: str, name: str) -> dict[str, Any]:
+    """The object on a line.
+
+    Raises:
+        UserError: names a line without one.
+    """
+    try:
+        row = json.loads(line.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{name} is not JSON ({_reason(error)}); a .jsonl file holds one object per line: correct it."
+        ) from None
+    if not isinstance(row, dict):
+        raise UserError(f"{name} is no JSON object but a {type(row).__name__}; a .jsonl file holds one per line.")
+    return row
+
+
+def json_objects(file: Path, advance: Advance) -> Generator[Row, None, None]:
+    """The rows of a .json: objects in one array, or one after the other, as many lines as they take."""
+    with OpenedFile(file) as opened:
+        # What is not UTF-8 becomes half of a surrogate pair, which leaves out the row that has it in its text.
+        text = io.TextIOWrapper(opened.stream, encoding="utf-8", errors="surrogateescape", newline="")
+        for number, row in enumerate(_objects(text, file), start=1):
+            yield _object_row(f"{file}:{number}", row)
+            opened.tell(advance)
+
+
+def _object_row(name: str, row: dict[str, Any]) -> Row:
+    return Row(name, lambda dropped: row)
+
+
+def _objects(text: IO[str], file: Path) -> Iterator[dict[str, Any]]:
+    """Never holds much more than one object, however long the array."""
+    buffer, position = text.read(CHARACTERS_PER_READ), 0
+    while buffer and (position := _end_of(BLANK, buffer, 0)) == len(buffer):
+        buffer = text.read(CHARACTERS_PER_READ)
+    is_array, number = buffer[position : position + 1] == "[", 0
+    position += is_array
+    while True:
+        position = _end_of(BLANK_OR_COMMA if is_array else BLANK, buffer, position)
+        if position == len(buffer):
+            buffer, position = text.read(CHARACTERS_PER_READ), 0
+            if buffer:
+                continue
+            if is_array:
+                raise UserError(f"'{file}' ends before its array does, after {number} objects; repair it.")
+            return
+        if is_array and buffer[position] == "]":
+            if buffer[position + 1 :].strip() or text.read(CHARACTERS_PER_READ).strip():
+                raise UserError(f"'{file}' goes on behind the end of its array; give one array or objects alone.")
+            return
+        number += 1
+        found, buffer, position = _object(text, buffer, position, f"{file}:{number}")
+        yield found
+
+
+def _end_of(pattern: re.Pattern[str], buffer: str, position: int) -> int:
+    found = pattern.match(buffer, position)
+    return position if found is None else found.end()
+
+
+def _object(text: IO[str], buffer: str, start: int, name: str) -> tuple[dict[str, Any], str, int]:
+    """The object that starts there in the buffer, the buffer perhaps read on, and where the object ends in it."""
+    if buffer[start] != "{":
+        raise UserError(
+            f"{name} is no JSON object but begins with {buffer[start : start + 9]!r}; a .json file holds objects, in "
+            f"an array or one after the other."
+        )
+    while True:
+        try:
+            found, end = DECODER.raw_decode(buffer, start)
+            # A long one is not held twice while it is made use of.
+            return (found, buffer[end:], 0) if end > 4 * CHARACTERS_PER_READ else (found, buffer, end)
+        except (ValueError, RecursionError) as error:
+            # Perhaps it is cut by the buffer's end. Twice as much each time: a long one is read in linear time.
+            buffer, start = buffer[start:], 0
+            if len(buffer) > MAX_ROW_BYTES:
+                raise too_long(name) from None
+            more = text.read(min(max(len(buffer), CHARACTERS_PER_READ), MAX_ROW_BYTES + 1 - len(buffer)))
+            if not more:
+                raise UserError(f"{name} is not JSON ({_reason(error)}); repair it or leave it out.") from None
+            buffer += more
+
+
+def _reason(error: Exception) -> str:
+    """Also of numbers of thousands of digits, and of deep nesting."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)

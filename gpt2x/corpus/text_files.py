@@ -1,0 +1,169 @@
+"""Files of text: their rows one after the other, whatever their size."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt2x.config import CorpusSection
+from gpt2x.corpus.chat_layouts import Layout
+from gpt2x.corpus.csv_files import DELIMITERS, csv_columns, csv_rows
+from gpt2x.corpus.json_files import json_lines, json_objects
+from gpt2x.corpus.opened_files import OpenedFile, Spooled, complaining, decoded
+from gpt2x.corpus.paths import TABLES, kind_of
+from gpt2x.corpus.rows import Advance, Row
+from gpt2x.corpus.tables import table_columns, table_rows
+from gpt2x.corpus.values import listed
+from gpt2x.errors import UserError
+
+# A document of more bytes in a .txt file is read in pieces.
+LONG_FILE_BYTES = 8_000_000
+
+
+class LongFile(NamedTuple):
+    """A document of a .txt file that is too long to be held."""
+
+    name: str
+    open: Callable[[], OpenedFile | Spooled]
+    """Opens it at its beginning, as often as that is needed until the next row is asked for."""
+    advance: Advance
+
+
+def columns_of(file: Path) -> list[str]:
+    """The columns of a table, or of the first row of a .jsonl or .json; none where it has no row.
+
+    Raises:
+        UserError: for a file that is not what its name says.
+    """
+    kind = kind_of(file)
+    with complaining(file):
+        if kind in TABLES:
+            return table_columns(file)
+        if kind in DELIMITERS:
+            return csv_columns(file, DELIMITERS[kind])
+        with closing(json_lines(file, _unheard) if kind == ".jsonl" else json_objects(file, _unheard)) as rows:
+            found = (row.columns(Counter()) for row in rows)
+            return next((list(columns) for columns in found if columns), [])
+
+
+def _unheard(_: int) -> None:
+    pass
+
+
+def rows_of(
+    file: Path, corpus: CorpusSection, advance: Advance, *, layout: Layout | None = None
+) -> Iterator[Row | LongFile]:
+    """The rows of a file.
+
+    Args:
+        file: of a kind that can be read; any other is one document.
+        corpus: names the column and the separator.
+        advance: told how many bytes of the file have been read since it was told before.
+        layout: of the conversations in its rows; None where they are texts.
+
+    Raises:
+        UserError: for a file that is not what its name says, and a missing column.
+    """
+    kind = kind_of(file)
+    with complaining(file):
+        if kind in TABLES:
+            found = table_columns(file)
+            columns = layout.columns_in(found, str(file)) if layout else [_text_column(file, corpus, found)]
+            yield from table_rows(file, columns, advance)
+        elif kind == ".jsonl":
+            yield from json_lines(file, advance)
+        elif kind == ".json":
+            yield from json_objects(file, advance)
+        elif kind in DELIMITERS:
+            yield from csv_rows(file, DELIMITERS[kind], advance)
+        elif corpus.document_separator is not None and kind == ".txt":
+            yield from _separated_rows(file, corpus, advance)
+        else:
+            yield from _whole(file, corpus, advance)
+
+
+def _text_column(file: Path, corpus: CorpusSection, found: list[str]) -> str:
+    column = corpus.text_column
+    if column not in found:
+        raise UserError(f"{file} has no column {column!r}, only: {listed(found)}; set corpus.text_column to one.")
+    return column
+
+
+def _whole(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
+    with OpenedFile(file) as opened:
+        content = opened.stream.read(LONG_FILE_BYTES + 1)
+    if len(content) > LONG_FILE_BYTES:
+        yield LongFile(str(file), lambda: OpenedFile(file), advance)
+    else:
+        yield _bytes_row(str(file), content, corpus)
+        advance(file.stat().st_size)
+
+
+def _bytes_row(name: str, content: bytes, corpus: CorpusSection) -> Row:
+    def columns(dropped: Counter[str]) -> dict[str, Any] | None:
+        found = decoded(content)
+        if found is None:
+            dropped["not UTF-8"] += 1
+            return None
+        return {corpus.text_column: found}
+
+    return Row(name, columns)
+
+
+def _separated_rows(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
+    assert corpus.document_separator is not None, "without a separator a file is one document"
+    separator = corpus.document_separator.encode()
+    document = _Document(corpus)
+    number, buffer = 0, bytearray()
+    with OpenedFile(file) as opened:
+        while chunk := opened.stream.read(2**20):
+            buffer += chunk
+            start = 0
+            while (end := buffer.find(separator, start)) >= 0:
+                number += 1
+                document.add(bytes(buffer[start:end]))
+                yield from document.ended(f"{file}:{number}")
+                start = end + len(separator)
+            # A separator may lie across the chunks' border.
+            kept = max(len(buffer) - len(separator) + 1, start)
+            document.add(bytes(buffer[start:kept]))
+            del buffer[:kept]
+            opened.tell(advance)
+    document.add(bytes(buffer))
+    if document.size:
+        yield from document.ended(f"{file}:{number + 1}")
+
+
+class _Document:
+    """A document that is being read; on the disk where it gets too long."""
+
+    def __init__(self, corpus: CorpusSection) -> None:
+        self.corpus, self.size = corpus, 0
+        self._parts: list[bytes] = []
+        self._spooled: Spooled | None = None
+
+    def add(self, part: bytes) -> None:
+        """Goes on with the document."""
+        self._parts.append(part)
+        self.size += len(part)
+        if self.size > LONG_FILE_BYTES:
+            self._spooled = self._spooled or Spooled()
+            self._spooled.stream.writelines(self._parts)
+            self._parts.clear()
+
+    def ended(self, name: str) -> Iterator[Row | LongFile]:
+        """What was read, as one row; begins the next document."""
+        parts, spooled = self._parts, self._spooled
+        self._parts, self._spooled, self.size = [], None, 0
+        if spooled is None:
+            yield _bytes_row(name, b"".join(parts), self.corpus)
+        else:
+            with closing(spooled.stream):
+                yield LongFile(name, lambda: spooled, _unheard)
+
+
+def size_of(files: list[Path]) -> int:
+    """Bytes of all files."""
+    return sum(os.path.getsize(file) for file in files)

@@ -1,0 +1,1 @@
+"""What a run computes on: accelerators, processes, and what they decide together."""

@@ -1,0 +1,1 @@
+"""A run's directory: its layout, its lock, its records, what changed since."""

@@ -1,0 +1,204 @@
+"""A run's directory: what it holds, and whether to start, to go on, or to refuse."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2x.checkpoints.format import list_checkpoints, named_checkpoints, read_trainer
+from gpt2x.config import TrainingRecipe, to_yaml
+from gpt2x.errors import UserError
+from gpt2x.files import DamagedError, append_line, make_directory, read_json, read_yaml, set_aside, sync, write_file
+from gpt2x.runs.changes import Changes, as_table, changes_between, changes_of_shape, is_larger_budget
+from gpt2x.runs.lock import LOCK_NAMES, Hold
+
+# Every recipe of a run has these, by which its config.yaml is told from other people's.
+_SECTIONS = ("run", "data", "train", "optimizer")
+_PASSING = re.compile(rf"({'|'.join(map(re.escape, LOCK_NAMES))}).*|.+\.tmp-[0-9a-f]{{8}}")
+_UNKNOWN: Changes = {"recipe": ("unknown", "this one")}
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run.
+
+    Attributes:
+        path: ``runs/NAME``.
+        changes: fields of the recipe that differ from those it was run with before, as (old, new).
+        notes: lines to be said of what is not as it was left.
+        hold: by which this process has it to itself; None where it only looks.
+    """
+
+    path: Path
+    changes: Changes = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    hold: Hold | None = None
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per record."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        """One JSON object per sampled text."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def spikes_file(self) -> Path:
+        """One JSON object per step whose loss was out of the ordinary."""
+        return self.path / "spikes.jsonl"
+
+    @property
+    def record_files(self) -> tuple[Path, ...]:
+        """What is appended to while the run goes on."""
+        return self.metrics_file, self.samples_file, self.spikes_file
+
+    @property
+    def stats_file(self) -> Path:
+        """The run in numbers; written when it is finished, after everything else."""
+        return self.path / "stats.json"
+
+    @property
+    def losses_file(self) -> Path:
+        """The recorded training losses in order; written when it is finished."""
+        return self.path / "losses.npy"
+
+    @property
+    def final_dir(self) -> Path:
+        """The trained model."""
+        return self.path / "final"
+
+    def is_finished(self) -> bool:
+        """Whether the budget of the recipe that it was opened with was spent here; a larger one is not."""
+        try:
+            return not self.changes and read_json(self.stats_file, dict[str, Any]) is not None
+        except DamagedError:
+            return False
+
+    def check(self) -> None:
+        """Raises UserError where this process must not write here any more."""
+        if self.hold is not None:
+            self.hold.check()
+
+    def append(self, file: Path, record: Mapping[str, Any]) -> None:
+        """Appends one JSON object as a line to one of the record_files.
+
+        Raises:
+            UserError: where it cannot be written, or this process must not write here any more.
+        """
+        self.check()
+        append_line(file, json.dumps(record, ensure_ascii=False, allow_nan=False).encode())
+
+    def sync_records(self) -> None:
+        """Waits until what was recorded so far is on the disk."""
+        for file in self.record_files:
+            if file.exists():
+                sync(file)
+        sync(self.path)
+
+
+def open_run_directory(recipe: TrainingRecipe, *, name: str) -> RunDirectory:
+    """The directory of a run, new or to be gone on with; nothing is changed there.
+
+    Args:
+        recipe: what is to be run.
+        name: the run's name where the recipe gives none.
+
+    Raises:
+        UserError: where something else than a run lies there; where another recipe has run there, with the
+            differences; where they cannot be gone on with.
+    """
+    name = name if recipe.run.name is None else recipe.run.name
+    if name in ("", ".", ".."):
+        raise UserError(f"the recipe's file name ({name!r}) is no name of a run; give one by --run.name NAME.")
+    run = RunDirectory(recipe.run.dir / name)
+    contents = _contents(run.path)
+    if not contents:
+        return run
+    recorded, notes = _recorded_recipe(run)
+    checkpoints = named_checkpoints(run.path)
+    if recorded is None and not checkpoints:
+        raise UserError(
+            f"{run.path} is no run: it holds {', '.join(contents[:5])}{' ...' if contents[5:] else ''}, which stays "
+            f"as it is; start another run with --run.name NAME, or set run.dir."
+        )
+    if not checkpoints and not _holds_records(run) and not os.path.lexists(run.stats_file):
+        return run  # stopped before its first step: there is nothing to go on with
+    changes = _UNKNOWN if recorded is None else changes_between(recorded, recipe)
+    _check_changes(run, changes, recipe, notes)
+    return replace(run, changes=changes, notes=tuple(notes))
+
+
+def _contents(directory: Path) -> list[str]:
+    """The names of what lies in a directory, but for what locks and killed writers leave."""
+    try:
+        return sorted(name for name in os.listdir(directory) if not _PASSING.fullmatch(name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written to ({error.strerror}); make it writable, or set run.dir."
+        ) from error
+
+
+def _recorded_recipe(run: RunDirectory) -> tuple[dict[str, Any] | None, list[str]]:
+    """The recipe that ran here as plain data, and a line where it is not taken from config.yaml."""
+    try:
+        recipe = read_yaml(run.config_file)
+        if all(isinstance(recipe.get(section), dict) for section in _SECTIONS):
+            return recipe, []
+        problem = f"{run.config_file} is no recipe of a run"
+    except DamagedError as error:
+        problem = str(error)
+    for checkpoint in reversed(list_checkpoints(run.path)):
+        try:
+            if recorded := read_trainer(checkpoint).get("recipe"):
+                return recorded, [f"{problem}; the recipe is that of {checkpoint}, and is written there again."]
+        except DamagedError:
+            continue
+    return None, [f"{problem}, and no checkpoint tells the recipe that ran there"]
+
+
+def _check_changes(run: RunDirectory, changes: Changes, recipe: TrainingRecipe, notes: list[str]) -> None:
+    if changes is _UNKNOWN and not recipe.resume:
+        raise UserError(f"{notes[0]}; if it is this one, go on by --resume, or start a new run with --run.name NAME.")
+    if changes and not recipe.resume and not is_larger_budget(changes):
+        raise UserError(
+            f"{run.path} was run with another recipe; start a new run with --run.name NAME, or go on with this one "
+            f"and these changes by --resume.",
+            table=as_table(changes),
+        )
+    if shapes := changes_of_shape(changes):
+        raise UserError(
+            f"{run.path} cannot go on with another model, which its weights would not fit; set back what is listed "
+            f"below, or start a new run with --run.name NAME.",
+            table=as_table(shapes),
+        )
+
+
+def _holds_records(run: RunDirectory) -> bool:
+    """Whether something was recorded there, a whole line or not."""
+    return any(file.lstat().st_size for file in run.record_files if os.path.lexists(file))
+
+
+def write_config(run: RunDirectory, recipe: TrainingRecipe) -> None:
+    """Records the resolved recipe, and makes the place of the checkpoints, which by being there says that none were
+    removed. What is no recipe and has the name is set aside."""
+    run.check()
+    make_directory(run.path)
+    try:
+        read_yaml(run.config_file)
+    except DamagedError:
+        if os.path.lexists(run.config_file):
+            set_aside(run.config_file)
+    write_file(run.config_file, to_yaml(recipe).encode())
+    make_directory(run.path / "checkpoints")

@@ -1,0 +1,1 @@
+"""Text to token ids: byte-level BPE, chat templates, special tokens."""

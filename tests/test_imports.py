@@ -1,7 +1,6 @@
-"""The import direction: scripts, benchmarks -> gpt2x -> modeling_gpt2x -> torch, transformers, and no way back."""
+"""The import contracts: scripts, benchmarks -> gpt2x -> modeling_gpt2x -> torch, transformers, and no way back."""
 
 import ast
-import graphlib
 import importlib.metadata
 import re
 import subprocess
@@ -9,43 +8,53 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 TOPS = ("scripts", "benchmarks", "gpt2x", "modeling_gpt2x")
 
-# Each may import those before it. reporting stands beside them: it reads files and knows errors and files only.
-ORDER = [
-    "addresses",
-    "commands",
-    "errors",
-    "terminal",
-    "files",
-    "manifest",
-    "locate",
-    "prerequisites",
-    "config",
-    "command_line",
-    "shards",
-    "streams",
-    "accelerators",
-    "batches",
-    "vocabulary",
-    "models",
-    "adapters",
-    "evaluation",
-    "publishing",
-    "training",
-    "preflight",
-    "run",
-]
-WITHOUT_TORCH = (*ORDER[: ORDER.index("shards")], "reporting")
-ALLOWED_TOPS = {
-    "scripts": {"gpt2x", "modeling_gpt2x", "benchmarks"},
-    "benchmarks": {"gpt2x", "modeling_gpt2x", "benchmarks"},
-    "gpt2x": {"gpt2x", "modeling_gpt2x"},
-    "modeling_gpt2x": {"modeling_gpt2x"},
+# The rooms of gpt2x from the lowest up: each may import those of the lines before its own.
+LAYERS = """
+    addresses commands
+    errors
+    terminal files
+    manifest
+    locate
+    prerequisites scan reporting
+    config
+    command_line
+    corpus
+    tokenizers
+    shards
+    preparation
+    streams
+    distributed
+    checkpoints
+    runs
+    batches
+    models
+    adapters
+    evaluation
+    chat
+    publishing
+    training
+    preflight
+    run
+"""
+LAYER = {room: number for number, line in enumerate(LAYERS.split("\n")) for room in line.split()}
+# What may not be reached from a room, not even through others.
+NOT_REACHED = {
+    "torch": [room for room in LAYER if LAYER[room] <= LAYER["command_line"]],
+    "modeling_gpt2x": [
+        "corpus",
+        "tokenizers",
+        "shards",
+        "preparation",
+        "streams",
+        "distributed",
+        "checkpoints",
+        "runs",
+    ],
 }
+LARGEST_SHARE = 0.13
 
 
 def module_name(file: Path) -> str:
@@ -54,16 +63,12 @@ def module_name(file: Path) -> str:
 
 
 FILES = {module_name(file): file for top in TOPS for file in sorted((ROOT / top).rglob("*.py"))}
-GPT2X = [name for name in FILES if name.split(".")[0] == "gpt2x"]
-MODELING = [name for name in FILES if name.split(".")[0] == "modeling_gpt2x"]
-SCRIPTS = [name for name in FILES if name.split(".")[0] == "scripts"]
 
 
-def imports(module: str) -> Iterator[str]:
-    """Absolute names of what a module imports, anywhere in it; `from a import b` gives `a`, and `a.b` if a module."""
-    file = FILES[module]
-    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text())):
+def imports_of(module: str) -> Iterator[str]:
+    """What a module imports, anywhere in it, by absolute name; `from a import b` is `a`, and `a.b` if a module."""
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -73,92 +78,130 @@ def imports(module: str) -> Iterator[str]:
             yield from (f"{source}.{alias.name}" for alias in node.names if f"{source}.{alias.name}" in FILES)
 
 
-def section(module: str) -> str:
-    """The second part of a name, gpt2x.SECTION.x; the package gpt2x itself has none."""
+IMPORTS = {module: {*imports_of(module)} - {module} for module in FILES}
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def room(module: str) -> str:
+    """The second part of a name: gpt2x.ROOM.x; the package gpt2x itself has none."""
     return [*module.split("."), ""][1]
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_a_module_imports_only_what_stands_below_it(module):
-    reached = {name.split(".")[0] for name in imports(module)} & {*TOPS, "tests"}
-    # A script's own folder is the first on sys.path, so another script would be imported by its bare name.
-    scripts_by_bare_name = {name.split(".")[0] for name in imports(module)} & {section(name) for name in SCRIPTS}
-    assert reached <= ALLOWED_TOPS[module.split(".")[0]]
-    assert scripts_by_bare_name == set()
+def modules_of(*tops: str) -> list[str]:
+    return [module for module in FILES if top(module) in tops]
 
 
-@pytest.mark.parametrize("module", GPT2X)
-def test_a_section_of_gpt2x_imports_only_sections_before_it(module):
-    own = section(module)
-    reached = {section(name) for name in imports(module) if name.split(".")[0] == "gpt2x"} - {own, "", "errors"}
-    if own in ("", "reporting"):
-        before = {"files"}
-    else:
-        assert own in ORDER, f"{module} has no place yet; give it one in ORDER."
-        reads_reports = own in ("publishing", "training", "preflight", "run")
-        before = {*ORDER[: ORDER.index(own)], *({"reporting"} if reads_reports else ())}
-    assert reached <= before
+def reached_from(module: str) -> set[str]:
+    """What a module imports, and what that imports, and so on."""
+    reached, ahead = set[str](), [module]
+    while ahead:
+        new = IMPORTS.get(ahead.pop(), set()) - reached
+        reached |= new
+        ahead += new
+    return reached
 
 
-@pytest.mark.parametrize("module", [name for name in GPT2X if section(name) in ("shards", "batches", "training")])
-def test_what_trains_any_causal_lm_imports_no_model_class(module):
-    assert "modeling_gpt2x" not in {name.split(".")[0] for name in imports(module)}
+def test_every_room_has_its_layer():
+    assert {room(module) for module in modules_of("gpt2x")} - {""} == {*LAYER}
 
 
-@pytest.mark.parametrize("module", [name for name in GPT2X if section(name) in WITHOUT_TORCH])
-def test_what_only_reads_files_imports_no_torch(module):
-    assert {name.split(".")[0] for name in imports(module)} & {"torch", "transformers", "modeling_gpt2x"} == set()
+def test_no_import_runs_upward():
+    upward = {
+        f"{module} -> {name}"
+        for module in FILES
+        for name in IMPORTS[module]
+        if (top(name) in TOPS and TOPS.index(top(name)) < TOPS.index(top(module)))
+        or (top(module) == top(name) == "gpt2x" and room(module) != room(name) and not is_below(module, name))
+    }
+    assert upward == set()
 
 
-@pytest.mark.parametrize("module", ["gpt2x.config", "gpt2x.errors", "gpt2x.locate"])
-def test_the_configuration_loads_neither_torch_nor_transformers(module):
-    code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+def is_below(module: str, name: str) -> bool:
+    return room(name) == "" or (room(module) != "" and LAYER[room(name)] < LAYER[room(module)])
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert [module for module in FILES if module in reached_from(module)] == []
+
+
+def test_scripts_and_tests_are_imported_by_nobody():
+    """A script's own folder is the first on sys.path, so another script would be imported by its bare name."""
+    scripts = {room(module) for module in modules_of("scripts")}
+    assert [
+        f"{module} -> {name}" for module in FILES for name in IMPORTS[module] if top(name) in scripts | {"tests"}
+    ] == []
+
+
+def test_what_is_not_needed_is_not_reached():
+    reached = {
+        f"{module} reaches {package}"
+        for package, rooms in NOT_REACHED.items()
+        for module in modules_of("gpt2x")
+        if room(module) in rooms and package in {top(name) for name in reached_from(module)}
+    }
+    assert reached == set()
+
+
+def test_the_command_line_loads_neither_torch_nor_transformers():
+    code = "import sys, gpt2x.command_line, gpt2x.locate; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("module", MODELING)
-def test_what_travels_to_the_hub_needs_torch_and_transformers_only(module):
-    foreign = {name.split(".")[0] for name in imports(module)} - set(sys.stdlib_module_names)
-    assert foreign <= {"torch", "transformers", "huggingface_hub", "safetensors", "modeling_gpt2x"}
+def test_what_travels_to_the_hub_needs_torch_and_transformers_only():
+    known = {"torch", "transformers", "huggingface_hub", "safetensors", "modeling_gpt2x", *sys.stdlib_module_names}
+    assert {top(name) for module in modules_of("modeling_gpt2x") for name in IMPORTS[module]} <= known
 
 
-@pytest.mark.parametrize("module", MODELING)
-def test_what_travels_to_the_hub_imports_its_siblings_by_name_at_the_top(module):
+def test_what_travels_to_the_hub_imports_its_siblings_by_name_at_the_top():
     """transformers finds the files to copy by a regular expression over `from .sibling import name`.
 
     Any other spelling ships nothing, in a docstring it crashes save_pretrained, and inside a function or an `if` it
     drags the sibling along all the same.
     """
-    text = FILES[module].read_text()
-    tree = ast.parse(text)
-    top_level = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
-    anywhere = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    assert anywhere == top_level
-    assert len(re.findall(r"from\s+\.|import\s+\.", text)) == len(top_level)
-    for node in top_level:
-        assert node.level == 1
-        assert f"modeling_gpt2x.{node.module}" in FILES
-    absolute = [node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)]
-    absolute += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
-    assert not [name for name in absolute if name.split(".")[0] == "modeling_gpt2x"]
+    for module in modules_of("modeling_gpt2x"):
+        text = FILES[module].read_text()
+        tree = ast.parse(text)
+        top_level = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
+        assert [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level] == top_level
+        assert len(re.findall(r"from\s+\.|import\s+\.", text)) == len(top_level)
+        assert all(node.level == 1 and f"modeling_gpt2x.{node.module}" in FILES for node in top_level)
+        absolute = [node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)]
+        absolute += [
+            str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level
+        ]
+        assert "modeling_gpt2x" not in {top(name) for name in absolute}
 
 
-def test_what_travels_to_the_hub_is_flat():
-    assert [name for name in MODELING if name.count(".") > 1] == []
+def test_a_module_is_named_by_what_it_does():
+    assert {name.rpartition(".")[2] for name in FILES} & {
+        "common",
+        "helpers",
+        "helper",
+        "misc",
+        "util",
+        "utils",
+    } == set()
 
 
-def test_no_module_imports_itself_in_a_circle():
-    graph = {module: {name for name in imports(module) if name in FILES and name != module} for module in FILES}
-    tuple(graphlib.TopologicalSorter(graph).static_order())
-
-
-@pytest.mark.parametrize("module", FILES)
-def test_a_module_is_named_by_what_it_does(module):
-    assert module.rpartition(".")[2] not in {"common", "helpers", "helper", "misc", "util", "utils"}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_hides_no_other_module(script):
+def test_a_script_hides_no_other_module():
     """A script's folder is first on sys.path: scripts/evaluate.py would be what `import evaluate` finds."""
-    installed = importlib.metadata.packages_distributions()
-    assert section(script) not in {*sys.stdlib_module_names, *installed, "evaluate", "tokenizers", "trackio", "wandb"}
+    others = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
+    others |= {"evaluate", "tokenizers", "trackio", "wandb"}
+    assert {room(script) for script in modules_of("scripts")} & others == set()
+
+
+def test_what_travels_to_the_hub_is_flat_and_small():
+    files = [FILES[module] for module in modules_of("modeling_gpt2x")]
+    assert {file.parent for file in files} == {ROOT / "modeling_gpt2x"}
+
+
+def test_no_package_of_gpt2x_is_too_large_a_part_of_the_whole():
+    lines = {module: len(file.read_text().splitlines()) for module, file in FILES.items()}
+    packages = {room(module): 0 for module in modules_of("gpt2x") if module.count(".") > 1}
+    for module in modules_of("gpt2x"):
+        if room(module) in packages:
+            packages[room(module)] += lines[module]
+    assert {name for name, count in packages.items() if count > LARGEST_SHARE * sum(lines.values())} == set()

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Protocol
 
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from gpt2x.checkpoints.retention import Retention
 from gpt2x.checkpoints.soundness import first_not_finite, not_saved
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError
-from gpt2x.runs.directory import RunDirectory
 
 WriteModel = Callable[[Path, Mapping[str, Tensor]], object]
 
@@ -45,6 +45,20 @@ class State:
         yield from ((f"optimizer:{name}", tensor) for name, tensor in self.optimizer)
 
 
+class Run(Protocol):
+    """The run whose checkpoints are saved; see gpt2x.runs.directory."""
+
+    @property
+    def path(self) -> Path:
+        """``runs/NAME``."""
+
+    def check(self) -> None:
+        """Raises UserError where the directory is no longer this run's."""
+
+    def sync_records(self) -> None:
+        """Makes durable what was recorded up to here."""
+
+
 class CheckpointSaver:
     """Saves the checkpoints of a run, one after the other, in a thread of its own.
 
@@ -54,7 +68,7 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, run: RunDirectory, write_model: WriteModel, *, retention: Retention, last_step: int | None = None
+        self, run: Run, write_model: WriteModel, *, retention: Retention, last_step: int | None = None
     ) -> None:
         """Starts no thread yet.
 

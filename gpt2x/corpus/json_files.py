@@ -4,12 +4,12 @@ import io
 import itertools
 import json
 import re
-from collections import Counter
 from collections.abc import Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2x.corpus.opened_files import MAX_ROW_BYTES, OpenedFile, decoded, read_line, too_long
+from gpt2x.corpus.opened_files import MAX_ROW_BYTES, OpenedFile, too_long
 from gpt2x.corpus.rows import Advance, Row
 from gpt2x.errors import UserError
 
@@ -24,25 +24,17 @@ def json_lines(file: Path, advance: Advance) -> Generator[Row, None, None]:
     """The rows of a .jsonl, each parsed when its columns are asked for."""
     with OpenedFile(file) as opened:
         for number in itertools.count(1):
-            held = [read_line(opened, file, number)]
+            held = [opened.read_line(number)]
             if not held[0]:
                 return
             if not held[0].isspace():
-                yield _line_row(f"{file}:{number}", held)
+                yield Row(f"{file}:{number}", partial(_parsed, held, f"{file}:{number}"))
             opened.tell(advance)
 
 
-def _line_row(name: str, held: list[bytes]) -> Row:
+def _parsed(held: list[bytes], name: str) -> dict[str, Any]:
     """The line is taken out of its list, so that a long one and its text are not there at a time."""
-
-    def columns(dropped: Counter[str]) -> dict[str, Any] | None:
-        found = decoded(held.pop())
-        if found is None:
-            dropped["not UTF-8"] += 1
-            return None
-        return parsed_line(found, name)
-
-    return Row(name, columns)
+    return parsed_line(held.pop().decode(), name)
 
 
 def parsed_line(line: str, name: str) -> dict[str, Any]:
@@ -68,12 +60,8 @@ def json_objects(file: Path, advance: Advance) -> Generator[Row, None, None]:
         # What is not UTF-8 becomes half of a surrogate pair, which leaves out the row that has it in its text.
         text = io.TextIOWrapper(opened.stream, encoding="utf-8", errors="surrogateescape", newline="")
         for number, row in enumerate(_objects(text, file), start=1):
-            yield _object_row(f"{file}:{number}", row)
+            yield Row.of(f"{file}:{number}", row)
             opened.tell(advance)
-
-
-def _object_row(name: str, row: dict[str, Any]) -> Row:
-    return Row(name, lambda dropped: row)
 
 
 def _objects(text: IO[str], file: Path) -> Iterator[dict[str, Any]]:

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import pyarrow
 
-from gpt2x.corpus.paths import TEXTS, kind_of
 from gpt2x.corpus.rows import Advance
+from gpt2x.corpus.source_files import TEXTS, kind_of
 from gpt2x.errors import UserError
 
 # A row is held in memory as a whole, and what is parsed of it besides: up to 13 bytes for each of its own, since one
@@ -40,23 +40,34 @@ class OpenedFile:
         """Raises UserError for a file of text in UTF-16."""
         try:
             with complaining(self.file):
-                self._pass_over_mark(self.file)
+                self._pass_over_mark()
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _pass_over_mark(self, file: Path) -> None:
+    def _pass_over_mark(self) -> None:
         head = self.stream.peek(4)
         if head.startswith(codecs.BOM_UTF8):
             self.stream.read(len(codecs.BOM_UTF8))
         wide = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
-        if wide is not None and kind_of(file) in TEXTS:
-            raise UserError(f"'{file}' is in {wide}; save it as UTF-8: iconv -f {wide} -t UTF-8 FILE > NEW.")
+        if wide is not None and kind_of(self.file) in TEXTS:
+            raise UserError(f"'{self.file}' is in {wide}; save it as UTF-8: iconv -f {wide} -t UTF-8 FILE > NEW.")
 
     def __exit__(self, *_: object) -> None:
         self.stream.close()
         self.raw.close()
+
+    def read_line(self, number: int) -> bytes:
+        """The next line, which has this number; nothing at the end.
+
+        Raises:
+            UserError: for one that is too long to be held.
+        """
+        line: bytes = self.stream.readline(MAX_ROW_BYTES + 1)
+        if len(line) > MAX_ROW_BYTES:
+            raise too_long(f"{self.file}:{number}")
+        return line
 
     def tell(self, advance: Advance) -> None:
         """Tells what has been read of the file since the last time."""
@@ -90,26 +101,6 @@ def complaining(file: Path) -> Iterator[None]:
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"'{file}' cannot be read ({reason}); repair it or leave it out.") from None
-
-
-def decoded(content: bytes) -> str | None:
-    """The text, or None where the bytes are not UTF-8."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def read_line(opened: OpenedFile, file: Path, number: int) -> bytes:
-    """The next line of a file; nothing at its end.
-
-    Raises:
-        UserError: for one that is too long to be held.
-    """
-    line: bytes = opened.stream.readline(MAX_ROW_BYTES + 1)
-    if len(line) > MAX_ROW_BYTES:
-        raise too_long(f"{file}:{number}")
-    return line
 
 
 def too_long(name: str) -> UserError:

@@ -1,22 +1,19 @@
-"""Files of text: their rows one after the other, whatever their size."""
+"""Files as rows, one after the other, whatever their size; and the documents of .txt files, which may have any."""
 
-import os
-from collections import Counter
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2x.config import CorpusSection
-from gpt2x.corpus.chat_layouts import Layout
-from gpt2x.corpus.csv_files import DELIMITERS, csv_columns, csv_rows
+from gpt2x.corpus.docstrings import conversations
 from gpt2x.corpus.json_files import json_lines, json_objects
-from gpt2x.corpus.opened_files import OpenedFile, Spooled, complaining, decoded
-from gpt2x.corpus.paths import TABLES, kind_of
+from gpt2x.corpus.layouts import Layout, TextColumn
+from gpt2x.corpus.opened_files import OpenedFile, Spooled, complaining
 from gpt2x.corpus.rows import Advance, Row
-from gpt2x.corpus.tables import table_columns, table_rows
-from gpt2x.corpus.values import listed
-from gpt2x.errors import UserError
+from gpt2x.corpus.source_files import TABLES, kind_of
+from gpt2x.corpus.tables import DELIMITERS, csv_columns, csv_rows, table_columns, table_rows
 
 # A document of more bytes in a .txt file is read in pieces.
 LONG_FILE_BYTES = 8_000_000
@@ -43,17 +40,23 @@ def columns_of(file: Path) -> list[str]:
             return table_columns(file)
         if kind in DELIMITERS:
             return csv_columns(file, DELIMITERS[kind])
-        with closing(json_lines(file, _unheard) if kind == ".jsonl" else json_objects(file, _unheard)) as rows:
-            found = (row.columns(Counter()) for row in rows)
-            return next((list(columns) for columns in found if columns), [])
+        with closing(json_lines(file, unheard) if kind == ".jsonl" else json_objects(file, unheard)) as rows:
+            return next((list(columns) for row in rows if (columns := _columns(row))), [])
 
 
-def _unheard(_: int) -> None:
-    pass
+def _columns(row: Row) -> dict[str, Any]:
+    try:
+        return row.columns()
+    except UnicodeDecodeError:
+        return {}
+
+
+def unheard(_: int) -> None:
+    """Is told how much was read, and makes nothing of it."""
 
 
 def rows_of(
-    file: Path, corpus: CorpusSection, advance: Advance, *, layout: Layout | None = None
+    file: Path, corpus: CorpusSection, advance: Advance, layout: Layout | TextColumn
 ) -> Iterator[Row | LongFile]:
     """The rows of a file.
 
@@ -61,17 +64,17 @@ def rows_of(
         file: of a kind that can be read; any other is one document.
         corpus: names the column and the separator.
         advance: told how many bytes of the file have been read since it was told before.
-        layout: of the conversations in its rows; None where they are texts.
+        layout: of its rows.
 
     Raises:
         UserError: for a file that is not what its name says, and a missing column.
     """
     kind = kind_of(file)
     with complaining(file):
-        if kind in TABLES:
-            found = table_columns(file)
-            columns = layout.columns_in(found, str(file)) if layout else [_text_column(file, corpus, found)]
-            yield from table_rows(file, columns, advance)
+        if corpus.kind == "python_docstrings":
+            yield from _docstrings(file, advance)
+        elif kind in TABLES:
+            yield from table_rows(file, layout.columns_in(table_columns(file), str(file)), advance)
         elif kind == ".jsonl":
             yield from json_lines(file, advance)
         elif kind == ".json":
@@ -79,16 +82,16 @@ def rows_of(
         elif kind in DELIMITERS:
             yield from csv_rows(file, DELIMITERS[kind], advance)
         elif corpus.document_separator is not None and kind == ".txt":
-            yield from _separated_rows(file, corpus, advance)
+            yield from _separated(file, corpus.document_separator.encode(), corpus, advance)
         else:
             yield from _whole(file, corpus, advance)
 
 
-def _text_column(file: Path, corpus: CorpusSection, found: list[str]) -> str:
-    column = corpus.text_column
-    if column not in found:
-        raise UserError(f"{file} has no column {column!r}, only: {listed(found)}; set corpus.text_column to one.")
-    return column
+def _docstrings(file: Path, advance: Advance) -> Iterator[Row]:
+    parts = file.relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
+    for name, messages in conversations(file, ".".join(part for part in parts if part != "__init__")):
+        yield Row.of(name, {"messages": messages})
+    advance(file.stat().st_size)
 
 
 def _whole(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
@@ -97,24 +100,15 @@ def _whole(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row 
     if len(content) > LONG_FILE_BYTES:
         yield LongFile(str(file), lambda: OpenedFile(file), advance)
     else:
-        yield _bytes_row(str(file), content, corpus)
+        yield _text_row(str(file), content, corpus)
         advance(file.stat().st_size)
 
 
-def _bytes_row(name: str, content: bytes, corpus: CorpusSection) -> Row:
-    def columns(dropped: Counter[str]) -> dict[str, Any] | None:
-        found = decoded(content)
-        if found is None:
-            dropped["not UTF-8"] += 1
-            return None
-        return {corpus.text_column: found}
-
-    return Row(name, columns)
+def _text_row(name: str, content: bytes, corpus: CorpusSection) -> Row:
+    return Row(name, lambda: {corpus.text_column: content.decode()})
 
 
-def _separated_rows(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
-    assert corpus.document_separator is not None, "without a separator a file is one document"
-    separator = corpus.document_separator.encode()
+def _separated(file: Path, separator: bytes, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
     document = _Document(corpus)
     number, buffer = 0, bytearray()
     with OpenedFile(file) as opened:
@@ -158,12 +152,7 @@ class _Document:
         parts, spooled = self._parts, self._spooled
         self._parts, self._spooled, self.size = [], None, 0
         if spooled is None:
-            yield _bytes_row(name, b"".join(parts), self.corpus)
+            yield _text_row(name, b"".join(parts), self.corpus)
         else:
             with closing(spooled.stream):
-                yield LongFile(name, lambda: spooled, _unheard)
-
-
-def size_of(files: list[Path]) -> int:
-    """Bytes of all files."""
-    return sum(os.path.getsize(file) for file in files)
+                yield LongFile(name, lambda: spooled, unheard)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from gpt2x.corpus.values import listed
+from gpt2x.corpus.rows import listed
 from gpt2x.errors import UserError
 from gpt2x.locate import does_not_exist, find_model, is_hub_id, say
 from gpt2x.manifest import MANIFEST, WEIGHTS_INDEX, indexed_weights

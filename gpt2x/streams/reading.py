@@ -16,7 +16,7 @@ from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError
 
 from gpt2x.config import CorpusSection
-from gpt2x.corpus.rows import broken_connections, open_rows, reading_errors
+from gpt2x.corpus.dataset_rows import broken_connections, open_rows, reading_errors
 from gpt2x.errors import UserError
 from gpt2x.streams.ledger import Position
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import ChatSection
 from gpt2x.config.parts import shipped_or
-from gpt2x.corpus.values import is_unicode
+from gpt2x.corpus.rows import is_unicode
 from gpt2x.errors import UserError
 from gpt2x.tokenizers.rendering import compiled, render
 from gpt2x.tokenizers.special_tokens import SecondNames, Span

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from gpt2x.batches.order import GlobalOrder, mixed
-from gpt2x.batches.packing import document_positions
-from gpt2x.batches.sequences import IGNORED, Sequences, joined
 from gpt2x.batches.source import Source
+from gpt2x.batches.windows import IGNORED, Sequences, document_positions, joined
 from gpt2x.errors import UserError
 
 

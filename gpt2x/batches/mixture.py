@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2x.batches.source import Source, tokens_of
+from gpt2x.batches.source import Source, open_file_source, tokens_of
 from gpt2x.batches.stream import StreamSource
 from gpt2x.batches.validation import HeldOut
-from gpt2x.batches.whole_documents import open_file_source
 from gpt2x.config import DataSection, SourceSection
 from gpt2x.errors import UserError
 

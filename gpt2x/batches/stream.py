@@ -16,8 +16,8 @@ import numpy as np
 
 from gpt2x.addresses import without_secrets
 from gpt2x.batches.order import permute, round_keys
-from gpt2x.batches.sequences import Sequences
 from gpt2x.batches.source import Source
+from gpt2x.batches.windows import ConsecutiveWindows, Sequences
 from gpt2x.config import StreamSection
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
@@ -122,13 +122,8 @@ class StreamSource(Source):
         """
         sequences = np.empty((len(draws), self.sequence_length), np.int64)
         for here, era, shards in self._cache.wait(lambda: self._opened(draws)):
-            windows = self._windows(era, draws[here])
-            numbers = np.searchsorted(era.first_windows, windows, side="right") - 1
-            for number in np.unique(numbers):
-                of_shard = numbers == number
-                tokens, length = shards[number].tokens, self.sequence_length
-                places = windows[of_shard] - era.first_windows[number]
-                sequences[here[of_shard]] = tokens[: tokens.size // length * length].reshape(-1, length)[places]
+            windows = ConsecutiveWindows(shards, self.sequence_length)
+            sequences[here] = windows.sequences(self._windows(era, draws[here])).ids
         return Sequences(sequences)
 
     def locate(self, draw: int) -> str:

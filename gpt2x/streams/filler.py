@@ -44,6 +44,7 @@ from gpt2x.streams.ledger import (
     write_failure,
 )
 from gpt2x.streams.reading import Patience, StreamBrokenError, read_rows
+from gpt2x.tokenizers.encoding import text_reader
 
 # How often a full cache is looked at for shards that someone else deleted.
 LOOK_S = 0.2
@@ -116,7 +117,7 @@ class Filler:
             if not self._has_validation():
                 self._fill_validation()
             if (number := self._missing()) is not None:
-                self._fill(number)
+                self._record(number, self._piece(number, self.ledger.start_of(number)))
             with self._needed:
                 if number is None and self._beginning == self.ledger.beginning:
                     self._needed.wait(LOOK_S)
@@ -175,15 +176,12 @@ class Filler:
         if self.ledger.beginning.number == 0 and not shard_file(self.cache_dir, 0).is_file():
             self._record(0, piece)
 
-    def _fill(self, number: int) -> None:
-        self._record(number, self._piece(number, self.ledger.start_of(number)))
-
     def _piece(self, number: int, start: Position) -> Piece:
         """The piece of a shard; the stream is opened anew where it is not the one after the last."""
         if number != self._next_piece:
             cutter = Cutter(
                 self.corpus,
-                _tokenizer(self.cache_dir),
+                text_reader(Tokenizer.from_file(str(self.cache_dir / "tokenizer" / "tokenizer.json"))),
                 self.vocabulary,
                 tokens_per_shard=self.recipe.tokens_per_shard,
             )
@@ -250,12 +248,3 @@ class Filler:
     def _empty(self, piece: Piece) -> UserError:
         found = ", ".join(f"{count} {reason}" for reason, count in sorted(piece.left_out.items())) or "no rows"
         return UserError(f"the stream has no document to train on ({found}); give it some text.")
-
-
-def _tokenizer(cache_dir: Path) -> Tokenizer:
-    """The tokenizer as a reader of documents: text that spells a special token stays text."""
-    tokenizer = Tokenizer.from_file(str(cache_dir / "tokenizer" / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

@@ -15,24 +15,12 @@ from gpt2x.config import CorpusSection, TokenizerSection
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, make_directory, read_json, whole_directory, write_file
 from gpt2x.locate import local_path, say
-from gpt2x.tokenizers.loading import is_saved, load_tokenizer
+from gpt2x.tokenizers.encoding import text_reader
+from gpt2x.tokenizers.loading import is_saved as is_saved
+from gpt2x.tokenizers.loading import load_tokenizer as load_tokenizer
 
 # Beside a tokenizer that was trained here: on what.
 TRAINING_FILE = "training.json"
-
-__all__ = [
-    "TRAINING_FILE",
-    "check_training",
-    "is_saved",
-    "load_tokenizer",
-    "save_tokenizer",
-    "text_encoder",
-    "tokenizer_fingerprint",
-    "train_tokenizer",
-    "training_of",
-    "vocabulary_size",
-    "write_tokenizer",
-]
 
 
 def train_tokenizer(texts: Iterable[str], section: TokenizerSection) -> PreTrainedTokenizerFast:
@@ -85,7 +73,7 @@ def save_tokenizer(
     Args:
         tokenizer: what to save.
         path: its directory; the parents are made.
-        trained_on: what to write down beside it, see check_training.
+        trained_on: what to write down beside it, see check_trained_on.
         replaces: whether an older one, which must be ours, gives way.
 
     Raises:
@@ -128,12 +116,16 @@ def training_of(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bo
     }
 
 
-def check_training(directory: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuses a tokenizer that was trained on something else than a recipe says: on what is now held out, perhaps.
+def check_trained_on(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool = False) -> None:
+    """Refuses a tokenizer that is to be trained on a corpus and was trained on another: on what is now held out,
+    perhaps.
 
     Raises:
         UserError: with what differs. One that does not say what it was trained on is used, with a line.
     """
+    if section.vocab_size is None:
+        return
+    directory, wanted = local_path(section.path), training_of(section, corpus, as_chat=as_chat)
     try:
         found = without_secrets(read_json(directory / TRAINING_FILE, dict[str, Any]))
     except DamagedError as error:
@@ -149,12 +141,6 @@ def check_training(directory: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def check_trained_on(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool = False) -> None:
-    """Raises UserError for a tokenizer that is to be trained on a corpus and was trained on another."""
-    if section.vocab_size is not None:
-        check_training(local_path(section.path), training_of(section, corpus, as_chat=as_chat))
-
-
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """One more than the largest id, which is more than the number of tokens where a foreign vocabulary has gaps."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -162,11 +148,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the tokenizer's backend that reads documents: text that spells a special token stays text."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+    return text_reader(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

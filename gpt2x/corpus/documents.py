@@ -162,7 +162,7 @@ def open_corpus(
         found = open_share(corpus, advance, share, find_layout=_find_layout(corpus, as_chat))
         return Reading(corpus, _told_at_the_end(found.rows, every, read), found.size, "rows", found.layout)
     layout = _layout_of(every, corpus) if as_chat else TextColumn(column=corpus.text_column)
-    own = every[share.task :: share.num_tasks] if len(every) >= share.num_tasks else every
+    own = _dealt_out(every, share)
     rows = _rows(own, corpus, advance, layout, read)
     if len(every) < share.num_tasks:
         rows = islice(rows, share.task, None, share.num_tasks)
@@ -204,10 +204,13 @@ def size_to_read(
         share = Share(task=tasks[0], num_tasks=num_tasks)
         size = open_share(corpus, unheard, share, find_layout=_find_layout(corpus, as_chat)).size
         return size and size * len(tasks), "rows"
-    every = list(files.values())
-    if len(every) < num_tasks:
-        return _size_of(every) * len(tasks), "B"
-    return sum(_size_of(every[task::num_tasks]) for task in tasks), "B"
+    shares = [Share(task=task, num_tasks=num_tasks) for task in tasks]
+    return sum(_size_of(_dealt_out(list(files.values()), share)) for share in shares), "B"
+
+
+def _dealt_out(files: list[Path], share: Share) -> list[Path]:
+    """The files that a task reads: all where there are too few."""
+    return files[share.task :: share.num_tasks] if len(files) >= share.num_tasks else files
 
 
 def _size_of(files: Sequence[Path]) -> int:

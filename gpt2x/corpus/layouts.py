@@ -2,7 +2,7 @@
 are recognized by the names of their columns alone."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,16 +51,14 @@ class TextColumn:
 
     column: str
 
-    def columns_in(self, found: Sequence[str], name: str, *, noun: str = "column") -> list[str]:
+    def columns_in(self, found: Sequence[str], name: str) -> list[str]:
         """The column, which must be among those that were found.
 
         Raises:
             UserError: where it is not.
         """
         if self.column not in found:
-            raise UserError(
-                f"{name} has no {noun} {self.column!r}, only: {listed(found)}; set corpus.text_column to one of them."
-            )
+            raise self._missing(f"{name} has no column", found)
         return [self.column]
 
     def document(self, columns: Mapping[str, Any], name: str) -> Document:
@@ -69,8 +67,12 @@ class TextColumn:
         Raises:
             UserError: names a row without the column, and one that holds something else there.
         """
-        self.columns_in(list(columns), name, noun="field")
+        if self.column not in columns:
+            raise self._missing(f"{name} has no field", columns)
         return Document(*text_of(columns[self.column], name=name, column=self.column))
+
+    def _missing(self, what: str, found: Iterable[str]) -> UserError:
+        return UserError(f"{what} {self.column!r}, only: {listed(found)}; set corpus.text_column to one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ class Layout:
 
     required: tuple[str, ...]
     """The columns it is recognized by."""
-    optional: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ("system", "tools")
     """Columns it may have besides."""
     read: Callable[[Cells], list[Message]] | None
     """Gives the messages of a row; None where a row is plain text, which no template is put around."""
@@ -234,14 +236,12 @@ def _alpaca(cells: Cells) -> list[Message]:
 
 # The first that fits counts: Alpaca's own rows also have a text, UltraChat's messages also a prompt.
 LAYOUTS = (
-    Layout(required=("messages",), optional=("system", "tools"), read=lambda cells: cells.messages("messages")),
-    Layout(
-        required=("conversations",), optional=("system", "tools"), read=lambda cells: cells.messages("conversations")
-    ),
-    Layout(required=("prompt", "completion"), optional=("system", "tools"), read=_pair("prompt", "completion")),
+    Layout(required=("messages",), read=lambda cells: cells.messages("messages")),
+    Layout(required=("conversations",), read=lambda cells: cells.messages("conversations")),
+    Layout(required=("prompt", "completion"), read=_pair("prompt", "completion")),
     Layout(required=("instruction", "output"), optional=("input", "system", "tools"), read=_alpaca),
-    Layout(required=("question", "answer"), optional=("system", "tools"), read=_pair("question", "answer")),
-    Layout(required=("text",), read=None),
+    Layout(required=("question", "answer"), read=_pair("question", "answer")),
+    Layout(required=("text",), optional=(), read=None),
 )
 
 

@@ -36,7 +36,8 @@ def csv_rows(file: Path, delimiter: str, advance: Advance) -> Generator[Row, Non
         line = 1
         for cells in _cells(reader, file):
             if cells and not header:
-                header = _header(cells, file)
+                header = cells
+                _check_names(header, header, file)
             elif cells:
                 if len(cells) != len(header):
                     raise UserError(
@@ -52,7 +53,9 @@ def csv_columns(file: Path, delimiter: str) -> list[str]:
     """The names of the columns; none where there is no row."""
     with OpenedFile(file) as opened:
         reader = csv.reader(_texts(opened), delimiter=delimiter, strict=True)
-        return next((_header(cells, file) for cells in _cells(reader, file) if cells), [])
+        header = next((cells for cells in _cells(reader, file) if cells), [])
+        _check_names(header, header, file)
+        return header
 
 
 def _texts(opened: OpenedFile) -> Iterator[str]:
@@ -73,11 +76,10 @@ def _cells(reader: Iterator[list[str]], file: Path) -> Iterator[list[str]]:
         raise UserError(f"{file}:{line} is no CSV ({error}); double the quotes inside of quotes.") from None
 
 
-def _header(cells: list[str], file: Path) -> list[str]:
-    twice = next((cell for cell in cells if cells.count(cell) > 1), None)
-    if twice is not None:
-        raise UserError(f"{file} has {cells.count(twice)} columns {twice!r}; rename all but one.")
-    return cells
+def _check_names(columns: Sequence[str], found: list[str], file: Path) -> None:
+    for column in columns:
+        if found.count(column) > 1:
+            raise UserError(f"{file} has {found.count(column)} columns {column!r}; rename all but one.")
 
 
 def table_columns(file: Path) -> list[str]:
@@ -99,10 +101,7 @@ def table_rows(file: Path, columns: Sequence[str], advance: Advance) -> Iterator
     Raises:
         UserError: where there are several of a name.
     """
-    found = table_columns(file)
-    for column in columns:
-        if found.count(column) > 1:
-            raise UserError(f"{file} has {found.count(column)} columns {column!r}; rename all but one.")
+    _check_names(columns, table_columns(file), file)
     size, number, told = file.stat().st_size, 0, 0
     with pyarrow.memory_map(str(file)) as source:
         num_rows, batches = _batches(file, source, list(columns))

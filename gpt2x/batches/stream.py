@@ -208,7 +208,7 @@ class StreamSource(Source):
         """Makes eras of what is new in the ledger."""
         self.cache.follow()
         shards: list[StreamShard] = []
-        number = self._next_number()
+        number = self._eras[-1].shards[-1].number + 1 if self._eras else self.cache.ledger.beginning.number
         while (shard := self.cache.ledger.shards.get(number)) is not None:
             shards.append(shard)
             number += 1
@@ -224,9 +224,6 @@ class StreamSource(Source):
             first_draw=self._eras[-1].end_draw if self._eras else self._draws_before,
             first_windows=np.cumsum([0, *(shard.num_tokens // self.sequence_length for shard in shards)]),
         )
-
-    def _next_number(self) -> int:
-        return self._eras[-1].shards[-1].number + 1 if self._eras else self.cache.ledger.beginning.number
 
     def _era_of(self, draw: int) -> Era | None:
         """The era of a draw; None where it is not closed yet."""

@@ -22,11 +22,11 @@ from huggingface_hub import HfApi
 from pyarrow import ArrowException
 
 from gpt2x.config import CorpusSection
-from gpt2x.corpus.json_files import parsed_line
+from gpt2x.corpus.file_rows import parsed_line, rows_of
 from gpt2x.corpus.layouts import Layout, TextColumn
 from gpt2x.corpus.rows import Advance, Row, Share
 from gpt2x.corpus.source_files import BUILDERS, is_readable
-from gpt2x.corpus.text_files import rows_of, unheard
+from gpt2x.corpus.text_files import unheard
 from gpt2x.errors import UserError
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".ndjson")
@@ -205,18 +205,17 @@ def _local_files(corpus: CorpusSection) -> list[Path]:
     return [Path(file) for files in found for file in files if is_readable(Path(file))]
 
 
-def open_rows(corpus: CorpusSection, *, revision: str | None = None) -> Dataset | IterableDataset:
+def open_rows(corpus: CorpusSection) -> Dataset | IterableDataset:
     """Opens the split of a dataset; reads at most its first row. Code that comes with a dataset is never run.
 
     Args:
         corpus: of kind dataset.
-        revision: the commit of a dataset of the Hub; by default the newest.
 
     Raises:
         UserError: where there is no such dataset, configuration, split or column, and for files that cannot be read.
         ConnectionError: where the dataset is elsewhere and cannot be reached; trying again may help.
     """
-    rows, found = open_dataset(corpus, revision=revision)
+    rows, found = open_dataset(corpus)
     if found:
         TextColumn(column=corpus.text_column).columns_in(found, f"corpus.dataset ({corpus.dataset})")
     return rows

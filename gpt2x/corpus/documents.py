@@ -11,10 +11,11 @@ from typing import NamedTuple
 from gpt2x.config import CorpusSection
 from gpt2x.corpus.cutting import CHARACTERS_PER_PIECE, as_whole, chunks_of, cut, pieces_of
 from gpt2x.corpus.dataset_rows import FindLayout, open_share
+from gpt2x.corpus.file_rows import columns_of, rows_of
 from gpt2x.corpus.layouts import Layout, Message, TextColumn, find_layout
 from gpt2x.corpus.rows import Advance, Row, Share
 from gpt2x.corpus.source_files import kind_of, source_files
-from gpt2x.corpus.text_files import LongFile, columns_of, rows_of, unheard
+from gpt2x.corpus.text_files import LongFile, unheard
 from gpt2x.errors import UserError
 
 WHOLE = Share()

@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from gpt2x.corpus.opened_files import MAX_ROW_BYTES, OpenedFile, too_long
 from gpt2x.corpus.rows import Advance, Row
 from gpt2x.corpus.source_files import kind_of
+from gpt2x.corpus.text_files import MAX_ROW_BYTES, OpenedFile, too_long
 from gpt2x.errors import UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

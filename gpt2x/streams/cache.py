@@ -28,7 +28,8 @@ from gpt2x.streams.ledger import (
     validation_file,
 )
 from gpt2x.streams.process import FillerProcess
-from gpt2x.tokenizers.bpe import is_saved, load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
+from gpt2x.tokenizers.bpe import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
+from gpt2x.tokenizers.loading import is_saved
 
 POLL_S = 0.02
 # How long a failure that was there before this reader counts as that of an earlier run, whose successor removes it.

@@ -17,7 +17,6 @@ from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, make_directory, read_json, whole_directory, write_file
 from gpt2x.locate import find_tokenizer, holds_tokenizer, local_path, say
 from gpt2x.tokenizers.encoding import text_reader
-from gpt2x.tokenizers.loading import is_saved as is_saved
 from gpt2x.tokenizers.loading import load_tokenizer as load_tokenizer
 from gpt2x.tokenizers.loading import open_tokenizer
 

@@ -93,7 +93,7 @@ def read_pieces(reading: Reading, *, dropped: Counter[str], cuts: bool) -> Itera
         elif isinstance(reading.layout, Layout):
             yield Piece(row.name, text, is_validation(text, reading.corpus), True, messages)
         else:
-            parts = pieces_of(text) if cuts else iter((as_whole([text], row.name),))
+            parts = pieces_of(text, cuts=cuts, name=row.name)
             yield from _as_pieces(row.name, parts, is_validation(text, reading.corpus))
 
 

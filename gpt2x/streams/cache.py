@@ -92,12 +92,9 @@ class StreamCache:
             found = ledger_file(self.directory).stat()
         except OSError:  # not there yet, or a link that leads nowhere, which the filler replaces
             return
-        if (seen := (found.st_mtime_ns, found.st_ino, found.st_size)) != self._ledger_seen:
-            cached = read_ledger(self.directory)
-            if cached is not None and cached.definition == self.ledger.definition:
-                self.ledger.follow(cached.shards.values())
-                self.ledger.validation = self.ledger.validation or cached.validation
-                self._ledger_seen = seen
+        seen = found.st_mtime_ns, found.st_ino, found.st_size
+        if seen != self._ledger_seen and self.ledger.take_over(self.directory):
+            self._ledger_seen = seen
 
     def shard(self, number: int) -> Shard | None:
         """A shard of the ledger; None while it is not there. A damaged one is deleted, so that it is made anew."""

@@ -32,13 +32,11 @@ from gpt2x.shards.index import ShardEntry, split_directory
 from gpt2x.streams.cutting import Cutter, Documents, Piece, Vocabulary
 from gpt2x.streams.ledger import (
     Beginning,
-    Ledger,
     LedgerContent,
     Position,
     StreamShard,
     beginning_of_json,
     ledger_of_json,
-    read_ledger,
     shard_file,
     validation_file,
     write_failure,
@@ -102,7 +100,9 @@ class Filler:
         self.corpus = CorpusSection(**recipe.corpus)
         self.vocabulary = Vocabulary(**recipe.vocabulary)
         self.patience = Patience(retry_s=recipe.retry_s, stall_s=recipe.stall_s)
-        self.ledger = self._known()
+        # What the reader knows, and what the cache knows beyond that.
+        self.ledger = ledger_of_json(cast(LedgerContent, recipe.ledger))
+        self.ledger.take_over(self.cache_dir)
         self._needed = threading.Condition()
         self._beginning = self.ledger.beginning
         # The pieces from a shard on, as long as one is wanted after the other.
@@ -132,14 +132,6 @@ class Filler:
         with self._needed:
             self._beginning = beginning
             self._needed.notify()
-
-    def _known(self) -> Ledger:
-        """What the reader knows, and what the cache knows beyond that."""
-        ledger, cached = ledger_of_json(cast(LedgerContent, self.recipe.ledger)), read_ledger(self.cache_dir)
-        if cached is not None and cached.definition == ledger.definition:
-            ledger.follow(cached.shards.values())
-            ledger.validation = ledger.validation or cached.validation
-        return ledger
 
     def _wanted(self) -> range:
         """The numbers of the shards that there is room for, from the oldest needed one on."""

@@ -138,6 +138,15 @@ class Ledger:
         ):
             self.shards[found.number] = found
 
+    def take_over(self, cache_dir: Path) -> bool:
+        """Takes over what a cache's ledger knows beyond this one; False where it has none of the same stream."""
+        cached = read_ledger(cache_dir)
+        if cached is None or cached.definition != self.definition:
+            return False
+        self.follow(cached.shards.values())
+        self.validation = self.validation or cached.validation
+        return True
+
     def forget_before(self, beginning: Beginning) -> None:
         """Drops what came before an era."""
         self.shards = {number: shard for number, shard in self.shards.items() if number >= beginning.number}

@@ -37,6 +37,7 @@ from gpt2x.checkpoints.retention import Retention
 from gpt2x.checkpoints.saver import CheckpointSaver, State
 from gpt2x.distributed.devices import keep_freed_memory, usable_cores
 from gpt2x.runs.directory import RunDirectory
+from gpt2x.stock_forms import save_stock
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 CONTESTANTS = ("torch-save", "torch-save-safe", "gpt2x")
@@ -49,7 +50,7 @@ def own_save(model: GPT2XForCausalLM, optimizer: AdamW, directory: Path) -> tupl
     """gpt2x's way to save, and what does it."""
     saver = CheckpointSaver(
         RunDirectory(directory),
-        lambda target, weights: model.save_stock(target, state_dict=weights),
+        lambda target, weights: save_stock(model, target, state_dict=weights),
         retention=Retention(newest=1),
     )
     names = parameter_names(model)

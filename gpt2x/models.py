@@ -13,9 +13,10 @@ from gpt2x.config import FinetuneRecipe, ModelSection, Recipe, TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.locate import base_of, find_model, from_pretrained, one_line_of
 from gpt2x.prerequisites import check_installed, refuse_adapters
+from gpt2x.stock_forms import save_stock, stock_model_type
 from gpt2x.tokenizers.bpe import write_tokenizer
 from gpt2x.tokenizers.vocabulary import adopt_tokenizer, check_tokenizer
-from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 from modeling_gpt2x.loading_gpt2x import load_strictly
 
 
@@ -102,7 +103,7 @@ def save_model(
     except ValueError:
         model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
         return model.config.model_type
-    model.save_stock(directory, state_dict=weights)
+    save_stock(model, directory, state_dict=weights)
     return written
 
 

@@ -9,15 +9,7 @@ from transformers import (
 )
 
 from .configuration_gpt2x import GPT2XConfig
-from .conversion_gpt2x import (
-    from_stock_config,
-    from_stock_state_dict,
-    save_config,
-    stock_model_type,
-    to_stock_config,
-    to_stock_state_dict,
-)
-from .loss_gpt2x import chunked_linear_cross_entropy
+from .linear_gpt2x import chunked_linear_cross_entropy
 from .modeling_gpt2x import (
     GPT2XForCausalLM,
     GPT2XForSequenceClassification,
@@ -46,10 +38,4 @@ __all__ = [
     "GPT2XModel",
     "GPT2XPreTrainedModel",
     "chunked_linear_cross_entropy",
-    "from_stock_config",
-    "from_stock_state_dict",
-    "save_config",
-    "stock_model_type",
-    "to_stock_config",
-    "to_stock_state_dict",
 ]

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt2x.adapters.layers import adapter_weights
 from gpt2x.errors import UserError
+from gpt2x.stock_forms import save_config
 from gpt2x.tokenizers.bpe import write_tokenizer
-from modeling_gpt2x import save_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -19,7 +19,7 @@ _NAMES = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tekken.json", "*.tiktoken"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("onnx/*.onnx", "onnx/*.onnx_data*", "genai_config.json", "*.gguf"),
-    *(file.name for file in (Path(__file__).parents[2] / "modeling_gpt2x").glob("*_gpt2x.py")),
+    "*_gpt2x.py",
 )
 _FOLDERS = {name.split("/")[0] for name in _NAMES if "/" in name}
 

@@ -10,7 +10,8 @@ import yaml
 from stock_models import MODERN, small_config
 from transformers import AutoConfig, GPT2Config
 
-from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, from_stock_config, stock_model_type
+from gpt2x import from_stock_config, stock_model_type
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 RECIPES = Path(__file__).parents[2] / "configuration" / "model"
 

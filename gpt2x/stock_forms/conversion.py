@@ -1,23 +1,18 @@
 """Stock forms <-> gpt2x, lossless both ways: pure functions on configs and state dicts.
 
-GPT2X is an implementation, not a format. A model whose options some class of transformers shares is saved in the form
-of that class, and everything that reads transformers checkpoints reads it.
-
-Shapes: H heads, D = 2 * E width of a head, C hidden size.
+Shapes: H heads, E half the width of a head.
 """
 
 import copy
-import json
 import re
 from collections.abc import Mapping
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_gpt2x import GPT2XConfig
+from modeling_gpt2x import GPT2XConfig
+from modeling_gpt2x.loading_gpt2x import check_model_type
 
 STOCK_CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -161,19 +156,6 @@ def to_stock_config(config: GPT2XConfig) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, dtype=config.dtype, **fields)
 
 
-def save_config(config: PreTrainedConfig, directory: str | PathLike) -> None:
-    """Writes config.json, with RoPE also at its top level: transformers 4 and mistral.rs read it there only."""
-    config.save_pretrained(directory)
-    config_file = Path(directory) / "config.json"
-    fields = json.loads(config_file.read_text(encoding="utf-8"))
-    rope = fields.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        fields["rope_theta"] = rope["rope_theta"]
-        if rope["rope_type"] != "default":
-            fields["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-        config_file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def from_stock_config(stock_config: PreTrainedConfig) -> GPT2XConfig:
     """The GPT2XConfig that computes the same as `stock_config`.
 
@@ -194,15 +176,6 @@ def from_stock_config(stock_config: PreTrainedConfig) -> GPT2XConfig:
     return GPT2XConfig(dtype=stock_config.dtype, **{**_IMPLIED[model_type], **options})
 
 
-def check_model_type(model_type: str | None) -> None:
-    """Raises a ValueError unless `model_type` is one of the stock forms."""
-    if model_type not in STOCK_CLASSES:
-        raise ValueError(
-            f"model_type ({model_type!r}) must be gpt2x or one of {', '.join(STOCK_CLASSES)}, which GPT2X converts; "
-            "load other models with AutoModelForCausalLM."
-        )
-
-
 def to_stock_state_dict(state_dict: Mapping[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
     """The weights of a GPT2XForCausalLM under the names and in the layouts of its stock class.
 
@@ -215,7 +188,7 @@ def to_stock_state_dict(state_dict: Mapping[str, torch.Tensor], config: GPT2XCon
     weights = _without_duplicates(state_dict, config)
     if model_type == "gpt2":
         return _to_gpt2(weights)
-    return _to_nanochat(weights, config) if model_type == "nanochat" else weights
+    return _nanochat(weights, config, _NANOCHAT_MODULES) if model_type == "nanochat" else weights
 
 
 def from_stock_state_dict(state_dict: Mapping[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
@@ -224,7 +197,7 @@ def from_stock_state_dict(state_dict: Mapping[str, torch.Tensor], config: GPT2XC
     weights = _without_duplicates(state_dict, config)
     if model_type == "gpt2":
         return _from_gpt2(weights)
-    return _from_nanochat(weights, config) if model_type == "nanochat" else weights
+    return _nanochat(weights, config, _reversed(_NANOCHAT_MODULES)) if model_type == "nanochat" else weights
 
 
 def _without_duplicates(state_dict: Mapping[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
@@ -283,8 +256,7 @@ def _to_gpt2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _from_gpt2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    modules = {stock: own for own, stock in _GPT2_MODULES.items()}
-    layer_modules = {stock: own for own, stock in _GPT2_LAYER_MODULES.items()}
+    modules, layer_modules = _reversed(_GPT2_MODULES), _reversed(_GPT2_LAYER_MODULES)
     converted = {}
     for name, tensor in weights.items():
         module, kind = name.rsplit(".", 1)
@@ -306,41 +278,27 @@ def _transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ nanochat
-def _to_nanochat(weights: dict[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
-    renamed = {
-        name.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj", "mlp.fc2"): w for name, w in weights.items()
-    }
-    return _with_swapped_halves(renamed, config)
+_NANOCHAT_MODULES = {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}
 
 
-def _from_nanochat(weights: dict[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
-    renamed = {
-        name.replace("mlp.fc1", "mlp.up_proj").replace("mlp.fc2", "mlp.down_proj"): w for name, w in weights.items()
-    }
-    return _with_swapped_halves(renamed, config)
-
-
-def _with_swapped_halves(weights: dict[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
-    """Swaps the halves of every query and key head.
+def _nanochat(
+    weights: dict[str, torch.Tensor], config: GPT2XConfig, modules: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """Renames modules and swaps the halves of every query and key head.
 
     NanoChat's RoPE turns by the negative angle, which is the positive angle on (b, a) in place of (a, b). As queries
     and keys swap alike, their products stay the same. The swap is its own inverse.
     """
-    swapped = dict(weights)
+    converted = {}
     for name, tensor in weights.items():
+        for module, renamed in modules.items():
+            name = name.replace(module, renamed)
         if re.search(r"\.(q|k)_proj\.(weight|bias)$", name):
             halves_H2E = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
-            swapped[name] = halves_H2E.flip(1).reshape(tensor.shape)
-    return swapped
+            tensor = halves_H2E.flip(1).reshape(tensor.shape)
+        converted[name] = tensor
+    return converted
 
 
-__all__ = [
-    "STOCK_CLASSES",
-    "check_model_type",
-    "from_stock_config",
-    "from_stock_state_dict",
-    "save_config",
-    "stock_model_type",
-    "to_stock_config",
-    "to_stock_state_dict",
-]
+def _reversed(names: dict[str, str]) -> dict[str, str]:
+    return {value: key for key, value in names.items()}

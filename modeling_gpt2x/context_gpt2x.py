@@ -1,15 +1,16 @@
-"""Which positions a token may see: the past, its window, its own document, and no padding.
+"""What a token sees: masks for its past, its window and its own document; and the cache of the passes before.
 
-Shapes: B batch, T positions of this forward pass, S positions seen with the cache included.
+Shapes: B batch, T positions of this forward pass, S positions seen with the cache included, H heads, D their width.
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     create_causal_mask,
@@ -19,7 +20,12 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
-from .cache_gpt2x import CACHE_NAME
+CACHE_NAMES = ("past_key_values", "cache")
+# How this transformers calls the cache: by the newer name from 5.24 on.
+CACHE_NAME = CACHE_NAMES["cache" in signature(create_causal_mask).parameters]
+# A full buffer makes room for so many times its tokens: little memory is idle, and copying stays rare.
+GROWTH = 1.25
+MIN_ROOM = 64
 
 MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -130,4 +136,83 @@ def document_starts(position_BT: torch.Tensor, is_token_BS: torch.Tensor) -> tup
     return torch.where(is_token_BT, torch.maximum(start_BT, rank_BT - position_BT), 0), rank_BS
 
 
-__all__ = ["document_starts", "make_attention_masks"]
+# --------------------------------------------------------------------------------------------------------- cache
+def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Any:
+    """The cache that a model's forward was given by either name; `cache` is taken out of `kwargs`.
+
+    Before 5.24 transformers hands the paged cache of continuous batching past the model to the attention function, as
+    `cache`: there it stays.
+
+    Raises:
+        ValueError: if both names are given.
+    """
+    cache = kwargs.pop("cache", None)
+    if cache is None:
+        return past_key_values
+    if CACHE_NAME != "cache" and not isinstance(cache, Cache):
+        kwargs["cache"] = cache
+        return past_key_values
+    if past_key_values is not None:
+        raise ValueError("past_key_values and cache are two names of one argument; give one of them.")
+    return cache
+
+
+class GrowingLayer(DynamicLayer):
+    """A DynamicLayer whose keys and values are views of buffers with room behind them, (B, H, S + room, D).
+
+    Whatever else is done to `keys` and `values` (cropping, reordering, repeating rows) is seen by where they lie:
+    a view that still begins where the buffer does is written behind; anything else is copied into a new buffer.
+    Where tensors lie is nothing that a compiler or exporter can trace: for them it is a DynamicLayer.
+    """
+
+    # Exporters make an input of every tensor they find in `vars`.
+    __slots__ = ("_buffers",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: list[torch.Tensor] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are DynamicLayers, with tensors of their own and no room."""
+        state = dict(vars(self))
+        if self.is_initialized:
+            whole = {"memory_format": torch.contiguous_format}
+            state.update(keys=self.keys.clone(**whole), values=self.values.clone(**whole))
+        return DynamicLayer, (), state
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends (B, H, T, D) keys and values and returns all of them, (B, H, S + T, D)."""
+        if torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]  # type: ignore[misc]
+        past, total = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if not self._has_room(total):
+            room = max(total + MIN_ROOM, int(total * GROWTH))
+            self._buffers = [_with_room(old, room) for old in (self.keys, self.values)]
+        for buffer, new in zip(self._buffers, (key_states, value_states)):
+            buffer[:, :, past:total] = new
+        self.keys, self.values = (buffer[:, :, :total] for buffer in self._buffers)  # type: ignore[misc]
+        return self.keys, self.values
+
+    def _has_room(self, total: int) -> bool:
+        views = zip(self._buffers, (self.keys, self.values))
+        return bool(self._buffers) and all(
+            view.data_ptr() == buffer.data_ptr() and view.shape[0] == buffer.shape[0] and total <= buffer.shape[-2]
+            for buffer, view in views
+        )
+
+
+def _with_room(old: torch.Tensor, room: int) -> torch.Tensor:
+    buffer = old.new_empty((*old.shape[:2], room, old.shape[-1]))
+    buffer[:, :, : old.shape[-2]] = old
+    return buffer
+
+
+def grow_in_place(cache: Any) -> None:
+    """Makes the plain layers of an empty DynamicCache growing ones; others, sliding ones say, stay as they are."""
+    if type(cache) is DynamicCache and not cache.offloading:
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

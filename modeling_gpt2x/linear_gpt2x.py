@@ -1,13 +1,16 @@
-"""The next-token loss straight from the hidden states: head and cross-entropy in chunks of tokens.
+"""Products with large weights: head and loss in chunks of tokens, and packed weights for decoding on a CPU.
 
 Shapes: N tokens, C hidden size, V vocabulary, P vocabulary and padding, R rows of one chunk.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 IGNORE_INDEX = -100
 # 50,304 rows instead of GPT-2's 50,257 make the weight's gradient 1.4x faster on AVX-512 cores; tensor cores want 8.
@@ -15,9 +18,37 @@ ROW_ALIGNMENT = 64
 # float16 ends at 6e-8, where probabilities of a large vocabulary do not. d loss / d logits is at most 1, so between it
 # and the largest float16, 65504, there is room.
 FLOAT16_STRETCH = 2.0**15
+# Rows of one decoding step: beyond, arithmetic counts more than reading.
+MAX_ROWS = 64
+# Packing a weight takes as long as it saves in 10 (bfloat16) to 40 (float32, one row) steps; a short text packs none.
+STEPS_BEFORE_PACKING = 24
+MAX_PACKED_BYTES = 4 * 2**30
 
 
-def shift_labels_left(labels: torch.Tensor) -> torch.Tensor:
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a product with `x` runs: that of autocast, where it is on."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def to_matmul_dtype(x: torch.Tensor) -> torch.Tensor:
+    """Casts once to the autocast dtype, where autocast would cast again for every projection reading `x`."""
+    return x.to(matmul_dtype(x))
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` is x @ weight.T + bias and nothing else: no LoRA, quantization, DTensor or replaced forward."""
+    is_linear = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    return is_linear and "forward" not in module.__dict__
+
+
+# ---------------------------------------------------------------------------------------------------------- loss
+def is_plain_head(head: nn.Module) -> bool:
+    """Whether the loss may be computed from the weight of `head` and without its forward: no bias and no hooks."""
+    return is_plain_linear(head) and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def shift_left(labels: torch.Tensor) -> torch.Tensor:
     """The label of each position's next token, (B, T); the last position of a row predicts nothing."""
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
@@ -91,12 +122,6 @@ def _rows_per_chunk(num_tokens: int, vocab_size: int) -> int:
     return max(512, min(2**26 // vocab_size, math.ceil(num_tokens / 4)))
 
 
-def _matmul_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which autocast would multiply `tensor`."""
-    device_type = tensor.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
-
-
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies; its forward computes the gradients as well."""
 
@@ -111,7 +136,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         needs_gradient: bool,
     ) -> torch.Tensor:
-        dtype = _matmul_dtype(hidden_NC)
+        dtype = matmul_dtype(hidden_NC)
         h_NC, w_PC = hidden_NC.to(dtype), _aligned_copy(weight_VC[:vocab_size], dtype)
         valid_N1 = (labels_N != IGNORE_INDEX).unsqueeze(1)
         target_N1 = labels_N.unsqueeze(1).masked_fill(~valid_N1, 0)
@@ -202,4 +227,55 @@ def _product(grad_logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return product.div_(FLOAT16_STRETCH)
 
 
-__all__ = ["chunked_linear_cross_entropy", "shift_labels_left"]
+# ------------------------------------------------------------------------------------------------------ decoding
+@contextmanager
+def packed_linears(model: nn.Module) -> Iterator[None]:
+    """Lets plain Linear modules on the CPU decode with packed weights inside the block, in which no weight may change.
+
+    A decoding step multiplies a few rows by every weight once, so its time is that of reading the weights. torch's
+    linear reads them at about half of the memory's speed; oneDNN's layout, in blocks that fit its kernels, gets up to
+    twice as far (`scripts/benchmark.py generate`). It is a second copy of the weights, kept while the block runs.
+
+    Results differ from the plain ones by rounding. Modules that are more than a Linear and whatever needs gradients or
+    compiles stays as it is; so does a model of more than 4 GiB.
+    """
+    modules = [module for module in model.modules() if is_packable(module)]
+    if sum(module.weight.nbytes for module in modules) > MAX_PACKED_BYTES:
+        modules = []
+    try:
+        for module in modules:
+            module.__dict__["forward"] = _packing_forward(module)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether oneDNN can take the place of this module's own forward pass."""
+    if not is_plain_linear(module) or module.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if module.weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return module.weight.dtype == torch.float32
+
+
+def _packing_forward(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward pass for `module` that packs its weight once it has seen a few decoding steps."""
+    packed: torch.Tensor | None = None
+    steps = 0
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        nonlocal packed, steps
+        rows = x.numel() // x.shape[-1]
+        is_seen_by_others = torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not torch.Tensor
+        is_step = rows <= MAX_ROWS and matmul_dtype(x) == x.dtype == module.weight.dtype and not is_seen_by_others
+        if is_step:
+            steps += 1
+        if not is_step or steps < STEPS_BEFORE_PACKING:
+            return F.linear(x, module.weight, module.bias)
+        if packed is None:
+            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")
+
+    return forward

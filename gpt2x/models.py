@@ -29,23 +29,20 @@ def make_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> Pr
     Raises:
         UserError: where the architecture contradicts itself, the tokenizer or the sequence length.
     """
-    origin = None if recipe.init_from is None else find_model(recipe.init_from)
-    if origin is not None:
-        refuse_adapters(origin)
     torch.manual_seed(recipe.run.seed)
-    try:
-        if origin is None:
-            assert isinstance(recipe, Recipe)
+    if recipe.init_from is None:
+        assert isinstance(recipe, Recipe)
+        try:
             model = GPT2XForCausalLM(make_config(recipe.model, tokenizer))
-        else:
-            model = from_pretrained(GPT2XForCausalLM, origin, dtype=torch.float32)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if isinstance(recipe, FinetuneRecipe) and origin is not None:
-        check_tokenizer(origin, tokenizer)
-        adopt_tokenizer(model, tokenizer)
+        except ValueError as error:
+            raise UserError(" ".join(str(error).split())) from error
+    else:
+        origin = find_model(recipe.init_from)
+        refuse_adapters(origin)
+        model = from_pretrained(GPT2XForCausalLM, origin, dtype=torch.float32)
+        if isinstance(recipe, FinetuneRecipe):
+            check_tokenizer(origin, tokenizer)
+            adopt_tokenizer(model, tokenizer)
     _check_fit(recipe, model.config, tokenizer)
     return model
 

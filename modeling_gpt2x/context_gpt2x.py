@@ -9,25 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, masking_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    flash_attention_mask,
-    sdpa_mask,
-)
-from transformers.utils import is_torchdynamo_compiling
 
 CACHE_NAMES = ("past_key_values", "cache")
 # How this transformers calls the cache: by the newer name from 5.24 on.
-CACHE_NAME = CACHE_NAMES["cache" in signature(create_causal_mask).parameters]
+CACHE_NAME = CACHE_NAMES["cache" in signature(masking_utils.create_causal_mask).parameters]
 # A full buffer makes room for so many times its tokens: little memory is idle, and copying stays rare.
 GROWTH = 1.25
 MIN_ROOM = 64
-
-MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 def make_attention_masks(
@@ -39,10 +29,9 @@ def make_attention_masks(
 ) -> dict[str, Any]:
     """One mask per layer type, in the form the attention implementation wants; `None` is plainly causal.
 
-    `cache` and `position_ids` must be the caller's own, before any default is filled in. Positions that
-    restart within a row are packed documents which must not see each other: with or without an attention_mask, with
-    or without a cache. Where the caller gives neither positions nor a mask nor a cache nothing is looked at, so that
-    plain batches need no mask and compile into one graph.
+    `cache` and `position_ids` must be the caller's own, before any default is filled in. Positions that restart within
+    a row are packed documents which must not see each other, with or without an attention_mask or a cache. Where the
+    caller gives none of the three nothing is looked at: plain batches need no mask and compile into one graph.
 
     Args:
         config: of the model.
@@ -53,16 +42,16 @@ def make_attention_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
-    mask_kwargs: dict[str, Any] = {
+    mask_kwargs = {
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
         CACHE_NAME: cache,
     }
-    make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
-    if make_mask is flash_attention_mask:
+    interface = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    if interface is masking_utils.flash_attention_mask:
         mask_kwargs["position_ids"] = position_ids  # flash attention finds the documents by itself
-    elif make_mask is not None:
+    elif interface is not None:
         mask_kwargs["and_mask_function"] = _same_document(inputs_embeds, attention_mask, cache, position_ids)
     is_plain = position_ids is None and attention_mask is None and cache is None
     masks = {}
@@ -70,8 +59,9 @@ def make_attention_masks(
         window = config.sliding_window if layer_type == "sliding_attention" else None
         fits_window = window is None or inputs_embeds.shape[1] <= window
         # transformers skips the mask in this case too, but not while compiling.
-        skips_mask = is_plain and fits_window and make_mask is sdpa_mask
-        masks[layer_type] = None if skips_mask else MASK_MAKERS[layer_type](**mask_kwargs)
+        skips_mask = is_plain and fits_window and interface is masking_utils.sdpa_mask
+        make = masking_utils.create_causal_mask if window is None else masking_utils.create_sliding_window_causal_mask
+        masks[layer_type] = None if skips_mask else make(**mask_kwargs)
     return masks
 
 
@@ -86,14 +76,16 @@ def _same_document(
     While compiling nothing can be decided by what is in a tensor, so positions then always make a mask. Only a cache
     under the compiler leaves documents unseparated: whoever compiles decoding packs no documents.
     """
-    is_compiling = is_torchdynamo_compiling()
-    if position_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
-        return None
-    if is_compiling and cache is not None:
+    is_compiling = torch.compiler.is_compiling()
+    is_made = attention_mask is not None and attention_mask.ndim != 2
+    if position_ids is None or is_made or (is_compiling and cache is not None):
         return None
     B, T = inputs_embeds.shape[:2]
     num_past = 0 if cache is None else int(cache.get_seq_length())
-    is_token_BS = _token_flags(attention_mask, (B, num_past + T), inputs_embeds.device)
+    is_token_BS = torch.ones((B, num_past + T), dtype=torch.bool, device=inputs_embeds.device)
+    if attention_mask is not None:
+        missing = max(0, num_past + T - attention_mask.shape[1])
+        is_token_BS = F.pad(attention_mask.to(inputs_embeds.device).bool(), (0, missing))[:, : num_past + T]
     start_BT, rank_BS = document_starts(position_ids.expand(B, -1), is_token_BS)
     if not is_compiling and not (start_BT > 0).any():
         return None
@@ -105,22 +97,12 @@ def _same_document(
     return sees_own_document
 
 
-def _token_flags(attention_mask: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Whether each position is a token and no padding, (B, S)."""
-    if attention_mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    return F.pad(attention_mask.to(device).bool(), (0, max(0, shape[1] - attention_mask.shape[1])))[:, : shape[1]]
-
-
 def document_starts(position_BT: torch.Tensor, is_token_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the document of each of the last T positions begins, counted in tokens without padding.
 
     A document begins where a position does not follow the one of the token before it; padding between two tokens may
     or may not have been counted. At position p it also began at most p tokens ago, which tells how much of a cache
-    belongs to it.
-
-    Returns:
-        start_BT, the number of tokens before each position's document, and rank_BS, the number before each position.
+    belongs to it. Returns the number of tokens before each position's document, and that before each position.
     """
     T, S = position_BT.shape[1], is_token_BS.shape[1]
     rank_BS = is_token_BS.cumsum(-1) - is_token_BS.long()
@@ -140,29 +122,24 @@ def document_starts(position_BT: torch.Tensor, is_token_BS: torch.Tensor) -> tup
 def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Any:
     """The cache that a model's forward was given by either name; `cache` is taken out of `kwargs`.
 
-    Before 5.24 transformers hands the paged cache of continuous batching past the model to the attention function, as
-    `cache`: there it stays.
+    Before 5.24 transformers calls `cache` the paged one that goes past the model to the attention function: it stays.
 
     Raises:
         ValueError: if both names are given.
     """
-    cache = kwargs.pop("cache", None)
-    if cache is None:
-        return past_key_values
-    if CACHE_NAME != "cache" and not isinstance(cache, Cache):
-        kwargs["cache"] = cache
-        return past_key_values
-    if past_key_values is not None:
+    is_paged = CACHE_NAME != "cache" and not isinstance(kwargs.get("cache"), Cache)
+    cache = None if is_paged else kwargs.pop("cache", None)
+    if cache is not None and past_key_values is not None:
         raise ValueError("past_key_values and cache are two names of one argument; give one of them.")
-    return cache
+    return past_key_values if cache is None else cache
 
 
 class GrowingLayer(DynamicLayer):
     """A DynamicLayer whose keys and values are views of buffers with room behind them, (B, H, S + room, D).
 
-    Whatever else is done to `keys` and `values` (cropping, reordering, repeating rows) is seen by where they lie:
-    a view that still begins where the buffer does is written behind; anything else is copied into a new buffer.
-    Where tensors lie is nothing that a compiler or exporter can trace: for them it is a DynamicLayer.
+    Whatever else is done to `keys` and `values` (cropping, reordering, repeating rows) is seen by where they lie: a
+    view that still begins where the buffer does is written behind; anything else is copied into a new buffer. A
+    compiler or exporter cannot trace where tensors lie: for them it is a DynamicLayer.
     """
 
     # Exporters make an input of every tensor they find in `vars`.
@@ -192,7 +169,7 @@ class GrowingLayer(DynamicLayer):
         past, total = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if not self._has_room(total):
             room = max(total + MIN_ROOM, int(total * GROWTH))
-            self._buffers = [_with_room(old, room) for old in (self.keys, self.values)]
+            self._buffers = [F.pad(old, (0, 0, 0, room - past)) for old in (self.keys, self.values)]
         for buffer, new in zip(self._buffers, (key_states, value_states)):
             buffer[:, :, past:total] = new
         self.keys, self.values = (buffer[:, :, :total] for buffer in self._buffers)  # type: ignore[misc]
@@ -204,12 +181,6 @@ class GrowingLayer(DynamicLayer):
             view.data_ptr() == buffer.data_ptr() and view.shape[0] == buffer.shape[0] and total <= buffer.shape[-2]
             for buffer, view in views
         )
-
-
-def _with_room(old: torch.Tensor, room: int) -> torch.Tensor:
-    buffer = old.new_empty((*old.shape[:2], room, old.shape[-1]))
-    buffer[:, :, : old.shape[-2]] = old
-    return buffer
 
 
 def grow_in_place(cache: Any) -> None:

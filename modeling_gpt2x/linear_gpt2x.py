@@ -25,27 +25,20 @@ STEPS_BEFORE_PACKING = 24
 MAX_PACKED_BYTES = 4 * 2**30
 
 
-def matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a product with `x` runs: that of autocast, where it is on."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-
-
 def to_matmul_dtype(x: torch.Tensor) -> torch.Tensor:
     """Casts once to the autocast dtype, where autocast would cast again for every projection reading `x`."""
-    return x.to(matmul_dtype(x))
+    device_type = x.device.type
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `module` is x @ weight.T + bias and nothing else: no LoRA, quantization, DTensor or replaced forward."""
-    is_linear = type(module) is nn.Linear and type(module.weight) is nn.Parameter
-    return is_linear and "forward" not in module.__dict__
+    """Whether `module` is x @ weight.T + bias and no more: no LoRA, quantization, DTensor, hooks, other forward."""
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 # ---------------------------------------------------------------------------------------------------------- loss
-def is_plain_head(head: nn.Module) -> bool:
-    """Whether the loss may be computed from the weight of `head` and without its forward: no bias and no hooks."""
-    return is_plain_linear(head) and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
 
 
 def shift_left(labels: torch.Tensor) -> torch.Tensor:
@@ -63,7 +56,7 @@ def chunked_linear_cross_entropy(
     chunk_size: int | None = None,
     vocab_size: int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of `hidden @ weight.T` against `labels`, without ever holding all logits.
+    """Cross-entropy of `hidden @ weight.T` against `labels` without ever holding all logits: a float32 scalar.
 
     The gradients with respect to `hidden` and `weight` are computed together with the loss, chunk by chunk, so that
     there are three matrix products in all and nothing is recomputed. The products run in the autocast dtype, the
@@ -75,13 +68,9 @@ def chunked_linear_cross_entropy(
         weight: (V, C), the head's weight.
         labels: (...), the token which each row of `hidden` predicts (already shifted); -100 is ignored.
         softcap: cap c of c * tanh(logits / c), arXiv:2408.00118.
-        num_items_in_batch: what the summed loss is divided by; `None` divides by the number of labels not ignored.
+        num_items_in_batch: what the summed loss is divided by; `None` takes the labels not ignored, or 1.
         chunk_size: rows per chunk; `None` chooses one.
-        vocab_size: rows of `weight` that are tokens; the padding rows behind them get neither probability nor
-            gradient.
-
-    Returns:
-        The loss, a float32 scalar. It is 0 if all labels are ignored.
+        vocab_size: rows of `weight` that are tokens; padding rows behind get neither probability nor gradient.
     """
     hidden_NC = hidden.reshape(-1, hidden.shape[-1])
     labels_N = labels.reshape(-1).to(hidden.device)
@@ -90,31 +79,16 @@ def chunked_linear_cross_entropy(
         num_items_in_batch = valid_N.sum().clamp(min=1)
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(hidden.device)
-    hidden_NC, labels_N = _without_ignored(hidden_NC, labels_N, valid_N)
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Ignored rows are dropped where that costs neither a device's synchronization nor a graph break.
+        kept = valid_N.nonzero().squeeze(1)
+        if 0 < len(kept) < 0.9 * len(valid_N):
+            hidden_NC, labels_N = hidden_NC.index_select(0, kept), labels_N.index_select(0, kept)
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    loss_sum = _ChunkedLinearCrossEntropy.apply(
-        hidden_NC,
-        weight,
-        labels_N,
-        softcap,
-        chunk_size or _rows_per_chunk(len(labels_N), vocab_size),
-        vocab_size,
-        needs_gradient,
-    )
-    return loss_sum / num_items_in_batch
-
-
-def _without_ignored(
-    hidden_NC: torch.Tensor, labels_N: torch.Tensor, valid_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drops ignored rows where that saves work and costs neither a device's synchronization nor a graph break."""
-    if hidden_NC.device.type != "cpu" or torch.compiler.is_compiling():
-        return hidden_NC, labels_N
-    kept = valid_N.nonzero().squeeze(1)
-    if not 0 < len(kept) < 0.9 * len(valid_N):
-        return hidden_NC, labels_N
-    return hidden_NC.index_select(0, kept), labels_N.index_select(0, kept)
+    vocab_size = vocab_size or weight.shape[0]
+    chunk_size = chunk_size or _rows_per_chunk(len(labels_N), vocab_size)
+    options = (softcap, chunk_size, vocab_size, needs_gradient)
+    return _ChunkedLinearCrossEntropy.apply(hidden_NC, weight, labels_N, *options) / num_items_in_batch
 
 
 def _rows_per_chunk(num_tokens: int, vocab_size: int) -> int:
@@ -136,8 +110,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         needs_gradient: bool,
     ) -> torch.Tensor:
-        dtype = matmul_dtype(hidden_NC)
-        h_NC, w_PC = hidden_NC.to(dtype), _aligned_copy(weight_VC[:vocab_size], dtype)
+        h_NC = to_matmul_dtype(hidden_NC)
+        w_PC = _aligned_copy(weight_VC[:vocab_size], h_NC.dtype)
         valid_N1 = (labels_N != IGNORE_INDEX).unsqueeze(1)
         target_N1 = labels_N.unsqueeze(1).masked_fill(~valid_N1, 0)
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
@@ -151,7 +125,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if needs_gradient:
                 # Rows of ignored labels are zeroed here, where they are C wide, and not in the V wide gradient.
                 grad_h_chunks.append(_product(logits_RP, w_PC).mul_(valid_N1[rows]))
-                grad_w_PC = _accumulated(grad_w_PC, logits_RP, h_NC[rows] * valid_N1[rows])
+                h_RC = h_NC[rows] * valid_N1[rows]
+                if grad_w_PC is None:
+                    grad_w_PC = _product(logits_RP.T, h_RC).float()
+                elif h_RC.dtype == torch.float32:
+                    grad_w_PC.addmm_(logits_RP.T, h_RC)
+                else:
+                    grad_w_PC.add_(_product(logits_RP.T, h_RC))
         if grad_w_PC is not None:
             ctx.save_for_backward(torch.cat(grad_h_chunks), grad_w_PC[:vocab_size])
         ctx.num_padding_rows = weight_VC.shape[0] - vocab_size
@@ -170,11 +150,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _aligned_copy(weight_VC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight in the dtype of the products, with rows of zeros up to a multiple of what matrix kernels tile by.
-
-    The padding exists in this copy alone, so that no parameter, optimizer state or checkpoint ever has padding rows.
-    Its logits and gradients are zeros.
-    """
+    """The weight for the products; this copy alone has rows of zeros up to a multiple of what kernels tile by."""
     num_padding_rows = -weight_VC.shape[0] % ROW_ALIGNMENT
     if weight_VC.shape[0] < 64 * ROW_ALIGNMENT or num_padding_rows == 0:
         return weight_VC.to(dtype)
@@ -188,8 +164,7 @@ def _cross_entropy_and_gradient_(
 ) -> torch.Tensor:
     """Returns the (R, 1) float32 losses, and overwrites the logits by the gradient of their sum.
 
-    Eager CPU code goes through the rows in blocks that fit the cache, as every pass over a larger float32 copy costs
-    more than the arithmetic; a compiler fuses the passes by itself.
+    Eager CPU code does so in blocks that fit the cache, where passes are cheap; a compiler fuses them by itself.
     """
     in_blocks = logits_RV.device.type == "cpu" and not torch.compiler.is_compiling()
     block_size = max(1, 2**18 // logits_RV.shape[1]) if in_blocks else logits_RV.shape[0]
@@ -204,15 +179,6 @@ def _cross_entropy_and_gradient_(
             gradient = gradient if softcap is None else gradient * (1 - (capped / softcap).square())
             logits.copy_(gradient * FLOAT16_STRETCH if logits.dtype == torch.float16 else gradient)
     return torch.cat(losses)
-
-
-def _accumulated(grad_w_VC: torch.Tensor | None, grad_logits_RV: torch.Tensor, h_RC: torch.Tensor) -> torch.Tensor:
-    """Adds the weight gradient of one chunk to the float32 sum of those before."""
-    if grad_w_VC is None:
-        return _product(grad_logits_RV.T, h_RC).float()
-    if h_RC.dtype == torch.float32:
-        return grad_w_VC.addmm_(grad_logits_RV.T, h_RC)
-    return grad_w_VC.add_(_product(grad_logits_RV.T, h_RC))
 
 
 def _product(grad_logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -232,12 +198,9 @@ def _product(grad_logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """Lets plain Linear modules on the CPU decode with packed weights inside the block, in which no weight may change.
 
-    A decoding step multiplies a few rows by every weight once, so its time is that of reading the weights. torch's
-    linear reads them at about half of the memory's speed; oneDNN's layout, in blocks that fit its kernels, gets up to
-    twice as far (`scripts/benchmark.py generate`). It is a second copy of the weights, kept while the block runs.
-
-    Results differ from the plain ones by rounding. Modules that are more than a Linear and whatever needs gradients or
-    compiles stays as it is; so does a model of more than 4 GiB.
+    A decoding step takes as long as reading every weight once: at about half of the memory's speed by torch's linear,
+    up to twice as fast in oneDNN's layout (`scripts/benchmark.py generate`), which is a second copy of the weights.
+    Results differ by rounding. What needs gradients or compiles stays as it is; so does a model of more than 4 GiB.
     """
     modules = [module for module in model.modules() if is_packable(module)]
     if sum(module.weight.nbytes for module in modules) > MAX_PACKED_BYTES:
@@ -268,8 +231,8 @@ def _packing_forward(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor
     def forward(x: torch.Tensor) -> torch.Tensor:
         nonlocal packed, steps
         rows = x.numel() // x.shape[-1]
-        is_seen_by_others = torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not torch.Tensor
-        is_step = rows <= MAX_ROWS and matmul_dtype(x) == x.dtype == module.weight.dtype and not is_seen_by_others
+        is_plain = type(x) is torch.Tensor and x.dtype == module.weight.dtype and not torch.is_autocast_enabled("cpu")
+        is_step = is_plain and rows <= MAX_ROWS and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
         if is_step:
             steps += 1
         if not is_step or steps < STEPS_BEFORE_PACKING:

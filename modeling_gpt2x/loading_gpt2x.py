@@ -10,36 +10,15 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-# What gpt2x.stock_forms converts.
-STOCK_TYPES = ("gpt2", "llama", "qwen3", "nanochat")
 # Arguments of from_pretrained that say where a checkpoint lies.
-HUB_KWARGS = (
+HUB_KWARGS = {
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
     *("use_safetensors", "variant", "weights_only"),
-)
+}
 # Buffers that older versions of transformers saved, and that every model computes by itself.
 OLD_BUFFERS = re.compile(r"attn\.(masked_)?bias|rotary_emb\.inv_freq")
-
-
-def is_stock(name_or_path: str | PathLike, **hub_kwargs: Any) -> bool:
-    """Whether a checkpoint is of a stock form, and not of gpt2x's own; raises ValueError where it is of neither."""
-    config, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_kwargs)
-    if config.get("model_type") == "gpt2x":
-        return False
-    check_model_type(config.get("model_type"))
-    return True
-
-
-def check_model_type(model_type: str | None) -> None:
-    """Raises a ValueError unless `model_type` is one of the stock forms."""
-    if model_type not in STOCK_TYPES:
-        raise ValueError(
-            f"model_type ({model_type!r}) must be gpt2x or one of {', '.join(STOCK_TYPES)}, which GPT2X converts; "
-            "load other models with AutoModelForCausalLM."
-        )
 
 
 def load_strictly(
@@ -50,18 +29,14 @@ def load_strictly(
     heads: tuple[str, ...] = (),
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Calls `from_pretrained` of a model class and refuses what transformers only reports before it goes on at random.
+    """Calls `from_pretrained` of a model class and refuses what transformers only reports; returns model and report.
 
-    A head of its own in a file whose config says that head and embedding are one is kept, as transformers keeps it,
-    and the config of the model says so from then on.
+    A head that differs from the embedding is kept, as transformers keeps it, and the model's config then says so.
 
     Args:
         from_pretrained: of a model class; `name_or_path` and further arguments are its own.
         source: what an error calls the checkpoint, where that is not `name_or_path`.
         heads: names of parts that may be missing, or be there for another task; transformers reports those.
-
-    Returns:
-        The model and transformers' report on its loading.
 
     Raises:
         ValueError: in one line, naming the tensor, and for files that are damaged.
@@ -92,10 +67,8 @@ def load_strictly(
             raise ValueError(f"{source} lacks {name}, which {kind} needs; use a complete checkpoint.")
     if loading["mismatched_keys"] and not takes_other_shapes:
         name, found, needed = min(loading["mismatched_keys"])
-        raise ValueError(
-            f"{source} holds {name} of the shape {tuple(found)}, and by its config it has {tuple(needed)}; use the "
-            "config.json and the weights of one model."
-        )
+        shapes = f"of the shape {tuple(found)}, and by its config it has {tuple(needed)}"
+        raise ValueError(f"{source} holds {name} {shapes}; use the config.json and the weights of one model.")
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not table.weight:
         model.config.tie_word_embeddings = False

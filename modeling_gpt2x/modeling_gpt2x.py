@@ -20,16 +20,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, modeling_layers
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -38,8 +33,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2x import GPT2XConfig
 from .context_gpt2x import CACHE_NAME, CACHE_NAMES, grow_in_place, make_attention_masks, take_cache
-from .linear_gpt2x import chunked_linear_cross_entropy, is_plain_head, packed_linears, shift_left, to_matmul_dtype
-from .loading_gpt2x import HUB_KWARGS, is_stock, load_strictly
+from .linear_gpt2x import chunked_linear_cross_entropy, is_plain_linear, packed_linears, shift_left, to_matmul_dtype
+from .loading_gpt2x import HUB_KWARGS, load_strictly
 
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2x.GPT2XConfig",
@@ -77,8 +72,7 @@ def make_qk_norm(config: GPT2XConfig) -> GPT2XRMSNorm | None:
 class GPT2XRotaryEmbedding(nn.Module):
     """Cosines and sines of rotary positions (arXiv:2104.09864), with every scaling that transformers knows.
 
-    The class name, the names of the buffers and the static method are what transformers re-creates the buffers by
-    after a model was built on the meta device.
+    By the names of class, buffers and static method transformers re-creates the buffers of a model made on "meta".
     """
 
     inv_freq: torch.Tensor
@@ -87,8 +81,7 @@ class GPT2XRotaryEmbedding(nn.Module):
     def __init__(self, config: GPT2XConfig):
         super().__init__()
         self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
         compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq_E, self.attention_scaling = compute(config)
@@ -201,25 +194,17 @@ class GPT2XAttention(nn.Module):
         q_BHTD, k_BKSD, v_BKSD = q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
         if past_key_values is not None:
             k_BKSD, v_BKSD = past_key_values.update(k_BKSD, v_BKSD, self.layer_idx, kwargs=kwargs)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window}
+        kwargs["dropout"] = self.attention_dropout if self.training else 0.0
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        out_BTHD, weights_BHTS = attention(
-            self,
-            q_BHTD,
-            k_BKSD,
-            v_BKSD,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        out_BTHD, weights_BHTS = attend(self, q_BHTD, k_BKSD, v_BKSD, attention_mask, **kwargs)
         return self.o_proj(out_BTHD.reshape(B, T, -1)), weights_BHTS
 
 
 # --------------------------------------------------------------------------------------------------------- layer
-class GPT2XDecoderLayer(GradientCheckpointingLayer):
+class GPT2XDecoderLayer(modeling_layers.GradientCheckpointingLayer):
     """Pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: GPT2XConfig, layer_idx: int):
@@ -301,24 +286,26 @@ class GPT2XPreTrainedModel(PreTrainedModel):
         Arguments are those of transformers; options of GPT2XConfig may be among them.
 
         Raises:
-            ValueError: for any other model type, for options of the stock model which GPT2X lacks, and for checkpoints
-                that are damaged or hold other tensors than the model.
+            ValueError: for other types, stock options which GPT2X lacks, and what is damaged or holds other tensors.
         """
-        name_or_path, wants_loading = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        if name_or_path is not None and config is None and is_stock(name_or_path, **hub_kwargs):
-            try:
-                from gpt2x.stock_forms import load_stock
-            except ImportError as error:
-                raise ValueError(
-                    f"{name_or_path} is a stock model, which is converted by the package gpt2x; install it, or load "
-                    "the model with AutoModelForCausalLM."
-                ) from error
-            model, loading = load_stock(cls, name_or_path, **kwargs)
-        else:
+        name, loaded = pretrained_model_name_or_path, None
+        wants_loading = kwargs.pop("output_loading_info", False)
+        if name is not None and config is None:
+            hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS & kwargs.keys()}
+            model_type = PreTrainedConfig.get_config_dict(name, **hub_kwargs)[0].get("model_type")
+            if model_type != cls.config_class.model_type:
+                try:
+                    from gpt2x.stock_forms import load_stock
+                except ImportError as error:
+                    raise ValueError(
+                        f"{name} is a {model_type} model and no gpt2x one; install the package gpt2x, which converts "
+                        "stock models, or load it with AutoModelForCausalLM."
+                    ) from error
+                loaded = load_stock(cls, name, **kwargs)
+        if loaded is None:
             kwargs |= {"config": config, "heads": cls._heads_of_tasks}
-            model, loading = load_strictly(super().from_pretrained, name_or_path, *model_args, **kwargs)
-        return (model, loading) if wants_loading else model
+            loaded = load_strictly(super().from_pretrained, name, *model_args, **kwargs)
+        return loaded if wants_loading else loaded[0]
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Saves the gpt2x form with its code; arguments are those of transformers. See also gpt2x.save_stock."""
@@ -359,15 +346,13 @@ class GPT2XModel(GPT2XPreTrainedModel):
         Args:
             input_ids: (B, T) tokens; exactly one of this and `inputs_embeds`.
             attention_mask: (B, S), 1 for tokens and 0 for padding; or a mask already made, (B, 1, T, S).
-            position_ids: (B, T) or (1, T), restarting at each document of a packed row; `None` counts on from the
-                cache.
+            position_ids: (B, T) or (1, T), restarting at each packed document; `None` counts on from the cache.
             past_key_values: the keys and values of the S - T positions before; `cache` is the same by its newer name.
             inputs_embeds: (B, T, C) in place of `input_ids`.
             use_cache: whether to return a cache.
 
         Raises:
-            ValueError: if both or none of `input_ids` and `inputs_embeds` are given, both names of the cache, or fewer
-                learned positions than tokens.
+            ValueError: for both or none of `input_ids` and `inputs_embeds`, or for more tokens than learned positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward takes exactly one of input_ids and inputs_embeds; give one of them.")
@@ -406,14 +391,11 @@ class GPT2XModel(GPT2XPreTrainedModel):
                 )
             num_past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(T, device=x_BTC.device) + num_past).unsqueeze(0)
-        position_embeddings = None
         if self.embed_positions is not None:
             x_BTC = x_BTC + self.embed_positions(position_ids)
-        if self.rotary_emb is not None:
-            position_embeddings = self.rotary_emb(to_matmul_dtype(x_BTC[:1, :1, :1]), position_ids)
-        if self.embedding_norm is not None:
-            x_BTC = self.embedding_norm(x_BTC)
-        return x_BTC, position_embeddings
+        like = to_matmul_dtype(x_BTC[:1, :1, :1])
+        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(like, position_ids)
+        return x_BTC if self.embedding_norm is None else self.embedding_norm(x_BTC), position_embeddings
 
 
 class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
@@ -428,7 +410,6 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
     def __init__(self, config: GPT2XConfig):
         super().__init__(config)
         self.model = GPT2XModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -454,8 +435,7 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
             labels: (B, T) *unshifted* token ids, -100 where nothing is predicted; the model shifts them once.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of these indices.
             return_logits: `False` computes the loss without holding the logits, which are then `None`.
-            kwargs: `num_items_in_batch` divides the summed loss; `shift_labels` (B, T) are labels already shifted.
-                The rest goes to the attention.
+            kwargs: `num_items_in_batch` divides the summed loss; `shift_labels` (B, T) are shifted labels.
 
         Raises:
             ValueError: if `return_logits` is `False` and there are no labels.
@@ -479,7 +459,7 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_BTC, softcap, loss, logits = outputs.last_hidden_state, self.config.final_logit_softcapping, None, None
-        if return_logits or not is_plain_head(self.lm_head):
+        if return_logits or not is_plain_linear(self.lm_head) or self.lm_head.bias is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_BTC[:, keep])[..., : self.config.vocab_size]  # behind it are padding rows
             if softcap is not None:
@@ -495,19 +475,14 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
                 num_items_in_batch=kwargs.get("num_items_in_batch"),
                 vocab_size=self.config.vocab_size,
             )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits if return_logits else None,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
+        recorded = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits if return_logits else None, **recorded)
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        for name in CACHE_NAMES:
-            if name in kwargs:
-                kwargs[CACHE_NAME] = kwargs.pop(name)
+        cache = take_cache(kwargs.pop("past_key_values", None), kwargs)
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         with packed_linears(self):
             return super().generate(*args, **kwargs)
 
@@ -519,7 +494,7 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
 
 
 # --------------------------------------------------------------------------------------------------- classifiers
-class GPT2XForSequenceClassification(GenericForSequenceClassification, GPT2XPreTrainedModel):
+class GPT2XForSequenceClassification(modeling_layers.GenericForSequenceClassification, GPT2XPreTrainedModel):
     """GPT2X with one score per class, read at the last token that is no padding (`pad_token_id`)."""
 
     def __init__(self, config: GPT2XConfig):
@@ -531,7 +506,7 @@ class GPT2XForSequenceClassification(GenericForSequenceClassification, GPT2XPreT
         self.post_init()
 
 
-class GPT2XForTokenClassification(GenericForTokenClassification, GPT2XPreTrainedModel):
+class GPT2XForTokenClassification(modeling_layers.GenericForTokenClassification, GPT2XPreTrainedModel):
     """GPT2X with one score per class and token, after a dropout of `hidden_dropout`."""
 
     def __init__(self, config: GPT2XConfig):

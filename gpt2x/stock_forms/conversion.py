@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_gpt2x import GPT2XConfig
-from modeling_gpt2x.loading_gpt2x import check_model_type
 
 STOCK_CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -50,27 +49,23 @@ _IMPLIED: dict[str, dict[str, Any]] = {
 }
 
 # gpt2x option -> field of the stock config.
-_SHARED_FIELDS = {
-    name: name
-    for name in (
-        *("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings"),
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
-    )
-}
-_LLAMA_FIELDS = {
-    **_SHARED_FIELDS,
-    **{
-        name: name
-        for name in (
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-            *("max_position_embeddings", "hidden_act", "attention_bias", "attention_dropout", "rope_parameters"),
-        )
-    },
-    "norm_eps": "rms_norm_eps",
-}
+_SHARED_FIELDS = (
+    *("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+_LLAMA_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("max_position_embeddings", "hidden_act", "attention_bias", "attention_dropout", "rope_parameters"),
+)
+
+
+def _llama_fields(*names: str) -> dict[str, str]:
+    return {name: name for name in (*_SHARED_FIELDS, *_LLAMA_FIELDS, *names)} | {"norm_eps": "rms_norm_eps"}
+
+
 _FIELDS: dict[str, dict[str, str]] = {
     "gpt2": {
-        **_SHARED_FIELDS,
+        **{name: name for name in _SHARED_FIELDS},
         "hidden_size": "n_embd",
         "intermediate_size": "n_inner",
         "num_hidden_layers": "n_layer",
@@ -82,14 +77,9 @@ _FIELDS: dict[str, dict[str, str]] = {
         "hidden_dropout": "resid_pdrop",
         "embedding_dropout": "embd_pdrop",
     },
-    "llama": {**_LLAMA_FIELDS, "head_dim": "head_dim", "mlp_bias": "mlp_bias"},
-    "qwen3": {
-        **_LLAMA_FIELDS,
-        "head_dim": "head_dim",
-        "layer_types": "layer_types",
-        "sliding_window": "sliding_window",
-    },
-    "nanochat": {**_LLAMA_FIELDS, "final_logit_softcapping": "final_logit_softcapping"},
+    "llama": _llama_fields("head_dim", "mlp_bias"),
+    "qwen3": _llama_fields("head_dim", "layer_types", "sliding_window"),
+    "nanochat": _llama_fields("final_logit_softcapping"),
 }
 
 # Fields of stock configs that change the computation in a way GPT2X has no option for.
@@ -174,6 +164,15 @@ def from_stock_config(stock_config: PreTrainedConfig) -> GPT2XConfig:
     if options.get("layer_types") is None:
         options["sliding_window"] = None
     return GPT2XConfig(dtype=stock_config.dtype, **{**_IMPLIED[model_type], **options})
+
+
+def check_model_type(model_type: str | None) -> None:
+    """Raises a ValueError unless `model_type` is one of the stock forms."""
+    if model_type not in STOCK_CLASSES:
+        raise ValueError(
+            f"model_type ({model_type!r}) must be gpt2x or one of {', '.join(STOCK_CLASSES)}, which GPT2X converts; "
+            "load other models with AutoModelForCausalLM."
+        )
 
 
 def to_stock_state_dict(state_dict: Mapping[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:

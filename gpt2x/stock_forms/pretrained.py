@@ -12,18 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gpt2x.stock_forms.conversion import (
     STOCK_CLASSES,
+    check_model_type,
     from_stock_config,
     from_stock_state_dict,
     to_stock_config,
     to_stock_state_dict,
 )
-from modeling_gpt2x.loading_gpt2x import load_strictly
-
-# Arguments of from_pretrained that say where a checkpoint lies.
-_HUB_KWARGS = {
-    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
-    *("use_safetensors", "variant", "weights_only"),
-}
+from modeling_gpt2x.loading_gpt2x import HUB_KWARGS, load_strictly
 
 
 def load_stock(
@@ -33,23 +28,23 @@ def load_stock(
 
     Args:
         model_class: of modeling_gpt2x, or the same from the code beside a checkpoint.
-        name_or_path: of a model whose type is one of STOCK_CLASSES.
+        name_or_path: of the stock model.
         kwargs: those of from_pretrained; options of GPT2XConfig may be among them.
 
     Raises:
-        ValueError: for options of the stock model which GPT2X lacks, and for checkpoints that are damaged or hold
-            other tensors than the model.
+        ValueError: for other model types, for options of the stock model which GPT2X lacks, and for checkpoints that
+            are damaged or hold other tensors than the model.
     """
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
-    hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS & kwargs.keys()}
+    hub_kwargs = {name: kwargs.pop(name) for name in HUB_KWARGS & kwargs.keys()}
+    check_model_type(PreTrainedConfig.get_config_dict(name_or_path, **hub_kwargs)[0].get("model_type"))
     load = AutoModelForCausalLM.from_pretrained
     stock, _ = load_strictly(load, name_or_path, dtype=dtype, trust_remote_code=False, **hub_kwargs)
     converted = from_stock_config(stock.config)
     config, rest = model_class.config_class.from_dict(converted.to_dict(), return_unused_kwargs=True, **kwargs)
-    config.name_or_path = str(name_or_path)
     state_dict = from_stock_state_dict(stock.state_dict(), converted)
     rest |= {"config": config, "state_dict": state_dict, "dtype": stock.dtype, "output_loading_info": True}
-    model, loading = model_class.from_pretrained(None, **rest)
+    model, loading = model_class.from_pretrained(None, source=name_or_path, **rest)
     model.config.name_or_path = str(name_or_path)
     if model.can_generate():
         model.generation_config = stock.generation_config

@@ -254,8 +254,8 @@ def test_a_process_without_gpt2x_refuses_a_stock_model_in_one_line(name: str, tm
         tmp_path,
     )
     assert output.splitlines()[-1] == (
-        "stock is a stock model, which is converted by the package gpt2x; install it, or load the model with "
-        "AutoModelForCausalLM."
+        f"stock is a {name} model and no gpt2x one; install the package gpt2x, which converts stock models, or load "
+        "it with AutoModelForCausalLM."
     )
 
 

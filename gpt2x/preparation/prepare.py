@@ -27,17 +27,14 @@ from gpt2x.preparation.chats import read_chats, spoken_text
 from gpt2x.preparation.plan import (
     Plan,
     Sources,
-    TaskRecord,
-    alone_in,
     describe_finished,
     finished_index,
     plan_of,
     planned_sources,
     record_of,
-    recorded,
-    tasks_dir,
 )
 from gpt2x.preparation.progress_bar import ProgressBar, Report
+from gpt2x.preparation.records import TaskRecord, alone_in, recorded, tasks_dir
 from gpt2x.preparation.tasks import prepare_task, run_task
 from gpt2x.preparation.workers import run_parts, usable_cores
 from gpt2x.scan import cache_dir
@@ -77,7 +74,7 @@ def prepare(recipe: PreparationRecipe, *, is_quiet: bool = False) -> Index:
         sources = planned_sources(plan)
         if recipe.corpus.kind == "files" and (others := passed_over(recipe.corpus.paths)):
             print(others, file=sys.stderr)
-        missing = [task for task in range(recipe.num_tasks) if not recorded(plan, sources, task)]
+        missing = [task for task in range(recipe.num_tasks) if not recorded(plan.output_dir, task, plan=sources.plan)]
         num_workers = min(recipe.num_workers or usable_cores(), len(missing))
         with _progress(recipe, missing, sources) as progress:
             if num_workers > 1:
@@ -183,43 +180,51 @@ def _finalize(plan: Plan) -> Index:
     dropped = dict(sum((Counter(record["dropped"]) for record in records), Counter()))
     num_documents = {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS}
     _check_split(plan.recipe, num_documents, dropped)
-    index = Index(
-        directory=plan.output_dir,
-        splits=splits,
-        tokenizer_fingerprint=plan.fingerprint,
-        vocab_size=plan.vocab_size,
-        eos_token_id=plan.tokenizer.eos_token_id,
-        recipe=plan.made_of,
-        dropped=dropped,
-    )
-    if local_path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
-        save_tokenizer(plan.tokenizer, index.tokenizer_dir, replaces=True)
-    _remove_unlisted_shards(index)
     sha256 = {name: value for record in records for name, value in record["sha256"].items()}
     files = [with_sha256(file, sha256) for file in sources.found]
     write_record(plan.output_dir, record_of(plan, files, revision=sources.revision))
-    write_index(index)
+    index = Index(
+        directory=plan.output_dir,
+        splits=splits,
+        tokenizer_fingerprint=plan.vocabulary.fingerprint,
+        vocab_size=plan.vocabulary.size,
+        eos_token_id=plan.vocabulary.eos_token_id,
+        recipe=plan.made_of,
+        dropped=dropped,
+    )
+    finish(index, plan.tokenizer, path=plan.recipe.tokenizer.path)
     discard(tasks_dir(plan.output_dir))
     return index
 
 
-def _all_records(plan: Plan, sources: Sources) -> list[TaskRecord]:
-    num_tasks = plan.recipe.num_tasks
-    found = {task: recorded(plan, sources, task) for task in range(num_tasks)}
-    missing = [task for task, record in found.items() if record is None]
-    if missing:
-        raise UserError(f"tasks {missing} of {num_tasks} are not finished in '{plan.output_dir}'; run them first.")
-    return [record for record in found.values() if record is not None]
+def finish(index: Index, tokenizer: PreTrainedTokenizerFast, *, path: str) -> None:
+    """The last step of every preparation, an import included: the tokenizer beside the shards, nothing that is not
+    listed, and the index last: where it is, the rest is on the disk.
 
-
-def _remove_unlisted_shards(index: Index) -> None:
-    """What preparations that never came to an end have left."""
+    Args:
+        index: of shards that are written.
+        tokenizer: that made them.
+        path: where the tokenizer is from; what lies in the directory already is left there.
+    """
+    if local_path(path).resolve() != index.tokenizer_dir.resolve():
+        save_tokenizer(tokenizer, index.tokenizer_dir, replaces=True)
+    # What preparations that never came to an end have left.
     remove_leftovers(index.directory, "*.json")
     for split in SPLITS:
         listed = {entry.file for entry in index.splits[split]}
         for file in split_directory(index.directory, split).glob("tokens_part_*.safetensors*"):
             if file.name not in listed:
                 discard(file)
+    write_index(index)
+
+
+def _all_records(plan: Plan, sources: Sources) -> list[TaskRecord]:
+    num_tasks = plan.recipe.num_tasks
+    found = {task: recorded(plan.output_dir, task, plan=sources.plan) for task in range(num_tasks)}
+    missing = [task for task, record in found.items() if record is None]
+    if missing:
+        raise UserError(f"tasks {missing} of {num_tasks} are not finished in '{plan.output_dir}'; run them first.")
+    return [record for record in found.values() if record is not None]
 
 
 def _in_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:

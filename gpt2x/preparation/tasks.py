@@ -2,8 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
-from itertools import count
 
 import numpy as np
 from tokenizers import Encoding
@@ -12,25 +10,19 @@ from gpt2x.config import PreparationRecipe
 from gpt2x.corpus.cutting import can_be_cut
 from gpt2x.corpus.documents import Piece, Reading, Share, open_corpus, read_pieces
 from gpt2x.corpus.sources import ReadingWatch
-from gpt2x.files import locked, make_directory
 from gpt2x.preparation.chats import write_chats
 from gpt2x.preparation.checks import check_task
-from gpt2x.preparation.plan import (
-    Plan,
-    Sources,
+from gpt2x.preparation.plan import Plan, Sources, finished_index, plan_of, planned_sources
+from gpt2x.preparation.progress_bar import Report
+from gpt2x.preparation.records import (
     TaskRecord,
-    finished_index,
+    alone_with_task,
     forget_other_preparations,
-    plan_of,
-    planned_sources,
     record_task,
     recorded,
-    task_lock_file,
-    tasks_dir,
 )
-from gpt2x.preparation.progress_bar import Report
-from gpt2x.preparation.writer import ShardWriter
 from gpt2x.shards.index import SPLITS, content_of
+from gpt2x.shards.writer import ShardWriter, shard_writers
 from gpt2x.tokenizers.bpe import check_trained_on, load_tokenizer, text_encoder
 from gpt2x.tokenizers.encoding import encoded
 
@@ -58,27 +50,29 @@ def prepare_task(recipe: PreparationRecipe, task: int, *, report: Report | None 
 
 def run_task(plan: Plan, task: int, report: Report) -> None:
     """Makes a task's shards, as the only process; what another one has finished in the meantime is left alone."""
-    make_directory(tasks_dir(plan.output_dir))
-    with locked(task_lock_file(plan.output_dir, task), waits=True):
+    recipe, directory = plan.recipe, plan.output_dir
+    with alone_with_task(directory, task):
         if finished_index(plan):
             return
-        forget_other_preparations(plan)
+        forget_other_preparations(directory, plan.made_of)
         sources = planned_sources(plan)
-        if recorded(plan, sources, task):
+        if recorded(directory, task, plan=sources.plan):
             return
-        watch = ReadingWatch(sources.files, sources.found, task=task, num_tasks=plan.recipe.num_tasks)
-        with ExitStack() as stack:
-            numbers = {split: count(task, plan.recipe.num_tasks) for split in SPLITS}
-            writers = {split: stack.enter_context(ShardWriter(plan, split, numbers[split])) for split in SPLITS}
+        watch = ReadingWatch(sources.files, sources.found, task=task, num_tasks=recipe.num_tasks)
+        with shard_writers(
+            directory,
+            plan.vocabulary,
+            tokens_per_shard=recipe.tokens_per_shard,
+            task=task,
+            num_tasks=recipe.num_tasks,
+            has_targets=recipe.chat is not None,
+        ) as writers:
             dropped = _tokenize(plan, task, writers, report=report, sources=sources, watch=watch)
             splits = {split: [content_of(entry) for entry in writers[split].finish()] for split in SPLITS}
-        record_task(
-            plan,
-            task,
-            TaskRecord(
-                made_of=plan.made_of, plan=sources.plan, splits=splits, dropped=dict(dropped), sha256=watch.sha256
-            ),
+        record = TaskRecord(
+            made_of=plan.made_of, plan=sources.plan, splits=splits, dropped=dict(dropped), sha256=watch.sha256
         )
+        record_task(directory, task, record)
 
 
 def _tokenize(

@@ -27,9 +27,9 @@ from gpt2x.preparation.prepare import (
     prepare_task,
     prepare_tokenizer,
 )
-from gpt2x.preparation.writer import ShardWriter
 from gpt2x.shards.index import load_index
 from gpt2x.shards.statistics import statistics
+from gpt2x.shards.writer import Vocabulary, shard_writers
 
 
 def texts(index, split):
@@ -174,7 +174,7 @@ def test_a_finished_task_is_not_run_again(recipe, monkeypatch):
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
     prepare_task(recipe, 0)
     before = hashes(recipe.output_dir)
-    monkeypatch.setattr("gpt2x.preparation.prepare.open_corpus", None)
+    monkeypatch.setattr("gpt2x.preparation.tasks.open_corpus", None)
     prepare_task(recipe, 0)
     assert hashes(recipe.output_dir) == before
 
@@ -349,11 +349,11 @@ def test_every_task_counts_what_it_leaves_out_once(recipe, corpus_dir):
 
 def test_an_id_outside_the_vocabulary_is_refused_before_it_wraps(recipe):
     tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
-    with ShardWriter(plan_of(recipe, tokenizer), "train", range(9)) as writer:
+    with shard_writers(recipe.output_dir, Vocabulary.of(tokenizer), tokens_per_shard=9) as writers:
         for outside in (300, 70_000, -1):
             complaint = rf"a.txt: the tokenizer gives id {outside}, outside its vocabulary of 300"
             with pytest.raises(UserError, match=complaint):
-                writer.add("a.txt", np.array([5, outside]), 1)
+                writers["train"].add("a.txt", np.array([5, outside]), 1)
 
 
 def test_a_corpus_without_documents_is_refused(recipe, corpus_dir):

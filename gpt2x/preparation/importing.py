@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from gpt2x.preparation.prepare import finish
 from gpt2x.preparation.records import alone_in
 from gpt2x.shards.files import Shard
 from gpt2x.shards.foreign.byte_counts import byte_counter
-from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index
+from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index, split_directory
 from gpt2x.shards.token_sets import TokenSet, open_tokens
-from gpt2x.shards.writer import Vocabulary, shard_writers
+from gpt2x.shards.writer import ShardWriter, Vocabulary
 from gpt2x.tokenizers.bpe import load_tokenizer
 
 
@@ -41,10 +43,11 @@ def import_tokens(recipe: ImportRecipe) -> Index:
 
 def _import(recipe: ImportRecipe, source: TokenSet, made_of: dict[str, Any]) -> Index:
     tokenizer = load_tokenizer(recipe.tokenizer)
-    vocabulary, count_bytes = Vocabulary.of(tokenizer), byte_counter(tokenizer)
-    with shard_writers(recipe.output_dir, vocabulary, tokens_per_shard=recipe.tokens_per_shard) as writers:
+    vocabulary, count_bytes, file = Vocabulary.of(tokenizer), byte_counter(tokenizer), Path(recipe.path)
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(_writer(recipe, vocabulary, split)) for split in SPLITS}
         for split, ids in _assigned_documents(recipe, source):
-            document = Shard(file=Path(recipe.path), tokens=ids, bounds=np.array([0, ids.size]))
+            document = Shard(file=file, tokens=ids, bounds=np.array([0, ids.size]))
             writers[split].add(recipe.path, ids, count_bytes(document))
             writers[split].end_document()
         splits = {split: tuple(writer.finish()) for split, writer in writers.items()}
@@ -59,6 +62,11 @@ def _import(recipe: ImportRecipe, source: TokenSet, made_of: dict[str, Any]) -> 
     )
     finish(index, tokenizer, path=recipe.tokenizer)
     return index
+
+
+def _writer(recipe: ImportRecipe, vocabulary: Vocabulary, split: str) -> ShardWriter:
+    directory = split_directory(recipe.output_dir, split)
+    return ShardWriter(directory, vocabulary, tokens_per_shard=recipe.tokens_per_shard, numbers=count())
 
 
 def _assigned_documents(recipe: ImportRecipe, source: TokenSet) -> Iterator[tuple[str, np.ndarray]]:

@@ -33,10 +33,9 @@ from gpt2x.preparation.plan import (
     planned_sources,
     record_of,
 )
-from gpt2x.preparation.progress_bar import ProgressBar, Report
 from gpt2x.preparation.records import TaskRecord, alone_in, recorded, tasks_dir
 from gpt2x.preparation.tasks import prepare_task, run_task
-from gpt2x.preparation.workers import run_parts, usable_cores
+from gpt2x.preparation.workers import ProgressBar, Report, run_parts, usable_cores
 from gpt2x.scan import cache_dir
 from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, entry_of, split_directory, write_index
 from gpt2x.tokenizers.bpe import (

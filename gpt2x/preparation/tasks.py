@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import count
 
 import numpy as np
 from tokenizers import Encoding
@@ -13,7 +15,6 @@ from gpt2x.corpus.sources import ReadingWatch
 from gpt2x.preparation.chats import write_chats
 from gpt2x.preparation.checks import check_task
 from gpt2x.preparation.plan import Plan, Sources, finished_index, plan_of, planned_sources
-from gpt2x.preparation.progress_bar import Report
 from gpt2x.preparation.records import (
     TaskRecord,
     alone_with_task,
@@ -21,8 +22,9 @@ from gpt2x.preparation.records import (
     record_task,
     recorded,
 )
-from gpt2x.shards.index import SPLITS, content_of
-from gpt2x.shards.writer import ShardWriter, shard_writers
+from gpt2x.preparation.workers import Report
+from gpt2x.shards.index import SPLITS, content_of, split_directory
+from gpt2x.shards.writer import ShardWriter
 from gpt2x.tokenizers.bpe import check_trained_on, load_tokenizer, text_encoder
 from gpt2x.tokenizers.encoding import encoded
 
@@ -59,20 +61,24 @@ def run_task(plan: Plan, task: int, report: Report) -> None:
         if recorded(directory, task, plan=sources.plan):
             return
         watch = ReadingWatch(sources.files, sources.found, task=task, num_tasks=recipe.num_tasks)
-        with shard_writers(
-            directory,
-            plan.vocabulary,
-            tokens_per_shard=recipe.tokens_per_shard,
-            task=task,
-            num_tasks=recipe.num_tasks,
-            has_targets=recipe.chat is not None,
-        ) as writers:
+        with ExitStack() as stack:
+            writers = {split: stack.enter_context(_writer(plan, task, split)) for split in SPLITS}
             dropped = _tokenize(plan, task, writers, report=report, sources=sources, watch=watch)
             splits = {split: [content_of(entry) for entry in writers[split].finish()] for split in SPLITS}
         record = TaskRecord(
             made_of=plan.made_of, plan=sources.plan, splits=splits, dropped=dict(dropped), sha256=watch.sha256
         )
         record_task(directory, task, record)
+
+
+def _writer(plan: Plan, task: int, split: str) -> ShardWriter:
+    return ShardWriter(
+        split_directory(plan.output_dir, split),
+        plan.vocabulary,
+        tokens_per_shard=plan.recipe.tokens_per_shard,
+        numbers=count(task, plan.recipe.num_tasks),
+        has_targets=plan.recipe.chat is not None,
+    )
 
 
 def _tokenize(

@@ -1,4 +1,4 @@
-"""Processes that work on the parts of a preparation.
+"""Processes that work on the parts of a preparation, and the bar that shows how far they are.
 
 They are spawned, not forked: a fork copies the tokenizer's thread pool in the middle of whatever it does. Each has
 one pipe to the parent, through which it gets its next part and tells how far it is; a closed pipe is a dead worker.
@@ -13,11 +13,15 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from time import monotonic
 from typing import Any
 
-from gpt2x.errors import UserError
-from gpt2x.preparation.progress_bar import Report
+from tqdm import tqdm
 
+from gpt2x.errors import UserError
+
+Report = Callable[[int, int], None]
+"""Told by how much the reading and the tokens have grown: (read, tokens)."""
 Work = Callable[[Any, int, Report], None]
 """What to do with (recipe, part, report)."""
 
@@ -129,3 +133,24 @@ def _worker(work: Work, recipe: Any, num_threads: int, connection: Connection) -
         connection.send(str(error))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is done, or gone
+
+
+class ProgressBar:
+    """A bar of what has been read, with tokens per second and the time left; silent where nobody watches."""
+
+    def __init__(self, description: str, *, total: int | None, unit: str) -> None:
+        self.bar = tqdm(total=total, desc=description, unit=unit, unit_scale=True, disable=None, smoothing=0.05)
+        self.tokens, self.started = 0, monotonic()
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def report(self, read: int, tokens: int) -> None:
+        """Moves the bar on."""
+        self.tokens += tokens
+        rate = self.tokens / max(monotonic() - self.started, 1e-9)
+        self.bar.set_postfix_str(f"{self.tokens / 1e6:,.1f}M tokens, {rate / 1e3:,.0f}k tokens/s", refresh=False)
+        self.bar.update(read)

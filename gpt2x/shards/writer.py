@@ -4,9 +4,9 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, count
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import numpy as np
 from gpt2x.errors import UserError
 from gpt2x.files import make_directory, unwritable
 from gpt2x.shards.files import DTYPES, token_dtype, write_shard
-from gpt2x.shards.index import SPLITS, ShardEntry, split_directory
+from gpt2x.shards.index import ShardEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -113,40 +113,6 @@ class Spool:
             self._file.close()
 
 
-@contextmanager
-def shard_writers(
-    directory: Path,
-    vocabulary: Vocabulary,
-    *,
-    tokens_per_shard: int,
-    task: int = 0,
-    num_tasks: int = 1,
-    has_targets: bool = False,
-) -> Iterator[dict[str, "ShardWriter"]]:
-    """A writer for each split of a directory of token shards.
-
-    Args:
-        directory: of both splits, which need not be there yet.
-        vocabulary: that the ids are of.
-        tokens_per_shard: at most, unless a single document has more.
-        task: whose shards are numbered task, task + num_tasks, ..., so that tasks need not know of each other.
-        num_tasks: how many there are.
-        has_targets: whether the documents are conversations.
-    """
-    with ExitStack() as stack:
-        writers = {}
-        for split in SPLITS:
-            writer = ShardWriter(
-                split_directory(directory, split),
-                vocabulary,
-                tokens_per_shard=tokens_per_shard,
-                numbers=count(task, num_tasks),
-                has_targets=has_targets,
-            )
-            writers[split] = stack.enter_context(closing(writer))
-        yield writers
-
-
 class ShardWriter:
     """Collects a split's tokens in an unnamed file and writes a shard when it is full.
 
@@ -161,8 +127,17 @@ class ShardWriter:
         *,
         tokens_per_shard: int,
         numbers: Iterator[int],
-        has_targets: bool,
+        has_targets: bool = False,
     ) -> None:
+        """Begins with no document.
+
+        Args:
+            directory: of the split; it need not be there yet.
+            vocabulary: that the ids are of.
+            tokens_per_shard: at most, unless a single document has more.
+            numbers: of the shards, one after the other.
+            has_targets: whether the documents are conversations.
+        """
         make_directory(directory)
         self.directory, self.vocabulary = directory, vocabulary
         self.tokens_per_shard, self.numbers = tokens_per_shard, numbers
@@ -173,8 +148,10 @@ class ShardWriter:
         self.lengths, self.num_tokens, self.num_bytes = array("q"), 0, 0
         self.open_length, self.open_bytes = 0, 0
 
-    def close(self) -> None:
-        """Lets go of what was not finished."""
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for spool in self.spools:
             spool.close()
 

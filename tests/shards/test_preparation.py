@@ -29,7 +29,7 @@ from gpt2x.preparation.prepare import (
 )
 from gpt2x.shards.index import load_index
 from gpt2x.shards.statistics import statistics
-from gpt2x.shards.writer import Vocabulary, shard_writers
+from gpt2x.shards.writer import ShardWriter, Vocabulary
 
 
 def texts(index, split):
@@ -347,13 +347,13 @@ def test_every_task_counts_what_it_leaves_out_once(recipe, corpus_dir):
         assert prepare(again).dropped == {"empty": 2, "not UTF-8": 2}
 
 
-def test_an_id_outside_the_vocabulary_is_refused_before_it_wraps(recipe):
+def test_an_id_outside_the_vocabulary_is_refused_before_it_wraps(recipe, tmp_path):
     tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
-    with shard_writers(recipe.output_dir, Vocabulary.of(tokenizer), tokens_per_shard=9) as writers:
+    with ShardWriter(tmp_path, Vocabulary.of(tokenizer), tokens_per_shard=9, numbers=range(9)) as writer:
         for outside in (300, 70_000, -1):
             complaint = rf"a.txt: the tokenizer gives id {outside}, outside its vocabulary of 300"
             with pytest.raises(UserError, match=complaint):
-                writers["train"].add("a.txt", np.array([5, outside]), 1)
+                writer.add("a.txt", np.array([5, outside]), 1)
 
 
 def test_a_corpus_without_documents_is_refused(recipe, corpus_dir):

@@ -93,7 +93,7 @@ class ForeignTokens:
 
     def split_fingerprint(self, split: str) -> str:
         """A sha256 of the files' content, in their order: the same wherever the same files lie."""
-        return combined_sha256(found.sha256 for _, found in self._opened(split))
+        return combined_sha256(found["sha256"] for _, found in self._opened(split))
 
     def num_bytes(self, split: str) -> int:
         """UTF-8 bytes of a split's documents, without the ends of text; counted once, then remembered."""
@@ -128,7 +128,7 @@ class ForeignTokens:
             tokens=tokens,
             bounds=listed_documents(file, tokens.size),
             eos_token_id=self.eos_token_id,
-            id_range=(found.smallest_id, found.largest_id),
+            id_range=(found["smallest_id"], found["largest_id"]),
         )
         shard.check_token_ids(self.vocab_size)
         return shard

@@ -72,9 +72,7 @@ def scan_all(mapped: Sequence[tuple[Path, np.ndarray]]) -> Iterator[Scan]:
     Raises:
         UserError: for a file that is known, and of which a block is not what it was; see the module.
     """
-    of = {
-        file: {**identity(file), "dtype": str(tokens.dtype), "num_tokens": tokens.size} for file, tokens in mapped
-    }
+    of = {file: {**identity(file), "dtype": str(tokens.dtype), "num_tokens": tokens.size} for file, tokens in mapped}
     known = {file: found for file in of if (found := _kept("scan", of[file], Scan))}
     unknown = [file for file in of if file not in known]
     size = sum(file.stat().st_size for file in unknown)

@@ -16,7 +16,7 @@ from gpt2x.errors import UserError
 from gpt2x.preparation.prepare import finish
 from gpt2x.preparation.records import alone_in
 from gpt2x.shards.files import Shard
-from gpt2x.shards.foreign.byte_counts import byte_counter
+from gpt2x.shards.foreign.token_set import byte_counter
 from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index, split_directory
 from gpt2x.shards.token_sets import TokenSet, open_tokens
 from gpt2x.shards.writer import ShardWriter, Vocabulary

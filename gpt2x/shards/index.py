@@ -93,12 +93,6 @@ class Index:
         return self.directory / "tokenizer"
 
     @property
-    def fingerprint(self) -> str:
-        """A sha256 over every shard's and the tokenizer's: the same wherever the same data lies."""
-        hashes = [entry.sha256 for split in SPLITS for entry in self.splits[split]]
-        return combined_sha256([self.tokenizer_fingerprint, *hashes])
-
-    @property
     def location(self) -> str:
         """The directory, for messages."""
         return str(self.directory)

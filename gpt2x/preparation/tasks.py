@@ -6,11 +6,10 @@ from contextlib import ExitStack
 from itertools import count
 
 import numpy as np
-from tokenizers import Encoding
 
 from gpt2x.config import PreparationRecipe
 from gpt2x.corpus.cutting import can_be_cut
-from gpt2x.corpus.documents import Piece, Reading, Share, open_corpus, read_pieces
+from gpt2x.corpus.documents import Reading, Share, open_corpus, read_pieces
 from gpt2x.corpus.sources import ReadingWatch
 from gpt2x.preparation.chats import write_chats
 from gpt2x.preparation.checks import check_task
@@ -110,13 +109,11 @@ def _write_documents(
     encoder = text_encoder(plan.tokenizer)
     pieces = read_pieces(reading, plan.recipe.corpus, dropped=dropped, cuts=can_be_cut(encoder))
     for batch, encodings in encoded(pieces, encoder):
-        yield sum(_write(piece, encoding, writers) for piece, encoding in zip(batch, encodings, strict=True))
-
-
-def _write(piece: Piece, encoding: Encoding, writers: dict[str, ShardWriter]) -> int:
-    writer = writers["validation" if piece.is_validation else "train"]
-    ids = np.array(encoding.ids, np.uint32)
-    writer.add(piece.name, ids, len(piece.text.encode()))
-    if piece.is_last:
-        writer.end_document()
-    return ids.size + piece.is_last
+        num_tokens = 0
+        for piece, encoding in zip(batch, encodings, strict=True):
+            writer = writers["validation" if piece.is_validation else "train"]
+            writer.add(piece.name, np.array(encoding.ids, np.uint32), len(piece.text.encode()))
+            if piece.is_last:
+                writer.end_document()
+            num_tokens += len(encoding.ids) + piece.is_last
+        yield num_tokens

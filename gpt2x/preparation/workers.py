@@ -22,8 +22,8 @@ from gpt2x.errors import UserError
 
 Report = Callable[[int, int], None]
 """Told by how much the reading and the tokens have grown: (read, tokens)."""
-Work = Callable[[Any, int, Report], None]
-"""What to do with (recipe, part, report)."""
+Work = Callable[..., None]
+"""What to do with (recipe, part, report=a Report)."""
 
 
 def usable_cores() -> int:
@@ -58,7 +58,10 @@ def run_parts(work: Work, recipe: Any, parts: Sequence[int], *, num_workers: int
                 assert isinstance(connection, Connection)
                 _receive(connection, workers, waiting, report)
     finally:
-        _end([process for process, _ in workers.values()])
+        for process, _ in workers.values():
+            process.terminate()
+        for process, _ in workers.values():
+            process.join()
 
 
 def _start(work: Work, recipe: Any, num_threads: int) -> tuple[Connection, BaseProcess]:
@@ -113,13 +116,6 @@ def _obituary(process: BaseProcess, part: int) -> str:
     )
 
 
-def _end(processes: Sequence[BaseProcess]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join()
-
-
 def _worker(work: Work, recipe: Any, num_threads: int, connection: Connection) -> None:
     """The whole life of a worker."""
     # Read when the tokenizer's threads start, which is at its first batch.
@@ -127,7 +123,7 @@ def _worker(work: Work, recipe: Any, num_threads: int, connection: Connection) -
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_threads > 1 else "false"
     try:
         while True:
-            work(recipe, connection.recv(), lambda read, tokens: connection.send((read, tokens)))
+            work(recipe, connection.recv(), report=lambda read, tokens: connection.send((read, tokens)))
             connection.send(None)
     except UserError as error:
         connection.send(str(error))

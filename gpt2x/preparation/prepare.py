@@ -35,7 +35,7 @@ from gpt2x.preparation.plan import (
 )
 from gpt2x.preparation.records import alone_in, recorded, tasks_dir
 from gpt2x.preparation.tasks import prepare_task, run_task
-from gpt2x.preparation.workers import ProgressBar, run_parts, usable_cores
+from gpt2x.preparation.workers import progress_bar, run_parts, usable_cores
 from gpt2x.scan import cache_dir
 from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, entry_of, split_directory, write_index
 from gpt2x.tokenizers.bpe import (
@@ -84,15 +84,15 @@ def _run_missing_tasks(plan: Plan, sources: Sources) -> None:
         return
     num_workers = min(recipe.num_workers or usable_cores(), len(missing))
     size, unit = size_to_read(recipe.corpus, missing, num_tasks=recipe.num_tasks, files=sources.files, as_chat=as_chat)
-    with ProgressBar("tokenizing", total=size, unit=unit) as progress:
+    with progress_bar("tokenizing", total=size, unit=unit) as report:
         if num_workers > 1:
             # The tokenizer lies on this machine by now: no worker asks the Hub for it.
             tokenizer = dataclasses.replace(recipe.tokenizer, path=plan.tokenizer.name_or_path)
             recipe = dataclasses.replace(recipe, tokenizer=tokenizer)
-            run_parts(prepare_task, recipe, missing, num_workers=num_workers, report=progress.report)
+            run_parts(prepare_task, recipe, missing, num_workers=num_workers, report=report)
         else:
             for task in missing:
-                run_task(plan, task, progress.report)
+                run_task(plan, task, report)
 
 
 def _tokenizer_of(recipe: PreparationRecipe) -> PreTrainedTokenizerFast:
@@ -141,9 +141,9 @@ def _train_tokenizer(section: TokenizerSection, corpus: CorpusSection, *, as_cha
         if holds_tokenizer(local_path(section.path)):
             return
         directory = place_to_write(section.path, field="tokenizer.path")
-        reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
+        reading = open_corpus(corpus, lambda read: report(read, 0), as_chat=as_chat)
         say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
-        with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
+        with progress_bar("training the tokenizer", total=reading.size, unit=reading.unit) as report:
             texts = _training_texts(reading, corpus, as_chat=as_chat)
             made_of = training_of(section, corpus, as_chat=as_chat)
             save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)

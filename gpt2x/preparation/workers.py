@@ -131,22 +131,21 @@ def _worker(work: Work, recipe: Any, num_threads: int, connection: Connection) -
         pass  # the parent is done, or gone
 
 
-class ProgressBar:
-    """A bar of what has been read, with tokens per second and the time left; silent where nobody watches."""
+@contextmanager
+def progress_bar(description: str, *, total: int | None, unit: str) -> Iterator[Report]:
+    """A bar of what has been read, with tokens per second and the time left; silent where nobody watches.
 
-    def __init__(self, description: str, *, total: int | None, unit: str) -> None:
-        self.bar = tqdm(total=total, desc=description, unit=unit, unit_scale=True, disable=None, smoothing=0.05)
-        self.tokens, self.started = 0, monotonic()
+    Yields:
+        What moves it on.
+    """
+    sum_tokens, started = 0, monotonic()
 
-    def __enter__(self) -> "ProgressBar":
-        return self
+    def report(read: int, tokens: int) -> None:
+        nonlocal sum_tokens
+        sum_tokens += tokens
+        rate = sum_tokens / max(monotonic() - started, 1e-9)
+        bar.set_postfix_str(f"{sum_tokens / 1e6:,.1f}M tokens, {rate / 1e3:,.0f}k tokens/s", refresh=False)
+        bar.update(read)
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def report(self, read: int, tokens: int) -> None:
-        """Moves the bar on."""
-        self.tokens += tokens
-        rate = self.tokens / max(monotonic() - self.started, 1e-9)
-        self.bar.set_postfix_str(f"{self.tokens / 1e6:,.1f}M tokens, {rate / 1e3:,.0f}k tokens/s", refresh=False)
-        self.bar.update(read)
+    with tqdm(total=total, desc=description, unit=unit, unit_scale=True, disable=None, smoothing=0.05) as bar:
+        yield report

@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 from gpt2x import __version__
 from gpt2x.config import TrainingRecipe
 from gpt2x.distributed.accelerators import compute_device
-from gpt2x.distributed.deepspeed import check_zero, prepare_zero, uses_zero
-from gpt2x.distributed.launch import asks_for_sharding, asks_for_zero
+from gpt2x.distributed.launch import asks_for_sharding
 from gpt2x.distributed.ranks import data_rank
 from gpt2x.distributed.tensor_parallel import TensorParallelism, separate_meshes
 from gpt2x.errors import UserError
@@ -52,10 +51,10 @@ def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> 
             processes share this machine's cores.
 
     Raises:
-        UserError: for fp16, or shards in host memory, without a GPU; for what DeepSpeed cannot do.
+        UserError: for fp16, or shards in host memory, without a GPU.
     """
     on_cpu = compute_device(environment).type == "cpu"
-    is_sharded, is_zero = asks_for_sharding(environment), asks_for_zero(environment)
+    is_sharded = asks_for_sharding(environment)
     if on_cpu and recipe.train.mixed_precision == "fp16":
         raise UserError("train.mixed_precision (fp16) needs a GPU, and this run is on the CPU; use bf16 or no.")
     if on_cpu:
@@ -66,13 +65,11 @@ def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> 
     plugin = make_fsdp_plugin(recipe.train.mixed_precision) if is_sharded else None
     if on_cpu and plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise UserError("fsdp_offload_params (true) needs a GPU, and this run is on the CPU; set it to false.")
-    if is_zero:
-        check_zero(recipe)
-    if on_cpu and (is_sharded or is_zero):
+    if on_cpu and is_sharded:
         let_accelerate_shard_on_cpu()
     accelerator = Accelerator(
-        cpu=on_cpu and not is_zero,  # else accelerate leaves DeepSpeed out
-        mixed_precision="no" if is_zero else recipe.train.mixed_precision,
+        cpu=on_cpu,
+        mixed_precision=recipe.train.mixed_precision,
         fsdp_plugin=plugin,
         # What a launch configuration says of these is the recipe's to decide; see launch.passed_over.
         dynamo_backend="no",
@@ -86,18 +83,16 @@ def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> 
 
 
 def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizers: Sequence[Optimizer], recipe: TrainingRecipe
+    accelerator: Accelerator, model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> tuple[nn.Module, list[Optimizer]]:
     """The model and its optimizers as the launch configuration has them."""
-    if uses_zero(accelerator):
-        return prepare_zero(accelerator, model, optimizers, recipe)
     prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
     separate_meshes(prepared_optimizers)
     return prepared, prepared_optimizers
 
 
 def let_accelerate_shard_on_cpu() -> None:
-    """Makes accelerate's FSDP2, and DeepSpeed, work on processes that talk by gloo, as it does on GPUs.
+    """Makes accelerate's FSDP2 work on processes that talk by gloo, as it does on GPUs.
 
     The type of the processes is all that it asks before it turns them on; nothing of what follows needs a GPU.
     """

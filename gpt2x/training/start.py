@@ -104,7 +104,7 @@ def _prepared(
     optimizers = make_optimizers(model, recipe.optimizer, mixed_precision=recipe.train.mixed_precision)
     if recipe.train.torch_compile:
         compile_layers(model)
-    return prepare(accelerator, model, optimizers, recipe)
+    return prepare(accelerator, model, optimizers)
 
 
 def _checkpoint_to_resume(run: RunDirectory, budget_size: float) -> tuple[Path | None, list[str]]:

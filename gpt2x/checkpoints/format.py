@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Trainer(TypedDict, total=False):
+class TrainerState(TypedDict, total=False):
     """trainer.json: what a resumed run needs beside tensors. What older versions did not write is absent."""
 
     step: Required[int]
@@ -116,7 +116,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(
-    run_dir: Path, *, is_wanted: Callable[[Trainer], bool] = lambda _trainer: True
+    run_dir: Path, *, is_wanted: Callable[[TrainerState], bool] = lambda _trainer: True
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is as it was written.
 
@@ -144,7 +144,7 @@ def newest_checkpoint(
     return None, passed_over
 
 
-def read_trainer(checkpoint: Path) -> Trainer:
+def read_trainer(checkpoint: Path) -> TrainerState:
     """What a checkpoint holds beside tensors.
 
     Raises:
@@ -152,10 +152,10 @@ def read_trainer(checkpoint: Path) -> Trainer:
     """
     file = checkpoint / "state" / "trainer.json"
     # An older version wrote a best validation loss that was none.
-    return parse_json(read_bytes(file).replace(b": NaN", b": null"), Trainer, where=str(file))
+    return parse_json(read_bytes(file).replace(b": NaN", b": null"), TrainerState, where=str(file))
 
 
-def read_state(checkpoint: Path) -> tuple[dict[str, "Tensor"], Trainer]:
+def read_state(checkpoint: Path) -> tuple[dict[str, "Tensor"], TrainerState]:
     """The optimizer's tensors and the trainer's JSON of a whole checkpoint."""
     from safetensors.torch import load_file
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2x.checkpoints.format import Trainer, list_checkpoints, read_trainer, remove_checkpoints
+from gpt2x.checkpoints.format import TrainerState, list_checkpoints, read_trainer, remove_checkpoints
 from gpt2x.checkpoints.progress import Progress
 from gpt2x.config import TrainSection
 from gpt2x.errors import UserError
@@ -31,7 +31,7 @@ class Retention:
         """The rules of a recipe."""
         return cls(newest=train.save_total_limit, every=train.keep_steps, keeps_best=train.save_best)
 
-    def prune(self, run_dir: Path, trainer: Trainer) -> None:
+    def prune(self, run_dir: Path, trainer: TrainerState) -> None:
         """Deletes what the rules do not keep, and what killed saves left behind.
 
         The last checkpoint before a decay of the learning rate is kept always, since a larger budget goes on from

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gpt2x.checkpoints.format import Trainer, checkpoint_dir, write_checkpoint
+from gpt2x.checkpoints.format import TrainerState, checkpoint_dir, write_checkpoint
 from gpt2x.checkpoints.host_copies import HostCopies, NamedTensors
 from gpt2x.checkpoints.retention import Retention
 from gpt2x.checkpoints.soundness import first_not_finite, not_saved
@@ -37,7 +37,7 @@ class State:
 
     model: NamedTensors
     optimizer: NamedTensors
-    trainer: Trainer
+    trainer: TrainerState
 
     def tensors(self) -> NamedTensors:
         """All of them, under ``model:`` and ``optimizer:``."""
@@ -82,7 +82,7 @@ class CheckpointSaver:
         self._write_model, self._copies = write_model, HostCopies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._unconfirmed: Trainer | None = None
+        self._unconfirmed: TrainerState | None = None
         self._is_copied = Event()
         self._is_copied.set()
         self.is_reserved = False
@@ -156,7 +156,7 @@ class CheckpointSaver:
             self._is_copied.set()
         self._write(copies, json.loads(trainer_json))
 
-    def _write(self, copies: Mapping[str, Tensor], trainer: Trainer) -> None:
+    def _write(self, copies: Mapping[str, Tensor], trainer: TrainerState) -> None:
         target = checkpoint_dir(self.run.path, trainer["step"])
         weights, optimizer = _untagged("model", copies), _untagged("optimizer", copies)
         self.run.check()
@@ -175,7 +175,7 @@ class CheckpointSaver:
             self.run.check()  # which says more where the directory has gone in the meantime
             raise UserError(_failure(target, error, copies)) from error
 
-    def _prune(self, trainer: Trainer) -> None:
+    def _prune(self, trainer: TrainerState) -> None:
         self.run.check()
         self.retention.prune(self.run.path, trainer)
 

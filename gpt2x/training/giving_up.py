@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from gpt2x.checkpoints.format import checkpoint_dir
 from gpt2x.checkpoints.optimizer_state import optimizer_tensors
 from gpt2x.checkpoints.soundness import first_not_finite, not_saved
-from gpt2x.distributed.deepspeed import ZeroAdamW
 from gpt2x.distributed.flags import Vote, agree, wait_for_main
 from gpt2x.errors import UserError
 from gpt2x.evaluation.validation import validate
@@ -38,11 +37,9 @@ def find_unsound(job: Job) -> str | None:
 
 def _local_tensors(job: Job) -> Iterable[tuple[str, Tensor]]:
     """What lies on this process of weights and optimizer state, by name."""
-    pieces = [piece for zero in job.optimizers if isinstance(zero, ZeroAdamW) for piece in zero.pieces()]
     named: list[Iterable[tuple[str, Tensor]]] = [
         job.plain_model.named_parameters(),
         optimizer_tensors(job.optimizers, job.parameter_names).items(),
-        *(piece.items() for piece in pieces),
     ]
     for name, tensor in chain.from_iterable(named):
         yield name, (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from gpt2x.checkpoints.optimizer_state import optimizer_tensors
 from gpt2x.checkpoints.progress import Progress
 from gpt2x.checkpoints.saver import State
-from gpt2x.distributed.deepspeed import ZeroAdamW
 from gpt2x.distributed.devices import environment_of
 from gpt2x.distributed.flags import wait_for_main
 from gpt2x.distributed.sharding import gather, is_sharded
@@ -33,7 +32,7 @@ def save_checkpoint(job: Job, progress: Progress, *, is_last: bool = False) -> N
     sharded = is_sharded(job.plain_model)
     if job.accelerator.is_main_process:
         job.saver.save(whole_state(job, progress), is_last=is_last or sharded)  # what was sharded is a copy already
-    elif sharded or _is_zero(job):  # every process has a part of it
+    elif sharded:  # every process has a part of it
         whole_state(job, progress)
     wait_for_main(job.accelerator)
 
@@ -51,19 +50,14 @@ def finish_saving(job: Job) -> None:
 def reserve_copies(job: Job, progress: Progress) -> None:
     """Gets the memory for copies once there is an optimizer state to copy, where there will be saves on the way."""
     is_wanted = job.accelerator.is_main_process and job.recipe.train.save_steps is not None
-    if is_wanted and not job.saver.is_reserved and not (is_sharded(job.plain_model) or _is_zero(job)):
+    if is_wanted and not job.saver.is_reserved and not is_sharded(job.plain_model):
         job.saver.reserve(whole_state(job, progress))
 
 
 def whole_state(job: Job, progress: Progress) -> State:
     """Everything a checkpoint holds, as it is now."""
     scaler, is_writer = job.accelerator.scaler, job.accelerator.is_main_process
-    zeros = [optimizer for optimizer in job.optimizers if isinstance(optimizer, ZeroAdamW)]
-    for zero in zeros:
-        zero.gather_state(is_writer=is_writer)
     optimizer = optimizer_tensors(job.optimizers, job.parameter_names)
-    for zero in zeros:
-        zero.state.clear()  # whole copies, which only what is saved now needs
     return State(
         model=job.trainee.weights(job.plain_model, is_writer=is_writer).items(),
         optimizer=gather(optimizer, is_writer=is_writer).items(),
@@ -76,7 +70,3 @@ def whole_state(job: Job, progress: Progress) -> State:
             "recipe": job.plain_recipe,
         },
     )
-
-
-def _is_zero(job: Job) -> bool:
-    return any(isinstance(optimizer, ZeroAdamW) for optimizer in job.optimizers)

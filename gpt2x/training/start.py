@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.checkpoints.final_model import damage_of_final
-from gpt2x.checkpoints.format import Trainer, newest_checkpoint, read_state
+from gpt2x.checkpoints.format import TrainerState, newest_checkpoint, read_state
 from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, parameter_names
 from gpt2x.checkpoints.progress import Progress
 from gpt2x.checkpoints.retention import Retention, is_of_this_decay, note_validation
@@ -42,7 +42,7 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
     prepare_data(recipe, accelerator)
     budget = make_budget(recipe.train, recipe.optimizer, steps_per_epoch=steps_per_epoch(recipe))
     checkpoint, lines = _checkpoint_to_resume(run, budget.size)
-    tensors, trainer = ({}, Trainer(step=0)) if checkpoint is None else read_state(checkpoint)
+    tensors, trainer = ({}, TrainerState(step=0)) if checkpoint is None else read_state(checkpoint)
     for line in (*lines, *describe_changes(trainer.get("environment"), environment_of(accelerator))):
         accelerator.print(line)
     data = open_run_data(recipe, accelerator, saved=trainer.get("data"), step=trainer["step"])

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gpt2x.checkpoints.progress import Progress, seed_step
 from gpt2x.distributed.accelerators import on_device
-from gpt2x.distributed.deepspeed import backward, uses_zero, zero_grad_norm
 from gpt2x.distributed.ranks import data_rank
 from gpt2x.training.job import Job
 from gpt2x.training.obstacles import StepOutcome, find_obstacle
@@ -87,7 +86,7 @@ def accumulate_losses(accelerator: Accelerator, model: nn.Module, micro_batches:
                 use_cache=False,
             ).loss
             loss = loss_sum / divisor
-            backward(accelerator, model, loss, is_last=is_last)
+            accelerator.backward(loss)
         shares.append(loss.detach())
     return StepLosses(torch.stack(shares), targets, targets_per_rank)
 
@@ -99,6 +98,4 @@ def count_targets(labels_BT: Tensor) -> Tensor:
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> float:
     """Scales the gradients down to ``max_norm`` and returns their norm before that."""
-    if uses_zero(accelerator):
-        return zero_grad_norm(model)  # the engine clips when it steps
     return float(accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm))

@@ -7,19 +7,16 @@ directory of a model has the sizes in the headers of its safetensors files, and 
 import fnmatch
 import hashlib
 import json
-import os
-import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
-from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, opened, read_json
+from gpt2x.runs.layout import MODEL
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,17})")
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
@@ -112,34 +109,6 @@ def _files(directory: Path) -> dict[str, FileFacts]:
     return files
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def named_checkpoints(run_dir: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, whole or not, oldest first.
-
-    Raises:
-        UserError: where the directory of checkpoints cannot be read.
-    """
-    directory = run_dir / "checkpoints"
-    try:
-        names = os.listdir(directory)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be read ({error.strerror}); mend that, and the same command goes on."
-        ) from error
-    return sorted((directory / name for name in names if _NAME.fullmatch(name)), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is named after."""
-    found = _NAME.fullmatch(checkpoint.name)
-    assert found is not None
-    return int(found[1])
-
-
 # --- any model -------------------------------------------------------------------------------------------------------
 
 
@@ -149,8 +118,8 @@ def damage_of_model(directory: Path) -> str | None:
     The model of a checkpoint must be what its manifest says, to the last bit; what lies beside it for a resumed run
     does not matter here. Of another directory with a manifest the weights must be: its settings may have been edited.
     """
-    if directory.name == "model" and (directory.parent / MANIFEST).exists():
-        return damage_of(directory.parent, only="model/*")
+    if directory.name == MODEL and (directory.parent / MANIFEST).exists():
+        return damage_of(directory.parent, only=f"{MODEL}/*")
     for name in ("config.json", "adapter_config.json"):
         if (directory / name).exists() and (found := _damage_of_json(directory / name)):
             return found

@@ -26,7 +26,8 @@ from gpt2x.files import (
     unwritable,
     whole_directory,
 )
-from gpt2x.manifest import damage_of, missing_or_cut, named_checkpoints, write_manifest
+from gpt2x.manifest import damage_of, missing_or_cut, write_manifest
+from gpt2x.runs.layout import MODEL, OPTIMIZER, TRAINER, RunLayout, named_checkpoints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,11 +52,6 @@ class TrainerState(TypedDict, total=False):
     data: dict[str, Any]
     environment: dict[str, Any]
     recipe: dict[str, Any]
-
-
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -86,11 +82,11 @@ def write_checkpoint(
     if target.is_symlink():  # somebody's, to a disk that is not there
         set_aside(target)
     with whole_directory(target, replaces=True) as temporary:
-        (temporary / "state").mkdir()
-        write_model(temporary / "model")
-        save_file(optimizer, temporary / "state" / "optimizer.safetensors")
+        (temporary / TRAINER).parent.mkdir()
+        write_model(temporary / MODEL)
+        save_file(optimizer, temporary / OPTIMIZER)
         content = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
-        (temporary / "state" / "trainer.json").write_text(content, encoding="utf-8")
+        (temporary / TRAINER).write_text(content, encoding="utf-8")
         write_manifest(temporary)
 
 
@@ -100,7 +96,7 @@ def remove_checkpoints(run_dir: Path, checkpoints: Iterable[Path]) -> None:
     for checkpoint in checkpoints:
         if not checkpoint.is_symlink():
             retire(checkpoint)
-    remove_leftovers(run_dir / "checkpoints", "step-*")
+    remove_leftovers(RunLayout(run_dir).checkpoints_dir, "step-*")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -150,7 +146,7 @@ def read_trainer(checkpoint: Path) -> TrainerState:
     Raises:
         DamagedError: where it is not as it was written.
     """
-    file = checkpoint / "state" / "trainer.json"
+    file = checkpoint / TRAINER
     # An older version wrote a best validation loss that was none.
     return parse_json(read_bytes(file).replace(b": NaN", b": null"), TrainerState, where=str(file))
 
@@ -159,4 +155,4 @@ def read_state(checkpoint: Path) -> tuple[dict[str, "Tensor"], TrainerState]:
     """The optimizer's tensors and the trainer's JSON of a whole checkpoint."""
     from safetensors.torch import load_file
 
-    return load_file(checkpoint / "state" / "optimizer.safetensors"), read_trainer(checkpoint)
+    return load_file(checkpoint / OPTIMIZER), read_trainer(checkpoint)

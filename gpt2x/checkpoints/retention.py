@@ -9,7 +9,7 @@ from gpt2x.checkpoints.progress import Progress
 from gpt2x.config import TrainSection
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, tell_once
-from gpt2x.manifest import step_of
+from gpt2x.runs.layout import step_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gpt2x.checkpoints.format import TrainerState, checkpoint_dir, write_checkpoint
+from gpt2x.checkpoints.format import TrainerState, write_checkpoint
 from gpt2x.checkpoints.host_copies import HostCopies, NamedTensors
 from gpt2x.checkpoints.retention import Retention
 from gpt2x.checkpoints.soundness import first_not_finite, not_saved
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError
+from gpt2x.runs.layout import checkpoint_dir
 
 WriteModel = Callable[[Path, Mapping[str, Tensor]], object]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gpt2x.checkpoints.format import list_checkpoints
-from gpt2x.manifest import step_of
+from gpt2x.runs.layout import step_of
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

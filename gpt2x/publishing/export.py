@@ -13,6 +13,7 @@ from gpt2x.publishing.comparison import Difference
 from gpt2x.publishing.export_checks import check_export
 from gpt2x.publishing.files import size_bytes, whole_or_nothing
 from gpt2x.publishing.reference import Reference
+from gpt2x.runs.layout import name_of
 from gpt2x.tokenizers.bpe import load_tokenizer, write_tokenizer
 
 # Model types that transformers.js loads by name.
@@ -93,6 +94,4 @@ def _export_gguf(recipe: ExportRecipe, directory: str) -> Export:
 def model_name(model: str) -> str:
     """What to call a model: a run's name for its directory and those inside it, else the last part of the path."""
     path = local_path(model).resolve() if local_path(model).exists() else Path(model)
-    while path.name in ("final", "model", "checkpoints") or path.parent.name == "checkpoints":
-        path = path.parent
-    return path.name
+    return name_of(path)

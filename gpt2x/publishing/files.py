@@ -17,6 +17,8 @@ from gpt2x.files import (
     unwritable,
     whole_directory,
 )
+from gpt2x.manifest import MANIFEST
+from gpt2x.runs.layout import MODEL, RunLayout
 
 # In which the configs of two precisions of one model may differ.
 _INCIDENTAL = {"dtype", "torch_dtype", "transformers_version", "transformers.js_config", "_name_or_path"}
@@ -65,8 +67,10 @@ def check_output(output_dir: Path, *, source: str | None = None) -> None:
 def _is_export(directory: Path) -> bool:
     """Whether a directory looks like an export, and not like the model of a run, which has gpt2x's form too."""
     place = Path(os.path.realpath(directory))
-    of_a_run = {"final": "config.yaml", "model": "manifest.json"}
-    if place.name in of_a_run and os.path.lexists(place.parent / of_a_run[place.name]):
+    run = RunLayout(place.parent)
+    if place == run.final_dir and os.path.lexists(run.config_file):
+        return False
+    if place.name == MODEL and os.path.lexists(place.parent / MANIFEST):
         return False
     is_native = (place / "config.json").is_file() and (place / "modeling_gpt2x.py").is_file()
     return is_native or any(place.glob("onnx/*.onnx")) or any(place.glob("*.gguf"))

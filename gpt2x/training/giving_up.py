@@ -8,13 +8,13 @@ from itertools import chain, islice
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gpt2x.checkpoints.format import checkpoint_dir
 from gpt2x.checkpoints.optimizer_state import optimizer_tensors
 from gpt2x.checkpoints.soundness import first_not_finite, not_saved
 from gpt2x.distributed.flags import Vote, agree, wait_for_main
 from gpt2x.errors import UserError
 from gpt2x.evaluation.validation import validate
 from gpt2x.files import set_aside
+from gpt2x.runs.layout import checkpoint_dir
 from gpt2x.training.job import Job
 
 

@@ -23,6 +23,7 @@ from gpt2x.distributed.flags import wait_for_everyone, wait_for_main
 from gpt2x.distributed.tensor_parallel import cut_weights
 from gpt2x.errors import UserError
 from gpt2x.runs.directory import RunDirectory
+from gpt2x.runs.layout import MODEL
 from gpt2x.runs.records import clear, recorded_validation, refuse_to_start_over, reopen, sweep, truncate_records
 from gpt2x.training.budget import Budget, make_budget
 from gpt2x.training.cpu_attention import register_chunked_causal
@@ -51,7 +52,7 @@ def make_job(recipe: TrainingRecipe, run: RunDirectory, accelerator: Accelerator
     _check_ids(data.vocab_size, model)
     hellaswag = open_hellaswag(recipe, model, data.tokenizer, accelerator)
     if checkpoint is not None:
-        trainee.load(model, checkpoint / "model")
+        trainee.load(model, checkpoint / MODEL)
     wait_for_everyone(accelerator)  # one may have read its data or its model for long
     prepared, optimizers = _prepared(model, recipe, accelerator)
     names = parameter_names(accelerator.unwrap_model(prepared))  # FSDP2 has put other parameters in their places
@@ -164,7 +165,7 @@ def _check_optimizer(checkpoint: Path, saved: str, name: str) -> None:
     if saved != name:
         raise UserError(
             f"optimizer.name ({name}) must be that of {checkpoint}, {saved}, whose state is gone on with; set it "
-            f"back, or start a new run with --run.name NAME and --init_from {checkpoint}/model."
+            f"back, or start a new run with --run.name NAME and --init_from {checkpoint / MODEL}."
         )
 
 

@@ -15,8 +15,7 @@ from gpt2x.checkpoints.final_model import damage_of_final, write_final
 from gpt2x.config import RunSection
 from gpt2x.errors import UserError
 from gpt2x.runs import directory as run_directory
-from gpt2x.runs.directory import RunDirectory, open_run_directory
-from gpt2x.runs.lock import locked
+from gpt2x.runs.directory import RunDirectory, locked, open_run_directory
 from gpt2x.training import loop
 from gpt2x.training.finish import finish
 from gpt2x.training.recording import Recorder

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from gpt2x.checkpoints.format import (
-    checkpoint_dir,
     list_checkpoints,
     newest_checkpoint,
     read_trainer,
@@ -17,6 +16,7 @@ from gpt2x.checkpoints.format import (
 )
 from gpt2x.checkpoints.progress import Progress
 from gpt2x.checkpoints.retention import Retention, note_validation
+from gpt2x.runs.layout import checkpoint_dir
 
 WSD = {"lr_scheduler_type": "wsd", "decay_ratio": 0.4, "warmup_steps": 0}
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_runs import ROOT, SCRIPT, WORDS, write_recipe
 
 from gpt2x.checkpoints.format import list_checkpoints
-from gpt2x.manifest import step_of
+from gpt2x.runs.layout import step_of
 
 FOUR = ("hsdp.yaml", "--num_processes=4", "--parallelism_config_dp_shard_size=2")
 CUT = ("fsdp2_tp.yaml", "--num_processes=4", "--parallelism_config_dp_shard_size=2")

@@ -96,8 +96,8 @@ def test_killed_at_a_point_of_a_save_or_a_step_it_ends_as_if_it_had_not_been(
 PHASES = {
     "step": ("gpt2x.training.loop:optimizer_step:before:3:SIGTERM", 3),
     "evaluation": ("gpt2x.evaluation.validation:_batch_sums:before:1:SIGTERM", 6),
-    "sampling": ("gpt2x.training.loop:sample_texts:before:1:SIGTERM", 6),
-    "save": ("gpt2x.training.save_points:whole_state:before:2:SIGTERM", 5),
+    "sampling": ("gpt2x.training.evaluators:sample_texts:before:1:SIGTERM", 6),
+    "save": ("gpt2x.training.trainer:Trainer.whole_state:before:2:SIGTERM", 5),
 }
 
 

@@ -32,10 +32,11 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from benchmarks.contest import interleave, print_table
-from gpt2x.checkpoints.optimizer_state import optimizer_tensors, parameter_names
 from gpt2x.checkpoints.retention import Retention
-from gpt2x.checkpoints.saver import CheckpointSaver, State
-from gpt2x.distributed.devices import keep_freed_memory, usable_cores
+from gpt2x.checkpoints.saver import CheckpointSaver
+from gpt2x.checkpoints.state import State, optimizer_tensors, parameter_names
+from gpt2x.distributed.devices import keep_freed_memory
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.runs.directory import RunDirectory
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
@@ -86,7 +87,7 @@ def measure(contestant: str, directory: Path, *, saves: int, steps_between: int,
     """The seconds of a save of one contestant in this process."""
     torch.manual_seed(0)
     if not torch.accelerator.is_available():
-        torch.set_num_threads(usable_cores(1))
+        torch.set_num_threads(usable_cores())
         keep_freed_memory()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = GPT2XForCausalLM(GPT2XConfig()).to(device)

@@ -21,12 +21,12 @@ LAYERS = """
     prerequisites scan reporting
     config
     command_line
+    distributed
     corpus
     tokenizers
     shards
     preparation
     streams
-    distributed
     checkpoints
     runs
     batches

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gpt2x.config import LoraSection
-from gpt2x.distributed.accelerators import forked_rng
+from gpt2x.distributed.devices import forked_rng
 from gpt2x.errors import UserError
 from gpt2x.prerequisites import check_installed
 

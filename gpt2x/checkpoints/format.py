@@ -10,6 +10,7 @@ directory without a manifest that fits is never resumed from. Nothing here is ev
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Required
@@ -23,10 +24,11 @@ from gpt2x.files import (
     remove_leftovers,
     retire,
     set_aside,
+    tell_once,
     unwritable,
     whole_directory,
 )
-from gpt2x.manifest import damage_of, missing_or_cut, write_manifest
+from gpt2x.manifest import MANIFEST, damage_of, damage_of_model, missing_or_cut, strangers_in, write_manifest
 from gpt2x.runs.layout import MODEL, OPTIMIZER, TRAINER, RunLayout, named_checkpoints
 
 if TYPE_CHECKING:
@@ -156,3 +158,45 @@ def read_state(checkpoint: Path) -> tuple[dict[str, "Tensor"], TrainerState]:
     from safetensors.torch import load_file
 
     return load_file(checkpoint / OPTIMIZER), read_trainer(checkpoint)
+
+
+# --- the final model -------------------------------------------------------------------------------------------------
+
+
+def damage_of_final(final: Path) -> str | None:
+    """What is wrong with a final model, every byte of it read; None where nothing is."""
+    if not final.is_dir():
+        return "it is missing"
+    if (final / MANIFEST).exists():
+        return damage_of(final)
+    # an older version wrote none
+    has_config = any((final / name).is_file() for name in ("config.json", "adapter_config.json"))
+    is_model = has_config and any(final.glob("*.safetensors"))
+    return damage_of_model(final) if is_model else "it holds no model"
+
+
+def write_final(final: Path, write: Callable[[Path], str]) -> str:
+    """Writes final/ with its manifest. One that is there gives way once this is whole on the disk; where it is not as
+    it was written, or holds what others have put there, it is kept under another name.
+
+    Args:
+        final: where to.
+        write: writes model and tokenizer into the directory it is given, and returns the model_type.
+
+    Raises:
+        UnwritableError: where it cannot be written.
+    """
+    with whole_directory(final, replaces=True) as partial:
+        model_type = write(partial)
+        write_manifest(partial)
+        if os.path.lexists(final) and not _is_as_written(final):
+            kept = set_aside(final)
+            tell_once(f"{final} was not as the run left it; it is kept as {kept}.")
+    return model_type
+
+
+def _is_as_written(final: Path) -> bool:
+    try:
+        return not final.is_symlink() and damage_of(final) is None and not strangers_in(final)
+    except DamagedError:
+        return False

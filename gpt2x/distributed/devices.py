@@ -1,25 +1,30 @@
-"""What the run computes on: the accelerator, its threads and its peak."""
+"""The accelerator that a process computes on: chosen, prepared, described, and what is not the same on all of them."""
 
 import ctypes
-import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator, ParallelismConfig, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin, set_seed
-from torch import nn
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    set_seed,
+    str_to_bool,
+)
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from gpt2x import __version__
 from gpt2x.config import TrainingRecipe
-from gpt2x.distributed.accelerators import compute_device
-from gpt2x.distributed.launch import asks_for_sharding
+from gpt2x.distributed.launch import asks_for_sharding, usable_cores
 from gpt2x.distributed.ranks import data_rank
 from gpt2x.distributed.tensor_parallel import TensorParallelism, separate_meshes
 from gpt2x.errors import UserError
@@ -38,8 +43,18 @@ _PEAK_FLOPS = {
     "B200": 2250e12,
 }
 
-
 _FSDP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compute_device(environment: Mapping[str, str]) -> torch.device:
+    """The accelerator that torch finds; the CPU where it finds none, or a launcher asks for it (``use_cpu: true``).
+
+    Args:
+        environment: of this process, as the launcher left it.
+    """
+    if str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> Accelerator:
@@ -123,12 +138,6 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def usable_cores(local_world_size: int) -> int:
-    """Cores this process may use, when the machine's are shared fairly among its processes."""
-    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(available // local_world_size, 1)
-
-
 def peak_flops(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s of the device; None where its data sheet is not in the table."""
     if device.type != "cuda":
@@ -182,3 +191,40 @@ def describe_device(accelerator: Accelerator) -> str:
     else:
         what = f"{accelerator.device.type} with {torch.get_num_threads()} threads"
     return f"{accelerator.num_processes} x {what}"
+
+
+# --- what differs between accelerators ------------------------------------------------------------------------------
+
+
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies a batch there; CUDA goes on meanwhile, where others may still read what is no longer there (Apple's)."""
+    return map_distinct(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"), tensors)
+
+
+def map_distinct(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a function makes of each; a tensor that has two names, as ids and labels are one, goes through it once."""
+    distinct = {id(tensor): tensor for tensor in tensors.values()}
+    made = {key: function(tensor) for key, tensor in distinct.items()}
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Attention by torch's other kernels, where the number of keys changes all the time.
+
+    cuDNN, the first choice on Hopper, plans anew for every number, which takes longer than the rest of a token.
+    Training has one length and keeps it.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Leaves the random state of the CPU and of one device as it was; other devices may be other people's."""
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        yield

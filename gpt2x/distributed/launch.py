@@ -1,5 +1,7 @@
 """What a launcher has made of its configuration, told before torch is imported."""
 
+import os
+import sys
 from collections.abc import Mapping
 
 from gpt2x.config import TrainingRecipe
@@ -73,6 +75,12 @@ def check_launch_of_adapters(environment: Mapping[str, str]) -> None:
 def num_data_ranks(environment: Mapping[str, str]) -> int:
     """How many processes of the run read different rows; those of a tensor-parallel group read the same ones."""
     return int(environment.get("WORLD_SIZE", "1")) // _size(environment, "tp")
+
+
+def usable_cores(num_processes: int = 1) -> int:
+    """Cores for each process, where those of this machine are shared fairly among so many."""
+    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(available // num_processes, 1)
 
 
 def _size(environment: Mapping[str, str], kind: str) -> int:

@@ -12,10 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gpt2x.checkpoints.optimizer_state import optimizer_tensors
-from gpt2x.checkpoints.soundness import first_not_finite, not_saved
-from gpt2x.distributed.flags import Vote, agree, wait_for_main
-from gpt2x.distributed.ranks import data_rank
+from gpt2x.checkpoints.state import first_not_finite, not_saved, optimizer_tensors
+from gpt2x.distributed.ranks import Vote, agree, data_rank, wait_for_main
 from gpt2x.errors import UserError
 from gpt2x.evaluation.validation import validate
 from gpt2x.files import set_aside

@@ -10,15 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from gpt2x.checkpoints.final_model import damage_of_final
-from gpt2x.checkpoints.format import TrainerState, newest_checkpoint, read_state
-from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, parameter_names
+from gpt2x.checkpoints.format import TrainerState, damage_of_final, newest_checkpoint, read_state
 from gpt2x.checkpoints.progress import Progress
 from gpt2x.checkpoints.retention import Retention, is_of_this_decay, note_validation
 from gpt2x.checkpoints.saver import CheckpointSaver
+from gpt2x.checkpoints.state import load_optimizer_tensors, parameter_names
 from gpt2x.config import TrainingRecipe
 from gpt2x.distributed.devices import describe_changes, environment_of, prepare
-from gpt2x.distributed.flags import wait_for_everyone, wait_for_main
+from gpt2x.distributed.ranks import wait_for_everyone, wait_for_main
 from gpt2x.distributed.tensor_parallel import cut_weights
 from gpt2x.errors import UserError
 from gpt2x.models import flops_per_token

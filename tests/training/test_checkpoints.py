@@ -15,7 +15,7 @@ from gpt2x.checkpoints.format import (
     newest_checkpoint,
     write_checkpoint,
 )
-from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
+from gpt2x.checkpoints.state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError
 from gpt2x.runs.layout import checkpoint_dir

@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from gpt2x.distributed.accelerators import compute_device
+from gpt2x.distributed.devices import compute_device
 from gpt2x.distributed.launch import (
     asks_for_sharding,
     check_launch,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2x.checkpoints.final_model import damage_of_final, write_final
+from gpt2x.checkpoints.format import damage_of_final, write_final
 from gpt2x.config import RunSection
 from gpt2x.errors import UserError
 from gpt2x.runs import directory as run_directory

@@ -32,9 +32,9 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from benchmarks.contest import interleave, print_table
-from gpt2x.checkpoints.retention import Retention
 from gpt2x.checkpoints.saver import CheckpointSaver
 from gpt2x.checkpoints.state import State, optimizer_tensors, parameter_names
+from gpt2x.config import TrainSection
 from gpt2x.distributed.devices import keep_freed_memory
 from gpt2x.distributed.launch import usable_cores
 from gpt2x.runs.directory import RunDirectory
@@ -51,7 +51,7 @@ def own_save(model: GPT2XForCausalLM, optimizer: AdamW, directory: Path) -> tupl
     saver = CheckpointSaver(
         RunDirectory(directory),
         lambda target, weights: model.save_stock(target, state_dict=weights),
-        retention=Retention(newest=1),
+        rules=TrainSection(max_steps=1, save_total_limit=1),
     )
     names = parameter_names(model)
 

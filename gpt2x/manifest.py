@@ -50,38 +50,28 @@ def write_manifest(directory: Path) -> None:
     (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
 
 
-def missing_or_cut(directory: Path, *, only: str = "*") -> str | None:
-    """What keeps a directory from being whole, as far as sizes tell; None where nothing does.
+def damage_of(directory: Path, *, only: str = "*", by_size: bool = False) -> str | None:
+    """What is wrong with a directory that has a manifest; None where nothing is.
 
     Args:
-        directory: one with a manifest.
-        only: a pattern of the names of the files that are looked at.
+        directory: whose files are looked at.
+        only: a pattern of their names.
+        by_size: whether to ask for their sizes alone, and not to read every byte.
     """
     try:
         files = _files(directory)
-        for name in fnmatch.filter(files, only):
+        names = fnmatch.filter(files, only)
+        for name in names:
             with opened(directory / name) as stream:
                 size = stream.seek(0, 2)
             if size != files[name]["size"]:
                 return f"{name} has {size} bytes instead of {files[name]['size']}"
-    except DamagedError as error:
-        return str(error).replace(f"{directory}/", "")
-    return None if files else f"{MANIFEST} names no file"
-
-
-def damage_of(directory: Path, *, only: str = "*") -> str | None:
-    """What is wrong with a directory, every byte of it read; None where nothing is. See missing_or_cut."""
-    found = missing_or_cut(directory, only=only)
-    if found is not None:
-        return found
-    try:
-        files = _files(directory)
-        for name in fnmatch.filter(files, only):
+        for name in [] if by_size else names:
             if sha256_of(directory / name) != files[name]["sha256"]:
                 return f"{name} differs from its manifest"
     except DamagedError as error:
         return str(error).replace(f"{directory}/", "")
-    return None
+    return None if files else f"{MANIFEST} names no file"
 
 
 def strangers_in(directory: Path) -> list[str]:
@@ -120,34 +110,10 @@ def damage_of_model(directory: Path) -> str | None:
     """
     if directory.name == MODEL and (directory.parent / MANIFEST).exists():
         return damage_of(directory.parent, only=f"{MODEL}/*")
-    for name in ("config.json", "adapter_config.json"):
-        if (directory / name).exists() and (found := _damage_of_json(directory / name)):
-            return found
-    found = _damage_of_weights(directory)
-    has_manifest = found is None and (directory / MANIFEST).exists()
-    return damage_of(directory, only="*.safetensors") if has_manifest else found
-
-
-def indexed_weights(directory: Path) -> list[str]:
-    """The files over which the weights of a model are spread, as their index names them; none where there is none.
-
-    Raises:
-        DamagedError: where the index is no such index.
-    """
-    index = directory / WEIGHTS_INDEX
-    return sorted(set(read_json(index, _WeightsIndex)["weight_map"].values())) if index.exists() else []
-
-
-def _damage_of_json(file: Path) -> str | None:
     try:
-        read_json(file, dict[str, Any])
-    except DamagedError as error:
-        return str(error).replace(f"{file.parent}/", "")
-    return None
-
-
-def _damage_of_weights(directory: Path) -> str | None:
-    try:
+        for name in ("config.json", "adapter_config.json"):
+            if (directory / name).exists():
+                read_json(directory / name, dict[str, Any])
         shards = indexed_weights(directory)
     except DamagedError as error:
         return str(error).replace(f"{directory}/", "")
@@ -159,4 +125,14 @@ def _damage_of_weights(directory: Path) -> str | None:
                 pass
         except (SafetensorError, OSError) as error:
             return f"{file.name} is cut or damaged ({error})"
-    return None
+    return damage_of(directory, only="*.safetensors") if (directory / MANIFEST).exists() else None
+
+
+def indexed_weights(directory: Path) -> list[str]:
+    """The files over which the weights of a model are spread, as their index names them; none where there is none.
+
+    Raises:
+        DamagedError: where the index is no such index.
+    """
+    index = directory / WEIGHTS_INDEX
+    return sorted(set(read_json(index, _WeightsIndex)["weight_map"].values())) if index.exists() else []

@@ -28,7 +28,7 @@ from gpt2x.files import (
     unwritable,
     whole_directory,
 )
-from gpt2x.manifest import MANIFEST, damage_of, damage_of_model, missing_or_cut, strangers_in, write_manifest
+from gpt2x.manifest import MANIFEST, damage_of, damage_of_model, strangers_in, write_manifest
 from gpt2x.runs.layout import MODEL, OPTIMIZER, TRAINER, RunLayout, named_checkpoints
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     Raises:
         UserError: where the directory of checkpoints cannot be read.
     """
-    return [path for path in named_checkpoints(run_dir) if missing_or_cut(path) is None]
+    return [path for path in named_checkpoints(run_dir) if damage_of(path, by_size=True) is None]
 
 
 def newest_checkpoint(

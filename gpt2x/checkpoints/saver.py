@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from gpt2x.checkpoints.format import TrainerState, write_checkpoint
-from gpt2x.checkpoints.retention import Retention
+from gpt2x.checkpoints.retention import prune
 from gpt2x.checkpoints.state import NamedTensors, State, first_not_finite, not_saved
+from gpt2x.config import TrainSection
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError
 from gpt2x.runs.layout import checkpoint_dir
@@ -56,17 +57,17 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, run: Run, write_model: WriteModel, *, retention: Retention, last_step: int | None = None
+        self, run: Run, write_model: WriteModel, *, rules: TrainSection, last_step: int | None = None
     ) -> None:
         """Starts no thread yet.
 
         Args:
             run: where the checkpoints go.
             write_model: writes model and tokenizer into a directory, from the weights it is given.
-            retention: which checkpoints are kept.
+            rules: by which checkpoints are kept; see gpt2x.checkpoints.retention.
             last_step: the step of the checkpoint that the run goes on from.
         """
-        self.run, self.retention, self.last_step = run, retention, last_step
+        self.run, self.rules, self.last_step = run, rules, last_step
         self._write_model, self._copies = write_model, HostCopies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -165,7 +166,7 @@ class CheckpointSaver:
 
     def _prune(self, trainer: TrainerState) -> None:
         self.run.check()
-        self.retention.prune(self.run.path, trainer)
+        prune(self.run.path, trainer, self.rules)
 
 
 def _untagged(tag: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from gpt2x.checkpoints.format import TrainerState, damage_of_final, newest_checkpoint, read_state
 from gpt2x.checkpoints.progress import Progress
-from gpt2x.checkpoints.retention import Retention, is_of_this_decay, note_validation
+from gpt2x.checkpoints.retention import is_of_this_decay, note_validation
 from gpt2x.checkpoints.saver import CheckpointSaver
 from gpt2x.checkpoints.state import load_optimizer_tensors, parameter_names
 from gpt2x.config import TrainingRecipe
@@ -103,7 +103,7 @@ def make_trainer(recipe: TrainingRecipe, run: RunDirectory, *, accelerator: Acce
         saver=CheckpointSaver(
             run,
             lambda directory, weights: trainee.save(model, directory, data.tokenizer, weights=weights),
-            retention=Retention.of(recipe.train),
+            rules=recipe.train,
             last_step=None if checkpoint is None else progress.step,
         ),
     )

@@ -179,7 +179,7 @@ def test_a_final_of_an_older_version_is_looked_at_as_far_as_it_can_be(run):
     (final / "manifest.json").unlink()
     assert damage_of_final(final) is None
     cut(final)
-    assert "model.safetensors cannot be read" in damage_of_final(final)
+    assert "model.safetensors is cut or damaged" in damage_of_final(final)
     (final / "model.safetensors").unlink()
     assert damage_of_final(final) == "it holds no model"
 

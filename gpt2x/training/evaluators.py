@@ -5,16 +5,15 @@ Another benchmark is a class in a file of its own, a field of the recipe's ``eva
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from gpt2x.batches.validation import ValidationBatches
-from gpt2x.config import EvaluationSection, TrainingRecipe
+from gpt2x.config import TrainingRecipe
 from gpt2x.evaluation.hellaswag import HellaSwag, HellaSwagQuestions, result_record, score_hellaswag
 from gpt2x.evaluation.hellaswag_items import load_run_items
 from gpt2x.evaluation.samples import sample_texts
@@ -66,14 +65,10 @@ def make_evaluators(
     Raises:
         UserError: for whatever is wrong with the items of a benchmark.
     """
-    section = recipe.evaluation
-    evaluators: list[Evaluator] = [HeldOutLoss(data.validation_batches, every_steps=section.eval_steps)]
-    if section.hellaswag is not None:
-        evaluators.append(HellaSwagItems.of(recipe, model, tokenizer=data.tokenizer, accelerator=accelerator))
-    beginnings = data.validation_batches.document_beginnings(section.num_validation_prompts, 32)
-    prompts = (*section.prompts, *(data.tokenizer.decode(ids) for ids in beginnings))
-    evaluators.append(Samples(prompts, data.tokenizer, section=section, seed=recipe.run.seed, recorder=recorder))
-    return evaluators
+    evaluators: list[Evaluator] = [HeldOutLoss(recipe, data)]
+    if recipe.evaluation.hellaswag is not None:
+        evaluators.append(HellaSwagItems(recipe, data, model=model, accelerator=accelerator))
+    return [*evaluators, Samples(recipe, data, recorder=recorder)]
 
 
 class HeldOutLoss(Evaluator):
@@ -83,9 +78,9 @@ class HeldOutLoss(Evaluator):
         latest: the last result; None before the first.
     """
 
-    def __init__(self, batches: ValidationBatches, *, every_steps: int | None) -> None:
-        super().__init__("validation", every_steps=every_steps)
-        self.batches = batches
+    def __init__(self, recipe: TrainingRecipe, data: RunData) -> None:
+        super().__init__("validation", every_steps=recipe.evaluation.eval_steps)
+        self.batches = data.validation_batches
         self.latest: Validation | None = None
 
     def run(self, model: nn.Module, accelerator: Accelerator, is_stopped: Callable[[], bool]) -> Metrics | None:
@@ -111,21 +106,10 @@ class HellaSwagItems(Evaluator):
         latest: the last result; None before the first.
     """
 
-    def __init__(self, questions: HellaSwagQuestions, *, every_steps: int | None, batch_size: int, precision: str):
-        super().__init__(questions.style, every_steps=every_steps)
-        self.questions, self.batch_size, self.precision = questions, batch_size, precision
-        self.latest: HellaSwag | None = None
-
-    @classmethod
-    def of(
-        cls,
-        recipe: TrainingRecipe,
-        model: PreTrainedModel,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        accelerator: Accelerator,
-    ) -> "HellaSwagItems":
-        """Reads and checks the items that a recipe asks for, on every rank.
+    def __init__(
+        self, recipe: TrainingRecipe, data: RunData, *, model: PreTrainedModel, accelerator: Accelerator
+    ) -> None:
+        """Reads and checks the items that the recipe asks for, on every rank.
 
         Raises:
             UserError: for whatever is wrong with the items, and where the model is too short for one of them.
@@ -134,16 +118,14 @@ class HellaSwagItems(Evaluator):
         # of a machine's processes one downloads, and the others find it there
         with accelerator.local_main_process_first() if section.hellaswag == "hub" else nullcontext():
             items = load_run_items(section)
-        questions = HellaSwagQuestions.of(tokenizer, items)
-        questions.check(model)
+        self.questions = HellaSwagQuestions.of(data.tokenizer, items)
+        self.questions.check(model)
+        super().__init__(self.questions.style, every_steps=section.eval_steps)
         # at most the tokens of a validation batch, which fits into the memory
-        fitting = section.batch_size * recipe.data.sequence_length // max(questions.num_tokens)
-        return cls(
-            questions,
-            every_steps=section.eval_steps,
-            batch_size=max(min(fitting, questions.items_per_pass(model, accelerator.device)), 1),
-            precision="float32" if mixed_precision == "no" else f"mixed_{mixed_precision}",
-        )
+        fitting = section.batch_size * recipe.data.sequence_length // max(self.questions.num_tokens)
+        self.batch_size = max(min(fitting, self.questions.items_per_pass(model, accelerator.device)), 1)
+        self.precision = "float32" if mixed_precision == "no" else f"mixed_{mixed_precision}"
+        self.latest: HellaSwag | None = None
 
     def run(self, model: nn.Module, accelerator: Accelerator, is_stopped: Callable[[], bool]) -> Metrics | None:
         """See Evaluator; the items are split over the ranks, in the precision that the model is prepared for."""
@@ -173,18 +155,13 @@ class Samples(Evaluator):
         prompts: what is continued.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[str],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        section: EvaluationSection,
-        seed: int,
-        recorder: Recorder,
-    ) -> None:
+    def __init__(self, recipe: TrainingRecipe, data: RunData, *, recorder: Recorder) -> None:
+        section = recipe.evaluation
         super().__init__("samples", every_steps=section.sample_steps)
-        self.prompts, self.tokenizer, self.recorder = prompts, tokenizer, recorder
-        self.max_new_tokens, self.seed = section.max_new_tokens, seed
+        beginnings = data.validation_batches.document_beginnings(section.num_validation_prompts, 32)
+        self.prompts = (*section.prompts, *(data.tokenizer.decode(ids) for ids in beginnings))
+        self.tokenizer, self.recorder = data.tokenizer, recorder
+        self.options: dict[str, int] = {"max_new_tokens": section.max_new_tokens, "seed": recipe.run.seed}
 
     def run(self, model: nn.Module, accelerator: Accelerator, is_stopped: Callable[[], bool]) -> Metrics | None:
         """See Evaluator; there is nothing to measure of a text."""
@@ -194,9 +171,7 @@ class Samples(Evaluator):
                 return None
             text = None
             with self.recorder.failures.tolerated("sampling"):
-                (text,) = sample_texts(
-                    plain, self.tokenizer, [prompt], max_new_tokens=self.max_new_tokens, seed=self.seed
-                )
+                (text,) = sample_texts(plain, self.tokenizer, [prompt], **self.options)
             model.train()  # what has failed half-way leaves it in evaluation mode
             if text is not None:
                 self.recorder.record_sample(prompt, text)

@@ -3,13 +3,12 @@
 import io
 import json
 import platform
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 
 from gpt2x.checkpoints.format import write_final
 from gpt2x.distributed.devices import describe_device
@@ -37,7 +36,8 @@ def finish(trainer: Trainer, found: Metrics) -> None:
     if trainer.accelerator.is_main_process:
         trainer.run.check()
         trainer.run.sync_records()
-        model_type = save_final_model(trainer, weights)
+        save = partial(trainer.trainee.save_final, trainer.plain_model, tokenizer=trainer.tokenizer, weights=weights)
+        model_type = write_final(trainer.run.final_dir, save)
         write_losses(trainer.run)
         with trainer.recorder.failures.tolerated("plots"):
             write_plots(trainer.run.path)
@@ -59,16 +59,6 @@ def push(trainer: Trainer) -> None:
     with trainer.recorder.failures.tolerated("push"):
         url = push_run(trainer.run.path, Push(repo_id=hub.repo_id, is_public=hub.public, license=hub.license))
         trainer.accelerator.print(f"published:      {url}")
-
-
-def save_final_model(trainer: Trainer, weights: Mapping[str, Tensor]) -> str:
-    """Writes final/, whole or not at all, and returns its model_type."""
-    return write_final(
-        trainer.run.final_dir,
-        lambda directory: trainer.trainee.save_final(
-            trainer.plain_model, directory, trainer.tokenizer, weights=weights
-        ),
-    )
 
 
 def write_losses(run: RunDirectory) -> None:

@@ -1,7 +1,7 @@
 """Optimizers: AdamW with decay groups, Muon for the matrices of the layers, and the scale of their fp16 gradients."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,23 +60,20 @@ def make_optimizers(
 
 def split_parameters(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters as (matrices of the layers, embeddings and head, vectors); a tied one counts once."""
-    tables = {id(parameter) for module in _tables(model) for parameter in module.parameters() if parameter.ndim == 2}
+    head = model.get_output_embeddings()
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or module is head
+        for parameter in module.parameters()
+    }
     matrices: list[nn.Parameter] = []
     embeddings: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
-        if parameter.ndim < 2:
-            vectors.append(parameter)
-        else:
-            (embeddings if id(parameter) in tables else matrices).append(parameter)
+        kind = vectors if parameter.ndim < 2 else embeddings if id(parameter) in tables else matrices
+        kind.append(parameter)
     return matrices, embeddings, vectors
-
-
-def _tables(model: PreTrainedModel) -> Iterator[nn.Module]:
-    yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
-    head = model.get_output_embeddings()
-    if head is not None:
-        yield head
 
 
 def _filled(*groups: dict) -> list[dict]:

@@ -22,8 +22,7 @@ from transformers import LlamaForCausalLM
 from gpt2x.config import HubSection
 from gpt2x.errors import UserError
 from gpt2x.manifest import write_manifest
-from gpt2x.publishing.hub import COMMAND, Push, push_run
-from gpt2x.publishing.pushed_files import files_to_push
+from gpt2x.publishing.hub import COMMAND, Push, files_to_push, push_run
 from gpt2x.tokenizers.bpe import load_tokenizer
 from gpt2x.training.finish import push
 from gpt2x.training.recording import Failures

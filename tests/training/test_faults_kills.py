@@ -121,7 +121,7 @@ def test_sigterm_in_any_phase_saves_that_step_and_the_same_command_ends_alike(
         "gpt2x.training.checks:open_file_source:before:1",
         "gpt2x.training.trainee:make_model:after:1",
         "gpt2x.training.steps:count_targets:after:1",
-        "gpt2x.training.finish:save_final_model:before:1",
+        "gpt2x.training.finish:write_final:before:1",
     ],
 )
 def test_where_there_is_nothing_to_save_ctrl_c_leaves_in_one_line(runs, write_recipe, tmp_path, point):

@@ -45,7 +45,7 @@ POINTS = [
     ("gpt2x.runs.directory", "append_line", (1, 8, 13)),
     ("gpt2x.evaluation.validation", "_batch_sums", (1, 3)),
     ("gpt2x.runs.directory", "write_file", (1,)),
-    ("gpt2x.training.finish", "save_final_model", (1,)),
+    ("gpt2x.training.finish", "write_final", (1,)),
     ("gpt2x.training.finish", "write_losses", (1,)),
     ("gpt2x.training.finish", "write_stats", (1,)),
 ]

@@ -89,7 +89,8 @@ def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> 
         # What a launch configuration says of these is the recipe's to decide; see launch.passed_over.
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        parallelism_config=make_parallelism() if is_sharded else None,
+        # Both read the sizes of the launch configuration; where this is None, accelerate does.
+        parallelism_config=TensorParallelism() if is_sharded and ParallelismConfig().tp_size > 1 else None,
         log_with=recipe.run.report_to or None,
         project_dir=recipe.run.dir,
     )
@@ -123,11 +124,6 @@ def make_fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:
     """
     policy = MixedPrecisionPolicy(param_dtype=_FSDP_DTYPES[mixed_precision], reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
-
-
-def make_parallelism() -> ParallelismConfig | None:
-    """The sizes of the launch configuration; None where it has no tensor parallelism, and accelerate reads them."""
-    return TensorParallelism() if ParallelismConfig().tp_size > 1 else None
 
 
 def keep_freed_memory() -> None:

@@ -15,18 +15,18 @@ TOPS = ("scripts", "benchmarks", "gpt2x", "modeling_gpt2x")
 LAYERS = """
     addresses commands
     errors
-    terminal files
+    terminal files runs.layout
     manifest
     locate
     prerequisites scan reporting
     config
     command_line
+    distributed
     corpus
     tokenizers
     shards
     preparation
     streams
-    distributed
     checkpoints
     runs
     stock_forms
@@ -89,8 +89,10 @@ def top(module: str) -> str:
 
 
 def room(module: str) -> str:
-    """The second part of a name: gpt2x.ROOM.x; the package gpt2x itself has none."""
-    return [*module.split("."), ""][1]
+    """The second part of a name: gpt2x.ROOM.x; the package gpt2x itself has none. A module may have its own layer."""
+    parts = [*module.split("."), ""]
+    own = ".".join(parts[1:3])
+    return own if own in LAYER else parts[1]
 
 
 def modules_of(*tops: str) -> list[str]:

@@ -20,6 +20,7 @@ from gpt2x.corpus.documents import Reading, open_corpus, read_pieces, size_to_re
 from gpt2x.corpus.paths import passed_over
 from gpt2x.corpus.sources import read_record, with_sha256, write_record
 from gpt2x.corpus.values import listed
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError, discard, locked, make_directory, remove_leftovers
 from gpt2x.locate import holds_tokenizer, local_path, place_to_write, say
@@ -35,7 +36,7 @@ from gpt2x.preparation.plan import (
 )
 from gpt2x.preparation.records import alone_in, recorded, tasks_dir
 from gpt2x.preparation.tasks import prepare_task, run_task
-from gpt2x.preparation.workers import progress_bar, run_parts, usable_cores
+from gpt2x.preparation.workers import progress_bar, run_parts
 from gpt2x.scan import cache_dir
 from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, entry_of, split_directory, write_index
 from gpt2x.tokenizers.bpe import (

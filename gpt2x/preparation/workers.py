@@ -7,7 +7,6 @@ one pipe to the parent, through which it gets its next part and tells how far it
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -18,17 +17,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.errors import UserError
 
 Report = Callable[[int, int], None]
 """Told by how much the reading and the tokens have grown: (read, tokens)."""
 Work = Callable[..., None]
 """What to do with (recipe, part, report=a Report)."""
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def run_parts(work: Work, recipe: Any, parts: Sequence[int], *, num_workers: int, report: Report) -> None:
@@ -44,7 +39,7 @@ def run_parts(work: Work, recipe: Any, parts: Sequence[int], *, num_workers: int
     Raises:
         UserError: what the work raises, and for a worker that died; the others are ended before.
     """
-    num_threads = max(usable_cores() // num_workers, 1)
+    num_threads = usable_cores(num_workers)
     waiting = list(parts)[::-1]
     workers: dict[Connection, tuple[BaseProcess, int]] = {}
     try:

@@ -51,10 +51,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gpt2x.checkpoints.host_copies import HostCopies
+from gpt2x.checkpoints.saver import HostCopies
 from gpt2x.config import OptimizerSection
-from gpt2x.distributed.accelerators import compute_device, forked_rng, on_device
-from gpt2x.distributed.devices import make_fsdp_plugin
+from gpt2x.distributed.devices import compute_device, forked_rng, make_fsdp_plugin, on_device
 from gpt2x.evaluation.continuations import Question, score_continuations
 from gpt2x.evaluation.samples import generate
 from gpt2x.evaluation.validation import validate

@@ -22,7 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.contest import interleave, print_table
 from gpt2x.config import OptimizerSection
-from gpt2x.distributed.devices import keep_freed_memory, usable_cores
+from gpt2x.distributed.devices import keep_freed_memory
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.optimizers import make_optimizers
 from gpt2x.training.start import compile_layers
@@ -80,7 +81,7 @@ def measure(contestant: str, *, rows: int, length: int, steps: int) -> dict[str,
     """Tokens per second, peak memory and the first step's seconds of one contestant in this process."""
     torch.manual_seed(0)
     if not torch.accelerator.is_available():
-        torch.set_num_threads(usable_cores(1))
+        torch.set_num_threads(usable_cores())
     make = own_step if contestant.startswith("gpt2x") else peer_step
     step = make(rows, length, compiled=contestant.endswith("compiled"))
     first_s = _timed(step)

@@ -8,8 +8,8 @@ from gpt2x.distributed.devices import describe_device
 from gpt2x.distributed.ranks import data_rank
 from gpt2x.distributed.sharding import is_sharded
 from gpt2x.models import flops_per_token, num_parameters
-from gpt2x.preparation.chat_preview import preview
 from gpt2x.runs.changes import as_table
+from gpt2x.shards.statistics import preview
 from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.trainer import Trainer
 

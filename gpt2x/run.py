@@ -34,8 +34,7 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     """
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
     from gpt2x.distributed.launch import check_launch, check_launch_of_adapters, num_data_ranks, passed_over
-    from gpt2x.runs.directory import open_run_directory
-    from gpt2x.runs.lock import locked
+    from gpt2x.runs.directory import locked, open_run_directory
     from gpt2x.training.checks import check_before_torch
 
     is_main = environment.get("RANK", "0") == "0"
@@ -61,8 +60,8 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
 
 def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
     """Whether a run has ended and its model is whole, which is said; so it is where it is not whole."""
-    from gpt2x.checkpoints.final_model import damage_of_final
-    from gpt2x.checkpoints.format import named_checkpoints
+    from gpt2x.checkpoints.format import damage_of_final
+    from gpt2x.runs.layout import named_checkpoints
 
     if not directory.is_finished():
         return False
@@ -77,7 +76,7 @@ def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
 
 def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Accelerator":
     from gpt2x.distributed.devices import make_accelerator
-    from gpt2x.distributed.flags import after_main
+    from gpt2x.distributed.ranks import after_main
 
     rank, num_processes = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     with after_main(rank=rank, num_processes=num_processes):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from gpt2x.config import FinetuneRecipe, LoraSection
-from gpt2x.distributed.accelerators import forked_rng
+from gpt2x.distributed.devices import forked_rng
 from gpt2x.errors import UserError
 from gpt2x.locate import find_model, from_pretrained
 from gpt2x.models import load_for_inference

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from gpt2x.distributed.accelerators import on_device
+from gpt2x.distributed.devices import on_device
 
 # transformers makes no mask for an attention whose masks it does not know, so none is registered.
 _NAME = "branches"

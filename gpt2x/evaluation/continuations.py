@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from gpt2x.distributed.accelerators import on_device, without_cudnn_attention
+from gpt2x.distributed.devices import on_device, without_cudnn_attention
 from gpt2x.distributed.ranks import data_rank, sum_over_ranks
 from gpt2x.errors import UserError
 from gpt2x.evaluation.branches import Branching, branches_of_pass, branching_attention

@@ -11,6 +11,7 @@ from gpt2x.locate import from_pretrained, local_path
 from gpt2x.models import load_for_inference
 from gpt2x.publishing.comparison import Difference, Reference, compare, model_logits
 from gpt2x.publishing.output import check_export, size_bytes, whole_or_nothing
+from gpt2x.runs.layout import name_of
 from gpt2x.tokenizers.bpe import load_tokenizer, write_tokenizer
 from modeling_gpt2x import GPT2XForCausalLM
 
@@ -90,9 +91,7 @@ def _export_gguf(recipe: ExportRecipe, directory: str) -> Export:
 def model_name(model: str) -> str:
     """What to call a model: a run's name for its directory and those inside it, else the last part of the path."""
     path = local_path(model).resolve() if local_path(model).exists() else Path(model)
-    while path.name in ("final", "model", "checkpoints") or path.parent.name == "checkpoints":
-        path = path.parent
-    return path.name
+    return name_of(path)
 
 
 def load_native(name_or_path: str) -> GPT2XForCausalLM:

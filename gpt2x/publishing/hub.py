@@ -22,7 +22,8 @@ from gpt2x.locate import does_not_exist, find_model, is_hub_id, say
 from gpt2x.manifest import MANIFEST, WEIGHTS_INDEX, indexed_weights
 from gpt2x.publishing.model_card import model_card
 from gpt2x.publishing.published_model import ADAPTER_CONFIG, read_adapter_config
-from gpt2x.runs.files_of import RunFiles
+from gpt2x.runs.layout import RunLayout
+from gpt2x.runs.results import RunFiles
 
 COMMAND = [sys.executable, "-m", "gpt2x.publishing.upload"]
 _REASONS = {
@@ -41,6 +42,8 @@ _NAMES = (
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("onnx/*.onnx", "onnx/*.onnx_data*", "genai_config.json", "*.gguf"),
     *(file.name for file in (Path(__file__).parents[2] / "modeling_gpt2x").glob("*_gpt2x.py")),
+    # The code of models that were saved before it was five files.
+    *(f"{name}_gpt2x.py" for name in ("cache", "conversion", "import", "loss", "masks", "packed")),
 )
 _FOLDERS = {name.split("/")[0] for name in _NAMES if "/" in name}
 
@@ -189,7 +192,7 @@ def files_to_push(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():  # a Hub id is nothing to push
         raise does_not_exist(str(directory), "the directory of a run or of a model")
     model_dir = Path(find_model(str(directory)))
-    if model_dir.name == "model" and model_dir.parent.parent == directory / "checkpoints":
+    if model_dir.parent.parent == RunLayout(directory).checkpoints_dir:
         say(f"{directory} has no final model: its newest whole checkpoint is pushed, {model_dir.parent.name}")
     shards = {name for name in indexed_weights(model_dir) if name.endswith(".safetensors")}
     found = list(_names_in(model_dir))

@@ -10,7 +10,9 @@ from typing import Any
 from gpt2x.config.publishing import ExportRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, locked, make_directory, read_json, remove_leftovers, unwritable, whole_directory
+from gpt2x.manifest import MANIFEST
 from gpt2x.prerequisites import check_installed, check_model, model_type_of
+from gpt2x.runs.layout import MODEL, RunLayout
 
 GGUF_TYPES = ("gpt2", "llama", "qwen3")
 """The forms that llama.cpp computes."""
@@ -61,8 +63,10 @@ def check_output(output_dir: Path, *, source: str | None = None) -> None:
 def _is_export(directory: Path) -> bool:
     """Whether a directory looks like an export, and not like the model of a run, which has gpt2x's form too."""
     place = Path(os.path.realpath(directory))
-    of_a_run = {"final": "config.yaml", "model": "manifest.json"}
-    if place.name in of_a_run and os.path.lexists(place.parent / of_a_run[place.name]):
+    run = RunLayout(place.parent)
+    if place == run.final_dir and os.path.lexists(run.config_file):
+        return False
+    if place.name == MODEL and os.path.lexists(place.parent / MANIFEST):
         return False
     is_native = (place / "config.json").is_file() and (place / "modeling_gpt2x.py").is_file()
     return is_native or any(place.glob("onnx/*.onnx")) or any(place.glob("*.gguf"))

@@ -12,14 +12,12 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gpt2x.checkpoints.format import checkpoint_dir
-from gpt2x.checkpoints.optimizer_state import optimizer_tensors
-from gpt2x.checkpoints.soundness import first_not_finite, not_saved
-from gpt2x.distributed.flags import Vote, agree, wait_for_main
-from gpt2x.distributed.ranks import data_rank
+from gpt2x.checkpoints.state import first_not_finite, not_saved, optimizer_tensors
+from gpt2x.distributed.ranks import Vote, agree, data_rank, wait_for_main
 from gpt2x.errors import UserError
 from gpt2x.evaluation.validation import validate
 from gpt2x.files import set_aside
+from gpt2x.runs.layout import checkpoint_dir
 from gpt2x.training.steps import NO_TARGETS, StepLosses, StepOutcome
 from gpt2x.training.trainer import Trainer
 

@@ -48,7 +48,7 @@ def measure_room(trainer: Trainer) -> Room:
         model_bytes=_BYTES_PER_NUMBER * final,
         num_kept=num_kept,
         num_for_ever=num_for_ever,
-        free_bytes=shutil.disk_usage(_existing(trainer.run.path)).free + _used_bytes(trainer.run.path / "checkpoints"),
+        free_bytes=shutil.disk_usage(_existing(trainer.run.path)).free + _used_bytes(trainer.run.checkpoints_dir),
     )
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import transformers
 
-from gpt2x.checkpoints.final_model import write_final
+from gpt2x.checkpoints.format import write_final
 from gpt2x.distributed.devices import describe_device
-from gpt2x.distributed.flags import wait_for_main
+from gpt2x.distributed.ranks import wait_for_main
 from gpt2x.files import write_file
 from gpt2x.models import flops_per_token, num_parameters
 from gpt2x.reporting import column, read_metrics, write_plots

@@ -5,7 +5,7 @@ import time
 
 from gpt2x.batches.loader import StepBatch
 from gpt2x.checkpoints.retention import note_validation
-from gpt2x.distributed.flags import Vote, agree
+from gpt2x.distributed.ranks import Vote, agree
 from gpt2x.errors import UserError
 from gpt2x.training.anomalies import SpikeDetector, give_up, handle_incident
 from gpt2x.training.evaluators import Metrics

@@ -15,7 +15,7 @@ from gpt2x.addresses import without_secrets
 from gpt2x.checkpoints.progress import Progress
 from gpt2x.config import TrainingRecipe
 from gpt2x.distributed.devices import peak_flops
-from gpt2x.distributed.flags import part
+from gpt2x.distributed.ranks import part
 from gpt2x.runs.directory import RunDirectory
 from gpt2x.training.schedules import Budget
 

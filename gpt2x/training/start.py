@@ -10,19 +10,19 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from gpt2x.checkpoints.final_model import damage_of_final
-from gpt2x.checkpoints.format import TrainerState, newest_checkpoint, read_state
-from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, parameter_names
+from gpt2x.checkpoints.format import TrainerState, damage_of_final, newest_checkpoint, read_state
 from gpt2x.checkpoints.progress import Progress
-from gpt2x.checkpoints.retention import Retention, is_of_this_decay, note_validation
+from gpt2x.checkpoints.retention import is_of_this_decay, note_validation
 from gpt2x.checkpoints.saver import CheckpointSaver
+from gpt2x.checkpoints.state import load_optimizer_tensors, parameter_names
 from gpt2x.config import TrainingRecipe
 from gpt2x.distributed.devices import describe_changes, environment_of, prepare
-from gpt2x.distributed.flags import wait_for_everyone, wait_for_main
+from gpt2x.distributed.ranks import wait_for_everyone, wait_for_main
 from gpt2x.distributed.tensor_parallel import cut_weights
 from gpt2x.errors import UserError
 from gpt2x.models import flops_per_token
 from gpt2x.runs.directory import RunDirectory
+from gpt2x.runs.layout import MODEL
 from gpt2x.runs.records import clear, recorded_validation, refuse_to_start_over, reopen, sweep, truncate_records
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.data import open_run_data, prepare_data, steps_per_epoch
@@ -55,7 +55,7 @@ def make_trainer(recipe: TrainingRecipe, run: RunDirectory, *, accelerator: Acce
     model = trainee.make(data.tokenizer)
     _check_ids(data.vocab_size, model)
     if checkpoint is not None:
-        trainee.load(model, checkpoint / "model")
+        trainee.load(model, checkpoint / MODEL)
     wait_for_everyone(accelerator)  # one may have read its data or its model for long
     prepared, optimizers = _prepared(model, recipe, accelerator)
     plain_model = accelerator.unwrap_model(prepared)
@@ -103,7 +103,7 @@ def make_trainer(recipe: TrainingRecipe, run: RunDirectory, *, accelerator: Acce
         saver=CheckpointSaver(
             run,
             lambda directory, weights: trainee.save(model, directory, data.tokenizer, weights=weights),
-            retention=Retention.of(recipe.train),
+            rules=recipe.train,
             last_step=None if checkpoint is None else progress.step,
         ),
     )
@@ -121,7 +121,7 @@ def _prepared(
     optimizers = make_optimizers(model, recipe.optimizer, mixed_precision=recipe.train.mixed_precision)
     if recipe.train.torch_compile:
         compile_layers(model)
-    return prepare(accelerator, model, optimizers, recipe)
+    return prepare(accelerator, model, optimizers)
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -172,7 +172,7 @@ def _check_optimizer(checkpoint: Path, saved: str, name: str) -> None:
     if saved != name:
         raise UserError(
             f"optimizer.name ({name}) must be that of {checkpoint}, {saved}, whose state is gone on with; set it "
-            f"back, or start a new run with --run.name NAME and --init_from {checkpoint}/model."
+            f"back, or start a new run with --run.name NAME and --init_from {checkpoint / MODEL}."
         )
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gpt2x.checkpoints.progress import seed_step
-from gpt2x.distributed.accelerators import on_device
+from gpt2x.distributed.devices import on_device
 from gpt2x.distributed.ranks import data_rank
 from gpt2x.training.optimizers import MIN_SCALE, set_learning_rates, settle_scale, without_scaler
 from gpt2x.training.schedules import learning_rate_factor

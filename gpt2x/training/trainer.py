@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.validation import ValidationBatches
-from gpt2x.checkpoints.optimizer_state import optimizer_tensors
 from gpt2x.checkpoints.progress import Progress
-from gpt2x.checkpoints.saver import CheckpointSaver, State
+from gpt2x.checkpoints.saver import CheckpointSaver
+from gpt2x.checkpoints.state import State, optimizer_tensors
 from gpt2x.config import TrainingRecipe
 from gpt2x.distributed.devices import environment_of
-from gpt2x.distributed.flags import Vote, agree, wait_for_main
+from gpt2x.distributed.ranks import Vote, agree, wait_for_main
 from gpt2x.distributed.sharding import gather, is_sharded
 from gpt2x.runs.changes import plain
 from gpt2x.runs.directory import RunDirectory

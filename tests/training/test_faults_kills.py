@@ -16,7 +16,7 @@ from gpt2x import files
 from gpt2x.checkpoints.format import list_checkpoints, newest_checkpoint
 from gpt2x.config import to_yaml
 from gpt2x.errors import UserError
-from gpt2x.runs.lock import locked
+from gpt2x.runs.directory import locked
 
 # Killed there, a run of 12 steps that saves every four has at least the checkpoint of step 4.
 POINTS = [

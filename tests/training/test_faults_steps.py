@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from gpt2x import preflight
-from gpt2x.checkpoints.host_copies import HostCopies
+from gpt2x.checkpoints.saver import HostCopies
 from gpt2x.errors import UserError
 from gpt2x.training import evaluators, steps
 from gpt2x.training import finish as finish_module

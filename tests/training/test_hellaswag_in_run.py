@@ -262,7 +262,7 @@ from torch.distributed.fsdp import fully_shard
 from gpt2x.evaluation.hellaswag import HellaSwagQuestions, score_hellaswag
 from gpt2x.evaluation.hellaswag_items import load_hellaswag
 from gpt2x.tokenizers.bpe import load_tokenizer
-from gpt2x.distributed.flags import Vote, agree
+from gpt2x.distributed.ranks import Vote, agree
 from modeling_gpt2x import GPT2XForCausalLM
 from ranks import leave
 

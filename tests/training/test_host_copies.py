@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2x.checkpoints import host_copies
-from gpt2x.checkpoints.host_copies import HostCopies
+from gpt2x.checkpoints import saver
+from gpt2x.checkpoints.saver import HostCopies
 from gpt2x.training.disk import measure_room
 from gpt2x.training.steps import optimizer_step
 
@@ -52,7 +52,7 @@ def test_copies_of_a_gpus_tensors_are_page_locked_as_one_block_and_let_go_of_aga
         cudaHostUnregister=lambda *arguments: calls.append(("unregister", *arguments)),
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    memory = host_copies._memory(100, is_page_locked=True)
+    memory = saver._memory(100, is_page_locked=True)
     address = memory.ctypes.data
     part = torch.frombuffer(memory, dtype=torch.float32, count=3, offset=64)
     del memory

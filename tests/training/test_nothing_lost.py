@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2x.checkpoints.final_model import damage_of_final, write_final
+from gpt2x.checkpoints.format import damage_of_final, write_final
 from gpt2x.config import RunSection
 from gpt2x.errors import UserError
 from gpt2x.runs import directory as run_directory
-from gpt2x.runs.directory import RunDirectory, open_run_directory
-from gpt2x.runs.lock import locked
+from gpt2x.runs.directory import RunDirectory, locked, open_run_directory
 from gpt2x.training.finish import finish
 from gpt2x.training.loop import train
 from gpt2x.training.start import make_trainer
@@ -180,7 +179,7 @@ def test_a_final_of_an_older_version_is_looked_at_as_far_as_it_can_be(run):
     (final / "manifest.json").unlink()
     assert damage_of_final(final) is None
     cut(final)
-    assert "model.safetensors cannot be read" in damage_of_final(final)
+    assert "model.safetensors is cut or damaged" in damage_of_final(final)
     (final / "model.safetensors").unlink()
     assert damage_of_final(final) == "it holds no model"
 

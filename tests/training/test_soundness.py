@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpt2x.checkpoints.format import list_checkpoints
-from gpt2x.checkpoints.soundness import first_not_finite
+from gpt2x.checkpoints.state import first_not_finite
 from gpt2x.errors import UserError
 from gpt2x.training import loop, steps
 from gpt2x.training.anomalies import find_unsound

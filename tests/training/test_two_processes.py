@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.evaluation.validation import validate
 from gpt2x.shards.index import load_index
-from gpt2x.distributed.flags import Vote, agree
+from gpt2x.distributed.ranks import Vote, agree
 from gpt2x.training.steps import accumulate_losses, clip_gradients
 from modeling_gpt2x import GPT2XForCausalLM
 from ranks import leave

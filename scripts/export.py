@@ -7,7 +7,7 @@ model before this script says so; a killed export leaves nothing that looks like
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe
 from gpt2x.publishing.output import check_export
 from gpt2x.terminal import command
 

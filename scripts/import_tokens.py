@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
-from gpt2x.config.importing import ImportRecipe
+from gpt2x.config import ImportRecipe
 from gpt2x.preparation.checks import check_import
 from gpt2x.terminal import command
 

@@ -16,27 +16,15 @@ python scripts/prepare_data.py --config RECIPE.yaml --num_tasks 100 --task $SLUR
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
-from gpt2x.config import PreparationRecipe
-from gpt2x.config.checks import Range
+from gpt2x.config import PreparationCommand, PreparationRecipe
 from gpt2x.preparation.checks import check_preparation, check_task
 from gpt2x.terminal import command
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configuration" / "data" / "python-stdlib.yaml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparationCommand(PreparationRecipe):
-    """Text to token shards: what scripts/prepare_data.py runs."""
-
-    task: Annotated[int, Range(least=0, below=10**5)] | None = None
-    """Makes this part alone, of 0 to num_tasks - 1, as a job of a cluster array; null makes all that are missing and
-    finishes."""
 
 
 def names_a_corpus(argv: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ import os
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config.evaluation import LmEvalRecipe
+from gpt2x.config import LmEvalRecipe
 from gpt2x.errors import UserError
 from gpt2x.prerequisites import check_installed, check_model
 from gpt2x.terminal import command

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from gpt2x.config.importing import ImportRecipe
+from gpt2x.config import ImportRecipe
 from gpt2x.corpus.sources import date_of
 from gpt2x.errors import UserError
 from gpt2x.files import discard, make_directory

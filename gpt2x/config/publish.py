@@ -1,4 +1,4 @@
-"""What scripts/export.py and scripts/push_to_hub.py are told; imports neither torch nor transformers."""
+"""What scripts/export.py and scripts/push_to_hub.py run."""
 
 from dataclasses import dataclass
 from pathlib import Path

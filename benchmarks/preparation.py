@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from benchmarks.contest import interleave
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.corpus.documents import open_corpus
-from gpt2x.corpus.text_files import Row, decoded
+from gpt2x.corpus.rows import Row
 from gpt2x.distributed.launch import usable_cores
 from gpt2x.preparation.prepare import prepare
 from gpt2x.tokenizers.bpe import load_tokenizer, text_encoder
@@ -95,7 +95,7 @@ def _sources() -> Iterator[bytes]:
     # Every ninth, so that no package rules.
     for row in islice(rows, 0, None, 9):
         content = Path(row.name).read_bytes()
-        if isinstance(row, Row) and content.strip() and decoded(content) is not None:
+        if isinstance(row, Row) and content.decode(errors="replace").encode() == content and content.strip():
             yield content
 
 

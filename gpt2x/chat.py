@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from gpt2x.config import GenerationRecipe
-from gpt2x.corpus.chat_layouts import Message
+from gpt2x.corpus.layouts import Message
 from gpt2x.errors import UserError
 from gpt2x.evaluation.samples import generate, sampling_arguments
 from gpt2x.prerequisites import no_chat_template

@@ -13,8 +13,7 @@ from gpt2x.config import FinetuneRecipe, ModelSection, Recipe, TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.locate import base_of, find_model, from_pretrained, one_line_of
 from gpt2x.prerequisites import check_installed, refuse_adapters
-from gpt2x.tokenizers.bpe import write_tokenizer
-from gpt2x.tokenizers.vocabulary import adopt_tokenizer, check_tokenizer
+from gpt2x.tokenizers.bpe import adopt_tokenizer, check_tokenizer, write_tokenizer
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
 from modeling_gpt2x.loading_gpt2x import load_strictly
 

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from gpt2x.batches.order import GlobalOrder, mixed
-from gpt2x.batches.packing import document_positions
-from gpt2x.batches.sequences import IGNORED, Sequences, joined
 from gpt2x.batches.source import Source
+from gpt2x.batches.windows import IGNORED, Sequences, document_positions, joined
 from gpt2x.errors import UserError
 
 
@@ -85,13 +84,13 @@ class TrainingBatches:
         """
         self._wait_for_streams(step)
         per_process = self.order.phase_at(step).sequences_per_step // self.num_processes
-        ids_BT, labels_BT, position_ids_BT = self._sequences(
-            step, self.rank * per_process, (self.rank + 1) * per_process
-        )
+        drawn = self.order.samples(step, self.rank * per_process, (self.rank + 1) * per_process)
+        parts = [(places, self._drawn(self.sources[name], draws)) for name, (places, draws) in drawn.items()]
+        ids_BT, labels_BT, position_ids_BT = joined(parts)
         arrays = {"input_ids": ids_BT, "labels": labels_BT, "position_ids": position_ids_BT}
         batch = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
-        parts = {name: tensor.split(self.micro_batch_size) for name, tensor in batch.items()}
-        micro_batches = [dict(zip(parts, tensors)) for tensors in zip(*parts.values())]
+        split = (tensor.split(self.micro_batch_size) for tensor in batch.values())
+        micro_batches = [dict(zip(batch, tensors)) for tensors in zip(*split)]
         for micro_batch in micro_batches:
             micro_batch.setdefault("labels", micro_batch["input_ids"])
         return StepBatch(micro_batches, checksum(ids_BT))
@@ -153,11 +152,6 @@ class TrainingBatches:
         """Ends what works for the sources in the background."""
         for source in self.sources.values():
             source.close()
-
-    def _sequences(self, step: int, start: int, stop: int) -> Sequences:
-        """What stands at these places of a step."""
-        found = self.order.samples(step, start, stop)
-        return joined([(places, self._drawn(self.sources[name], draws)) for name, (places, draws) in found.items()])
 
     def _drawn(self, source: Source, draws: np.ndarray) -> Sequences:
         """Sequences of a source; where documents are masked from each other, with positions that say so."""

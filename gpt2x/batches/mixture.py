@@ -4,14 +4,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gpt2x.batches.source import Source, tokens_of
+from gpt2x.batches.source import Source, open_file_source, tokens_of
 from gpt2x.batches.stream import StreamSource
 from gpt2x.batches.validation import HeldOut
-from gpt2x.batches.whole_documents import open_file_source
 from gpt2x.config import DataSection, SourceSection
 from gpt2x.errors import UserError
+from gpt2x.shards.token_sets import TokenSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +35,12 @@ class Mixture:
     vocab_size: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """A source, and what it says of its tokenizer."""
-
+class _Opened(NamedTuple):
     source: Source
-    location: str
+    tokens: TokenSet | StreamSource
+    """What says where the ids are and which tokenizer made them."""
     held_out: Callable[[], HeldOut | None]
     """A stream's are there when its first shard is: all streams begin before one is waited for."""
-    tokenizer_dir: str | Path | None
-    tokenizer_fingerprint: str | None
-    vocab_size: int
-    eos_token_id: int
 
 
 def open_mixture(
@@ -88,8 +82,8 @@ def _joined(data: DataSection, opened: Sequence[_Opened]) -> Mixture:
     held_out = {found.source.name: part for found in opened if (part := found.held_out()) is not None}
     if not held_out:
         raise UserError(
-            f"{opened[0].location} holds no validation tokens; prepare it again with corpus.validation_fraction "
-            f"above 0, or name held-out token files by data.validation_path."
+            f"{opened[0].tokens.location} holds no validation tokens; prepare it again with "
+            f"corpus.validation_fraction above 0, or name held-out token files by data.validation_path."
         )
     sources = tuple(found.source for found in opened)
     return Mixture(
@@ -97,8 +91,10 @@ def _joined(data: DataSection, opened: Sequence[_Opened]) -> Mixture:
         weights=_weights(data.mixture, sources),
         held_out=held_out,
         tokenizer_dir=_tokenizer_dir(opened),
-        tokenizer_fingerprint=next((f.tokenizer_fingerprint for f in opened if f.tokenizer_fingerprint), None),
-        vocab_size=max(found.vocab_size for found in opened),
+        tokenizer_fingerprint=next(
+            (fingerprint for f in opened if (fingerprint := f.tokens.tokenizer_fingerprint)), None
+        ),
+        vocab_size=max(found.tokens.vocab_size for found in opened),
     )
 
 
@@ -106,12 +102,8 @@ def _open_files(section: SourceSection, data: DataSection, *, seed: int) -> _Ope
     tokens = tokens_of(section)
     return _Opened(
         source=open_file_source(tokens, data, seed=seed, name=section.key),
-        location=tokens.location,
+        tokens=tokens,
         held_out=lambda: HeldOut.of(tokens) if tokens.has_split("validation") else None,
-        tokenizer_dir=tokens.tokenizer_dir,
-        tokenizer_fingerprint=tokens.tokenizer_fingerprint,
-        vocab_size=tokens.vocab_size,
-        eos_token_id=tokens.eos_token_id,
     )
 
 
@@ -129,15 +121,7 @@ def _open_stream(
     source = StreamSource(
         section.stream, data.sequence_length, seed=seed, name=section.key, fills=fills, state=state or None
     )
-    return _Opened(
-        source=source,
-        location=section.location,
-        held_out=lambda: _held_out_of(source),
-        tokenizer_dir=section.stream.tokenizer,
-        tokenizer_fingerprint=source.tokenizer_fingerprint,
-        vocab_size=source.vocab_size,
-        eos_token_id=source.eos_token_id,
-    )
+    return _Opened(source=source, tokens=source, held_out=lambda: _held_out_of(source))
 
 
 def _held_out_of(source: StreamSource) -> HeldOut | None:
@@ -150,21 +134,22 @@ def _held_out_of(source: StreamSource) -> HeldOut | None:
 def _check_tokenizers(opened: Sequence[_Opened]) -> None:
     first = opened[0]
     for other in opened:
-        found, wanted = other.tokenizer_fingerprint, first.tokenizer_fingerprint
+        found, wanted = other.tokens.tokenizer_fingerprint, first.tokens.tokenizer_fingerprint
         differ = found is not None and wanted is not None and found != wanted
-        if differ or other.eos_token_id != first.eos_token_id:
+        if differ or other.tokens.eos_token_id != first.tokens.eos_token_id:
             raise UserError(
-                f"source {other.source.name!r} ({other.location}) was made by another tokenizer than "
-                f"{first.source.name!r} ({first.location}); prepare one of them again with the other's tokenizer."
+                f"source {other.source.name!r} ({other.tokens.location}) was made by another tokenizer than "
+                f"{first.source.name!r} ({first.tokens.location}); prepare one of them again with the other's "
+                f"tokenizer."
             )
 
 
 def _tokenizer_dir(opened: Sequence[_Opened]) -> str | Path:
     """The first tokenizer that has a chat template, or else the first: their fingerprints say nothing of templates."""
-    known = [(found, found.tokenizer_dir) for found in opened if found.tokenizer_dir is not None]
+    known = [(found, directory) for found in opened if (directory := found.tokens.tokenizer_dir) is not None]
     if not known:
         raise UserError(
-            f"{opened[0].location} does not say which tokenizer made it; name its directory by data.tokenizer."
+            f"{opened[0].tokens.location} does not say which tokenizer made it; name its directory by data.tokenizer."
         )
     if len(known) == 1:
         return known[0][1]
@@ -174,8 +159,9 @@ def _tokenizer_dir(opened: Sequence[_Opened]) -> str | Path:
         first, first_dir = with_template[0]
         if templates[directory] != templates[first_dir]:
             raise UserError(
-                f"source {other.source.name!r} ({other.location}) has another chat template than "
-                f"{first.source.name!r} ({first.location}); prepare one of them again with the other's chat.template."
+                f"source {other.source.name!r} ({other.tokens.location}) has another chat template than "
+                f"{first.source.name!r} ({first.tokens.location}); prepare one of them again with the other's "
+                f"chat.template."
             )
     return (with_template or known)[0][1]
 

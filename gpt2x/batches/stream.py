@@ -16,8 +16,8 @@ import numpy as np
 
 from gpt2x.addresses import without_secrets
 from gpt2x.batches.order import permute, round_keys
-from gpt2x.batches.sequences import Sequences
 from gpt2x.batches.source import Source
+from gpt2x.batches.windows import ConsecutiveWindows, Sequences
 from gpt2x.config import StreamSection
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
@@ -56,9 +56,12 @@ class StreamSource(Source):
 
     Attributes:
         definition: what determines the shards and their order.
+        location: of the cache, for messages.
+        tokenizer_dir: the tokenizer that makes the ids.
+        tokenizer_fingerprint: of it.
         vocab_size: every id is below it.
         eos_token_id: ends every document.
-        tokenizer_fingerprint: of the tokenizer that makes the ids.
+        cache: its shards.
     """
 
     num_tokens = None
@@ -94,6 +97,7 @@ class StreamSource(Source):
                 f"({sequence_length}); raise it."
             )
         self.section, self.sequence_length, self.seed, self.name = section, sequence_length, seed, name
+        self.location, self.tokenizer_dir = str(section.cache_dir), section.tokenizer
         tokenizer = load_tokenizer(section.tokenizer)
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         self.vocab_size, self.eos_token_id = vocabulary_size(tokenizer), int(tokenizer.eos_token_id)
@@ -102,17 +106,7 @@ class StreamSource(Source):
         self._eras: list[Era] = []
         self._draws_before = 0 if state is None else int(state["draws_before"])
         ledger = Ledger(definition=self.definition) if state is None else self._ledger_of(state)
-        self._cache = StreamCache(section, name, ledger, tokenizer=tokenizer, fills=fills)
-
-    @property
-    def waited_s(self) -> float:
-        """How long threads have waited for the stream, in total."""
-        return self._cache.waited_s
-
-    @property
-    def filler_pid(self) -> int | None:
-        """The filler's process id, where this process has one."""
-        return self._cache.filler_pid
+        self.cache = StreamCache(section, name, ledger, tokenizer=tokenizer, fills=fills)
 
     def sequences(self, draws: np.ndarray) -> Sequences:
         """What stands at these draws; waits until it is there.
@@ -121,19 +115,14 @@ class StreamSource(Source):
             UserError: where they never will be.
         """
         sequences = np.empty((len(draws), self.sequence_length), np.int64)
-        for here, era, shards in self._cache.wait(lambda: self._opened(draws)):
-            windows = self._windows(era, draws[here])
-            numbers = np.searchsorted(era.first_windows, windows, side="right") - 1
-            for number in np.unique(numbers):
-                of_shard = numbers == number
-                tokens, length = shards[number].tokens, self.sequence_length
-                places = windows[of_shard] - era.first_windows[number]
-                sequences[here[of_shard]] = tokens[: tokens.size // length * length].reshape(-1, length)[places]
+        for here, era, shards in self.cache.wait(lambda: self._opened(draws)):
+            windows = ConsecutiveWindows(shards, self.sequence_length)
+            sequences[here] = windows.sequences(self._windows(era, draws[here])).ids
         return Sequences(sequences)
 
     def locate(self, draw: int) -> str:
         """Epoch, era, file and position of a draw that is there."""
-        with self._cache.lock:
+        with self.cache.lock:
             era = self._era_of(draw)
         assert era is not None, "a draw is located after it was read"
         (window,) = self._windows(era, np.array([draw]))
@@ -147,7 +136,7 @@ class StreamSource(Source):
 
     def epochs(self, num_draws: int) -> float:
         """How often the stream was gone through completely; nobody knows how far it is to the next end."""
-        with self._cache.lock:
+        with self.cache.lock:
             return float(self._beginning_at(num_draws)[0].position.epoch)
 
     def require(self, num_draws: int, *, first: int | None = None) -> None:
@@ -161,22 +150,22 @@ class StreamSource(Source):
         Raises:
             UserError: where the stream is broken for good, and where the cache has no room for all these draws.
         """
-        self._cache.wait(lambda: self._has_draws(num_draws, first))
+        self.cache.wait(lambda: self._has_draws(num_draws, first))
 
     def release(self, num_draws: int) -> None:
         """Says that no process of the node needs a draw below num_draws any more: eras before leave the cache."""
-        with self._cache.lock:
+        with self.cache.lock:
             beginning, draws_before = self._beginning_at(num_draws)
-            if beginning != self._cache.ledger.beginning:
+            if beginning != self.cache.ledger.beginning:
                 self._draws_before = draws_before
                 self._eras = [era for era in self._eras if era.beginning.number >= beginning.number]
-                self._cache.forget_before(beginning)
+                self.cache.forget_before(beginning)
 
     def state(self, num_draws: int) -> dict[str, Any]:
         """The ledger from the era of this draw on, and how many draws are before: any machine goes on from it."""
-        with self._cache.lock:
+        with self.cache.lock:
             beginning, draws_before = self._beginning_at(num_draws)
-            known = self._cache.ledger
+            known = self.cache.ledger
             ledger = Ledger(definition=self.definition, beginning=beginning, validation=known.validation)
             ledger.follow(known.shards.values())
         return {"sequence_length": self.sequence_length, "draws_before": draws_before, "ledger": ledger.as_json()}
@@ -188,7 +177,7 @@ class StreamSource(Source):
             UserError: where there are none, and where the stream is broken for good.
         """
         fraction = self.section.corpus.validation_fraction
-        shards, num_bytes = self._cache.wait(self._cache.validation) if fraction else ([], 0)
+        shards, num_bytes = self.cache.wait(self.cache.validation) if fraction else ([], 0)
         if not shards:
             raise UserError(
                 f"stream {self.name!r}: no document among those of its first shard is held out; raise "
@@ -199,7 +188,7 @@ class StreamSource(Source):
 
     def close(self) -> None:
         """Ends the filler, and whoever waits."""
-        self._cache.close()
+        self.cache.close()
 
     def _ledger_of(self, state: Mapping[str, Any]) -> Ledger:
         if state["sequence_length"] != self.sequence_length:
@@ -217,10 +206,10 @@ class StreamSource(Source):
 
     def _follow(self) -> None:
         """Makes eras of what is new in the ledger."""
-        self._cache.follow()
+        self.cache.follow()
         shards: list[StreamShard] = []
-        number = self._next_number()
-        while (shard := self._cache.ledger.shards.get(number)) is not None:
+        number = self._eras[-1].shards[-1].number + 1 if self._eras else self.cache.ledger.beginning.number
+        while (shard := self.cache.ledger.shards.get(number)) is not None:
             shards.append(shard)
             number += 1
             if shard.ends_era:
@@ -236,9 +225,6 @@ class StreamSource(Source):
             first_windows=np.cumsum([0, *(shard.num_tokens // self.sequence_length for shard in shards)]),
         )
 
-    def _next_number(self) -> int:
-        return self._eras[-1].shards[-1].number + 1 if self._eras else self._cache.ledger.beginning.number
-
     def _era_of(self, draw: int) -> Era | None:
         """The era of a draw; None where it is not closed yet."""
         assert draw >= self._draws_before, f"draw {draw} was released"
@@ -250,7 +236,7 @@ class StreamSource(Source):
         if (era := self._era_of(num_draws)) is not None:
             return era.beginning, era.first_draw
         if not self._eras:
-            return self._cache.ledger.beginning, self._draws_before
+            return self.cache.ledger.beginning, self._draws_before
         last = self._eras[-1].shards[-1]
         return Beginning(era=last.era + 1, number=last.number + 1, position=last.end), self._eras[-1].end_draw
 
@@ -269,7 +255,7 @@ class StreamSource(Source):
 
     def _shards(self, era: Era) -> list[Shard] | None:
         """An era's shards; None while one of them is not there."""
-        shards = [self._cache.shard(shard.number) for shard in era.shards]
+        shards = [self.cache.shard(shard.number) for shard in era.shards]
         there = [shard for shard in shards if shard is not None]
         return there if len(there) == len(shards) else None
 
@@ -285,8 +271,8 @@ class StreamSource(Source):
             eras = self._eras[: self._eras.index(last) + 1]
             return True if all(self._shards(era) is not None for era in eras) else None
         self._check_windows()
-        is_room_to_come = first is not None and self._beginning_at(first)[0] != self._cache.ledger.beginning
-        if is_room_to_come or len(self._cache.ledger.shards) < self.section.max_cached_shards:
+        is_room_to_come = first is not None and self._beginning_at(first)[0] != self.cache.ledger.beginning
+        if is_room_to_come or len(self.cache.ledger.shards) < self.section.max_cached_shards:
             return None
         raise UserError(
             f"stream {self.name!r}: the {num_draws - self._draws_before} sequences that one step needs at once are "

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from gpt2x.batches.order import permute, round_keys
-from gpt2x.batches.sequences import IGNORED, Sequences, joined
 from gpt2x.batches.source import nothing_learned
-from gpt2x.batches.strides import StridedWindows
 from gpt2x.batches.whole_documents import WholeDocuments
+from gpt2x.batches.windows import IGNORED, Sequences, StridedWindows, joined
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
 from gpt2x.shards.token_sets import TokenSet

@@ -1,21 +1,17 @@
 """Windows of whole documents: none is cut, each sees itself alone, and what is left of a window is not learned."""
 
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 
-from gpt2x.batches.order import epoch_windows
-from gpt2x.batches.packing import pack
-from gpt2x.batches.sequences import IGNORED, Sequences
-from gpt2x.batches.source import ShardSource, Source, nothing_learned
-from gpt2x.config import DataSection
+from gpt2x.batches.windows import IGNORED, Sequences, is_anything_learned, num_learned
 from gpt2x.errors import UserError
 from gpt2x.shards.files import Shard
-from gpt2x.shards.index import combined_sha256
-from gpt2x.shards.learned import count_learned, learned_flags
-from gpt2x.shards.token_sets import TokenSet
+from gpt2x.shards.learned import learned_flags
 
 
 class WholeDocuments:
@@ -53,12 +49,12 @@ class WholeDocuments:
     @cached_property
     def num_targets(self) -> int:
         """How many tokens are predicted; takes one pass over the targets."""
-        return sum(sum(count_learned(shard, counts_first=False)) for shard in self.shards)
+        return num_learned(self.shards, counts_first=False)
 
     @property
     def learns_anything(self) -> bool:
-        """Whether anything is predicted at all."""
-        return any(any(count_learned(shard, counts_first=False)) for shard in self.shards)
+        """Whether anything is predicted at all: of single tokens nothing is, whatever is learned of them."""
+        return is_anything_learned(self.shards, counts_first=False)
 
     def sequences(self, windows: np.ndarray) -> Sequences:
         """The windows of these numbers, with their labels and their positions.
@@ -86,6 +82,9 @@ class WholeDocuments:
         position_ids_BT.flat[places_N] = within_N
         labels_BT.flat[places_N] = np.where(is_learned_N & (within_N > 0), ids_N, IGNORED)
         return Sequences(ids_BT, labels_BT, position_ids_BT)
+
+    def document_begins(self, windows: np.ndarray) -> None:
+        """Nothing: the positions of `sequences` tell the documents apart."""
 
     def locate(self, window: int) -> str:
         """The files and the numbers of the documents of a window, for a person."""
@@ -131,49 +130,6 @@ class WholeDocuments:
         return ids_N, is_learned_N
 
 
-class WholeDocumentSource(Source):
-    """The documents of a split, whole, in windows that each epoch permutes."""
-
-    def __init__(
-        self, tokens: TokenSet, sequence_length: int, *, seed: int = 0, name: str = "train", split: str = "train"
-    ) -> None:
-        """Opens every shard and packs its documents.
-
-        Args:
-            tokens: the shards.
-            sequence_length: T, tokens per window.
-            seed: of the order in which the windows are drawn.
-            name: see Source.
-            split: train or validation.
-
-        Raises:
-            UserError: for a broken shard, an id outside the vocabulary, a document longer than T, and where nothing
-                is learned.
-        """
-        self.name, self.sequence_length, self.seed = name, sequence_length, seed
-        shards = tokens.open_split(split)
-        self.num_tokens = sum(shard.tokens.size for shard in shards)
-        self.packed = WholeDocuments(shards, sequence_length, eos_token_id=tokens.eos_token_id)
-        self.num_windows: int = self.packed.num_windows
-        # The same shards packed in another way are other windows: what was drawn of these says nothing of those.
-        self.fingerprint = combined_sha256(["whole documents", tokens.split_fingerprint(split)])
-        if not self.packed.learns_anything:
-            raise nothing_learned(name, f"{split} documents of {tokens.location}")
-
-    def sequences(self, draws: np.ndarray) -> Sequences:
-        """The windows at these draws."""
-        return self.packed.sequences(epoch_windows(draws, self.num_windows, seed=self.seed, name=self.name))
-
-    def locate(self, draw: int) -> str:
-        """Epoch, files and documents of a draw."""
-        (window,) = epoch_windows(np.array([draw]), self.num_windows, seed=self.seed, name=self.name)
-        return f"epoch {draw // self.num_windows}, {self.packed.locate(int(window))}"
-
-    def epochs(self, num_draws: int) -> float:
-        """How often all windows have been drawn after so many draws."""
-        return num_draws / self.num_windows
-
-
 def _check_lengths(shard: Shard, sequence_length: int) -> None:
     lengths = np.diff(shard.documents)
     for number in np.flatnonzero(lengths > sequence_length)[:1]:
@@ -187,12 +143,73 @@ def _check_lengths(shard: Shard, sequence_length: int) -> None:
         )
 
 
-def open_file_source(tokens: TokenSet, data: DataSection, *, seed: int, name: str) -> Source:
-    """The sequences of token files, packed as the recipe says.
+def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Puts every document into a window, uncut, by best-fit decreasing.
 
-    Raises:
-        UserError: for whatever is wrong with a file, and for too few tokens or too long documents.
+    The longest first, each goes where it leaves the least room (arXiv:2404.10830). Documents of one
+    length and windows of one room are dealt with together, so it takes at most as many rounds as there are documents,
+    and few where many have the same length. Runs go on by the numbers of windows: they must stay what they are.
+
+    Args:
+        lengths: of the documents, (num_documents,) integers in 1..capacity.
+        capacity: of a window.
+
+    Returns:
+        The numbers of the documents, window after window and ascending within each, (num_documents,) unsigned; and
+        where each window's begin there, and the end, (num_windows + 1,) int64.
     """
-    if data.packing == "whole_documents":
-        return WholeDocumentSource(tokens, data.sequence_length, seed=seed, name=name)
-    return ShardSource(tokens, data.sequence_length, seed=seed, name=name, align_documents=data.align_documents)
+    windows, num_windows = _best_fit_decreasing(lengths, capacity)
+    documents = np.argsort(windows, kind="stable").astype(np.min_scalar_type(max(lengths.size - 1, 0)))
+    counts = np.bincount(windows, minlength=num_windows)
+    return documents, np.concatenate([[0], np.cumsum(counts)])
+
+
+def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """Each document's window, (num_documents,) int64, and how many windows there are."""
+    order = np.argsort(-lengths, kind="stable")
+    windows, rooms, num_windows = np.empty(lengths.size, np.int64), _Rooms(), 0
+    sizes, starts = np.unique(-lengths[order], return_index=True)
+    for length, start, stop in zip((-sizes).tolist(), starts.tolist(), [*starts[1:].tolist(), lengths.size]):
+        while start < stop:
+            room, found = rooms.pop(length) or (capacity, None)
+            per_window = room // length
+            if found is None:
+                found = np.arange(num_windows, num_windows + -(-(stop - start) // per_window))
+                num_windows += found.size
+            taken = min(stop - start, per_window * found.size)
+            full, rest = divmod(taken, per_window)
+            touched = full + bool(rest)
+            windows[order[start : start + taken]] = np.repeat(found[:touched], per_window)[:taken]
+            rooms.put(room, found[touched:])
+            rooms.put(room - rest * length, found[full:touched])
+            rooms.put(room - per_window * length, found[:full])
+            start += taken
+    return windows, num_windows
+
+
+class _Rooms:
+    """Windows by the room that is left in them."""
+
+    def __init__(self) -> None:
+        self._windows: dict[int, deque[np.ndarray]] = {}
+        self._ascending: list[int] = []
+
+    def pop(self, length: int) -> tuple[int, np.ndarray] | None:
+        """Some windows of the least room that is enough, and that room; None where there are none."""
+        place = bisect_left(self._ascending, length)
+        if place == len(self._ascending):
+            return None
+        room = self._ascending[place]
+        found = self._windows[room].popleft()
+        if not self._windows[room]:
+            del self._windows[room], self._ascending[place]
+        return room, found
+
+    def put(self, room: int, windows: np.ndarray) -> None:
+        """Adds windows with that room, to be taken after the others of it."""
+        if not windows.size or not room:
+            return
+        if room not in self._windows:
+            self._windows[room] = deque()
+            insort(self._ascending, room)
+        self._windows[room].append(windows)

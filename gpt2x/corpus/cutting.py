@@ -62,8 +62,14 @@ def chunks_of(text: str) -> Iterator[str]:
     return (text[start : start + CHARACTERS_PER_PIECE] for start in range(0, len(text), CHARACTERS_PER_PIECE))
 
 
-def pieces_of(text: str) -> Iterator[str]:
-    """A text that may be cut."""
+def pieces_of(text: str, *, cuts: bool, name: str) -> Iterator[str]:
+    """A text in pieces, if it may be cut; a short one is one.
+
+    Raises:
+        UserError: names a text that may not be cut and is too long for that.
+    """
+    if not cuts:
+        return iter((as_whole([text], name),))
     return cut(chunks_of(text)) if len(text) > 2 * CHARACTERS_PER_PIECE else iter((text,))
 
 
@@ -94,7 +100,7 @@ def ids_of(text: str, encoder: Tokenizer, *, cuts: bool, name: str) -> np.ndarra
         cuts: whether it may be given pieces, as can_be_cut says.
         name: of the text, for messages.
     """
-    pieces = pieces_of(text) if cuts else (as_whole([text], name),)
+    pieces = pieces_of(text, cuts=cuts, name=name)
     parts = [np.array(encoder.encode(piece, add_special_tokens=False).ids, np.uint32) for piece in pieces]
     return np.concatenate(parts)
 

@@ -7,28 +7,21 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 MAX_FOLLOW_UPS = 3
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-class DocumentedName(NamedTuple):
-    """A conversation about one class or function."""
-
-    name: str
-    """Dotted, with its module's."""
-    messages: list[dict[str, str]]
-    """Of user and assistant, in turn."""
-
-
-def conversations(file: Path, module: str) -> Iterator[DocumentedName]:
+def conversations(file: Path, module: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """A conversation per documented function and class of a source file; about a class also about some methods.
 
     Args:
         file: the source; one that is not UTF-8 or not of this Python's grammar has none.
         module: its dotted name.
+
+    Yields:
+        The dotted name of what it is about, and its messages, of user and assistant in turn.
     """
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -43,7 +36,7 @@ def conversations(file: Path, module: str) -> Iterator[DocumentedName]:
         for method in _public(node)[:MAX_FOLLOW_UPS] if isinstance(node, ast.ClassDef) else []:
             if (answer := _summary(method)) is not None:
                 messages += _turn(f"And its method {method.name}?", answer)
-        yield DocumentedName(name, messages)
+        yield name, messages
 
 
 def _turn(question: str, answer: str) -> list[dict[str, str]]:

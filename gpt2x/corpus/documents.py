@@ -2,25 +2,23 @@
 
 import hashlib
 import io
-import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gpt2x.config import CorpusSection
-from gpt2x.corpus.chat_layouts import Layout, find_layout
 from gpt2x.corpus.cutting import CHARACTERS_PER_PIECE, as_whole, chunks_of, cut, pieces_of
-from gpt2x.corpus.dataset_rows import open_share
-from gpt2x.corpus.docstrings import conversations
-from gpt2x.corpus.paths import kind_of
-from gpt2x.corpus.rows import Advance, Row, text_of
-from gpt2x.corpus.source_files import source_files
-from gpt2x.corpus.text_files import LongFile, columns_of, rows_of, size_of
-from gpt2x.corpus.values import listed
+from gpt2x.corpus.dataset_rows import FindLayout, open_share
+from gpt2x.corpus.file_rows import columns_of, rows_of
+from gpt2x.corpus.layouts import Layout, Message, TextColumn, find_layout
+from gpt2x.corpus.rows import Advance, Row, Share
+from gpt2x.corpus.source_files import kind_of, source_files
+from gpt2x.corpus.text_files import LongFile, unheard
 from gpt2x.errors import UserError
+
+WHOLE = Share()
 
 
 class Piece(NamedTuple):
@@ -29,87 +27,74 @@ class Piece(NamedTuple):
     name: str
     """Path of the file, with the line number where a file holds many documents."""
     text: str
+    """Of a conversation all that is said, as JSON."""
     is_validation: bool
     """Whether the whole document is held out."""
     is_last: bool
     """Whether the document ends here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which part of a corpus a task reads."""
-
-    task: int = 0
-    num_tasks: int = 1
-    revision: str | None = None
-    """The commit of a dataset of the Hub that all tasks read; by default the newest."""
-
-
-WHOLE = Share()
+    messages: list[Message] | None = None
+    """Of a conversation."""
 
 
 class Reading(NamedTuple):
     """A share of a corpus that is about to be read."""
 
+    corpus: CorpusSection
     rows: Iterator[Row | LongFile]
     size: int | None
     """How much there is to read, in the unit; None where nobody knows."""
     unit: str
     """Of the size: B or rows."""
-    layout: Layout | None = None
-    """How the rows hold conversations; None where they are read as documents, and where there is no row."""
+    layout: Layout | TextColumn | None
+    """How the rows hold documents; None where there is no row to tell it."""
 
 
 def is_validation(text: str, corpus: CorpusSection) -> bool:
     """Whether a document is held out: a function of its text and the split's seed, so duplicates stay together."""
-    digest = _split_hash(corpus)
-    for chunk in chunks_of(text):
+    return _is_held_out(chunks_of(text), corpus)
+
+
+def _is_held_out(chunks: Iterable[str], corpus: CorpusSection) -> bool:
+    digest = hashlib.blake2b(digest_size=8, person=b"gpt2x split", key=str(corpus.split_seed).encode())
+    for chunk in chunks:
         digest.update(chunk.encode())
-    return _is_held_out(digest, corpus)
-
-
-def _split_hash(corpus: CorpusSection) -> Any:
-    return hashlib.blake2b(digest_size=8, person=b"gpt2x split", key=str(corpus.split_seed).encode())
-
-
-def _is_held_out(digest: Any, corpus: CorpusSection) -> bool:
     return int.from_bytes(digest.digest(), "little") < corpus.validation_fraction * 2**64
 
 
-def read_pieces(reading: Reading, corpus: CorpusSection, *, dropped: Counter[str], cuts: bool) -> Iterator[Piece]:
-    """The documents of a share, long ones in pieces, in an order that the file system has no say in.
+def read_pieces(reading: Reading, *, dropped: Counter[str], cuts: bool) -> Iterator[Piece]:
+    """The documents of a share in an order that the file system has no say in: conversations, and plain texts among
+    them, whole; of other corpora long ones in pieces.
 
     Texts are what the bytes say, line ends too, without a byte order mark. Documents without anything but whitespace
     and documents that are not UTF-8 are left out.
 
     Args:
         reading: what to read.
-        corpus: decides what is held out.
         dropped: counts what was left out, by reason.
         cuts: whether long documents may be cut.
 
     Raises:
-        UserError: for a file that is not what its name says, a broken .jsonl line, a missing column.
+        UserError: for a file that is not what its name says, a broken .jsonl line, a missing column, and a row that
+            does not hold what the corpus' layout says.
     """
     for row in reading.rows:
         if isinstance(row, LongFile):
-            yield from _long_file(row, corpus, dropped=dropped, cuts=cuts)
+            yield from _long_file(row, reading.corpus, dropped=dropped, cuts=cuts)
             continue
-        text = _text(row, corpus, dropped)
-        if text is not None:
-            parts = pieces_of(text) if cuts else iter((as_whole([text], row.name),))
-            yield from _as_pieces(row.name, parts, is_validation(text, corpus))
-
-
-def _text(row: Row, corpus: CorpusSection, dropped: Counter[str]) -> str | None:
-    columns, column = row.columns(dropped), corpus.text_column
-    if columns is None:
-        return None
-    if column not in columns:
-        raise UserError(
-            f"{row.name} has no field {column!r}, only: {listed(columns)}; set corpus.text_column to one of them."
-        )
-    return text_of(columns[column], name=row.name, column=column, dropped=dropped)
+        assert reading.layout is not None, "where there is a row, there is a layout"
+        try:
+            columns = row.columns()
+        except UnicodeDecodeError:
+            dropped["not UTF-8"] += 1
+            continue
+        text, left_out, messages = reading.layout.document(columns, row.name)
+        if left_out is not None:
+            dropped[left_out] += 1
+        elif isinstance(reading.layout, Layout):
+            yield Piece(row.name, text, is_validation(text, reading.corpus), True, messages)
+        else:
+            parts = pieces_of(text, cuts=cuts, name=row.name)
+            yield from _as_pieces(row.name, parts, is_validation(text, reading.corpus))
 
 
 def _as_pieces(name: str, parts: Iterator[str], held_out: bool) -> Iterator[Piece]:
@@ -122,11 +107,9 @@ def _as_pieces(name: str, parts: Iterator[str], held_out: bool) -> Iterator[Piec
 
 def _long_file(row: LongFile, corpus: CorpusSection, *, dropped: Counter[str], cuts: bool) -> Iterator[Piece]:
     """Reads the document twice, since the side it falls on is known at its end."""
-    digest, is_empty = _split_hash(corpus), True
     try:
-        for text in _chunks(row, lambda _: None):
-            digest.update(text.encode())
-            is_empty = is_empty and text.isspace()
+        is_empty = all(text.isspace() for text in _chunks(row, unheard))
+        held_out = _is_held_out(_chunks(row, unheard), corpus)
     except UnicodeDecodeError:
         dropped["not UTF-8"] += 1
         return
@@ -134,8 +117,7 @@ def _long_file(row: LongFile, corpus: CorpusSection, *, dropped: Counter[str], c
         dropped["empty"] += 1
         return
     chunks = _chunks(row, row.advance)
-    parts = cut(chunks) if cuts else iter((as_whole(chunks, row.name),))
-    yield from _as_pieces(row.name, parts, _is_held_out(digest, corpus))
+    yield from _as_pieces(row.name, cut(chunks) if cuts else iter((as_whole(chunks, row.name),)), held_out)
 
 
 def _chunks(row: LongFile, advance: Advance) -> Iterator[str]:
@@ -176,28 +158,33 @@ def open_corpus(
         UserError: for a path that matches no file, an unknown kind of file, a dataset that cannot be opened; and for
             rows in no layout of conversations.
     """
-    files = source_files(corpus) if files is None else files
+    every = list((source_files(corpus) if files is None else files).values())
     if corpus.kind == "dataset":
-        reading = _open_dataset(corpus, advance, share, as_chat=as_chat)
-        return reading._replace(rows=_told_at_the_end(reading.rows, files, read))
-    every = list(files.values())
-    layout = _layout_of(every, corpus) if as_chat else None
-    if len(every) >= share.num_tasks:
-        own = every[share.task :: share.num_tasks]
-        return Reading(_rows(own, corpus, advance, layout, read), size_of(own), "B", layout)
-    rows = islice(_rows(every, corpus, advance, layout, read), share.task, None, share.num_tasks)
-    return Reading(rows, size_of(every), "B", layout)
+        found = open_share(corpus, advance, share, find_layout=_find_layout(corpus, as_chat))
+        return Reading(corpus, _told_at_the_end(found.rows, every, read), found.size, "rows", found.layout)
+    layout = _layout_of(every, corpus) if as_chat else TextColumn(column=corpus.text_column)
+    own = _dealt_out(every, share)
+    rows = _rows(own, corpus, advance, layout, read)
+    if len(every) < share.num_tasks:
+        rows = islice(rows, share.task, None, share.num_tasks)
+    return Reading(corpus, rows, _size_of(own), "B", layout)
+
+
+def _find_layout(corpus: CorpusSection, as_chat: bool) -> FindLayout:
+    if not as_chat:
+        return lambda _found, _name: TextColumn(column=corpus.text_column)
+    return lambda found, name: find_layout(found, name) if found else None
 
 
 def _told_at_the_end(
-    rows: Iterator[Row | LongFile], files: Mapping[str, Path], read: Callable[[Path], None]
+    rows: Iterator[Row | LongFile], files: Sequence[Path], read: Callable[[Path], None]
 ) -> Iterator[Row | LongFile]:
     yield from rows
-    for file in files.values():
+    for file in files:
         read(file)
 
 
-def _layout_of(files: list[Path], corpus: CorpusSection) -> Layout | None:
+def _layout_of(files: Sequence[Path], corpus: CorpusSection) -> Layout | None:
     """That of the first row; None where there is no row."""
     if corpus.kind == "python_docstrings":
         return find_layout(["messages"], corpus.kind)
@@ -215,44 +202,30 @@ def size_to_read(
 ) -> tuple[int | None, str]:
     """How much these tasks have to read in all, None where nobody knows; and its unit."""
     if corpus.kind == "dataset":
-        reading = _open_dataset(corpus, lambda _: None, Share(task=tasks[0], num_tasks=num_tasks), as_chat=as_chat)
-        return reading.size and reading.size * len(tasks), reading.unit
-    every = list(files.values())
-    if len(every) < num_tasks:
-        return size_of(every) * len(tasks), "B"
-    return sum(size_of(every[task::num_tasks]) for task in tasks), "B"
+        share = Share(task=tasks[0], num_tasks=num_tasks)
+        size = open_share(corpus, unheard, share, find_layout=_find_layout(corpus, as_chat)).size
+        return size and size * len(tasks), "rows"
+    shares = [Share(task=task, num_tasks=num_tasks) for task in tasks]
+    return sum(_size_of(_dealt_out(list(files.values()), share)) for share in shares), "B"
+
+
+def _dealt_out(files: list[Path], share: Share) -> list[Path]:
+    """The files that a task reads: all where there are too few."""
+    return files[share.task :: share.num_tasks] if len(files) >= share.num_tasks else files
+
+
+def _size_of(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def _rows(
-    files: list[Path],
+    files: Sequence[Path],
     corpus: CorpusSection,
     advance: Advance,
-    layout: Layout | None,
+    layout: Layout | TextColumn | None,
     read: Callable[[Path], None],
 ) -> Iterator[Row | LongFile]:
     for file in files:
-        if corpus.kind == "python_docstrings":
-            yield from _docstring_rows(file)
-            advance(file.stat().st_size)
-        else:
-            yield from rows_of(file, corpus, advance, layout=layout)
+        if layout is not None:
+            yield from rows_of(file, corpus, advance, layout)
         read(file)
-
-
-def _docstring_rows(file: Path) -> Iterator[Row]:
-    parts = file.relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
-    for name, messages in conversations(file, ".".join(part for part in parts if part != "__init__")):
-        columns = {"messages": messages}
-        yield Row(name, lambda _dropped, columns=columns: columns)  # type: ignore[misc]
-
-
-def _open_dataset(corpus: CorpusSection, advance: Advance, share: Share, *, as_chat: bool) -> Reading:
-    found = open_share(
-        corpus,
-        advance,
-        task=share.task,
-        num_tasks=share.num_tasks,
-        revision=share.revision,
-        as_chat=as_chat,
-    )
-    return Reading(found.rows, found.num_rows, "rows", found.layout)

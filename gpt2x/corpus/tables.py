@@ -1,7 +1,8 @@
-"""Tables of rows: parquet, Arrow streams (as datasets writes) and Arrow files."""
+"""Tables: .csv and .tsv, whose first row names the columns; parquet, Arrow streams (as datasets writes) and files."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import csv
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,76 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from gpt2x.corpus.opened_files import MAX_ROW_BYTES, too_long
-from gpt2x.corpus.paths import kind_of
 from gpt2x.corpus.rows import Advance, Row
+from gpt2x.corpus.source_files import kind_of
+from gpt2x.corpus.text_files import MAX_ROW_BYTES, OpenedFile, too_long
 from gpt2x.errors import UserError
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ROWS_PER_BATCH = 128
 # Where rows are long, a batch has as many fewer.
 BYTES_PER_BATCH = 32_000_000
+
+
+# Not pandas' or datasets' reader: they take NA and null for nothing and 007 for 7, and name no line.
+def csv_rows(file: Path, delimiter: str, advance: Advance) -> Generator[Row, None, None]:
+    """The rows of a table of text, named by the line they begin in. Every value is the text that stands there.
+
+    Raises:
+        UserError: for a row with more or fewer cells than there are columns, quotes that do not match, and columns of
+            the same name.
+    """
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with OpenedFile(file) as opened:
+        reader = csv.reader(_texts(opened), delimiter=delimiter, strict=True)
+        header: list[str] = []
+        line = 1
+        for cells in _cells(reader, file):
+            if cells and not header:
+                header = cells
+                _check_names(header, header, file)
+            elif cells:
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{file}:{line} has {len(cells)} cells, and there are {len(header)} columns; correct the row, "
+                        f"or quote what holds a separator."
+                    )
+                yield Row.of(f"{file}:{line}", dict(zip(header, cells)))
+            line = reader.line_num + 1
+            opened.tell(advance)
+
+
+def csv_columns(file: Path, delimiter: str) -> list[str]:
+    """The names of the columns; none where there is no row."""
+    with OpenedFile(file) as opened:
+        reader = csv.reader(_texts(opened), delimiter=delimiter, strict=True)
+        header = next((cells for cells in _cells(reader, file) if cells), [])
+        _check_names(header, header, file)
+        return header
+
+
+def _texts(opened: OpenedFile) -> Iterator[str]:
+    """Lines; what is not UTF-8 becomes half of a surrogate pair, which leaves out the row that has it in its text."""
+    number = 1
+    while line := opened.read_line(number):
+        yield line.decode("utf-8", errors="surrogateescape")
+        number += 1
+
+
+def _cells(reader: Iterator[list[str]], file: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        line = reader.line_num  # type: ignore[attr-defined]
+        if "field limit" in str(error):
+            raise too_long(f"{file}:{line}") from None
+        raise UserError(f"{file}:{line} is no CSV ({error}); double the quotes inside of quotes.") from None
+
+
+def _check_names(columns: Sequence[str], found: list[str], file: Path) -> None:
+    for column in columns:
+        if found.count(column) > 1:
+            raise UserError(f"{file} has {found.count(column)} columns {column!r}; rename all but one.")
 
 
 def table_columns(file: Path) -> list[str]:
@@ -38,17 +101,14 @@ def table_rows(file: Path, columns: Sequence[str], advance: Advance) -> Iterator
     Raises:
         UserError: where there are several of a name.
     """
-    found = table_columns(file)
-    for column in columns:
-        if found.count(column) > 1:
-            raise UserError(f"{file} has {found.count(column)} columns {column!r}; rename all but one.")
+    _check_names(columns, table_columns(file), file)
     size, number, told = file.stat().st_size, 0, 0
     with pyarrow.memory_map(str(file)) as source:
         num_rows, batches = _batches(file, source, list(columns))
         for batch in batches:
             for values in zip(*(_encoded(batch.column(column)) for column in columns), strict=True):
                 number += 1
-                yield _table_row(f"{file}:{number}", columns, values)
+                yield Row(f"{file}:{number}", partial(_decoded, f"{file}:{number}", columns, values))
             position = size * number // num_rows if num_rows else source.tell()
             advance(position - told)
             told = position
@@ -95,15 +155,8 @@ def _encoded(values: Any) -> Any:
     return values.cast(pyarrow.large_binary()) if is_text else values
 
 
-def _table_row(name: str, columns: Sequence[str], values: Sequence[Any]) -> Row:
-    def found(dropped: Counter[str]) -> dict[str, Any] | None:
-        try:
-            return {column: _plain(value, name) for column, value in zip(columns, values, strict=True)}
-        except UnicodeDecodeError:
-            dropped["not UTF-8"] += 1
-            return None
-
-    return Row(name, found)
+def _decoded(name: str, columns: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    return {column: _plain(value, name) for column, value in zip(columns, values, strict=True)}
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -1,25 +1,122 @@
-"""Files of text: their rows one after the other, whatever their size."""
+"""Opened files of text: decompressed, without a byte order mark, in UTF-8, and in rows that fit into memory; and the
+documents of .txt files, which may have any length."""
 
-import os
-from collections import Counter
+import codecs
+import gzip
+import io
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+import pyarrow
 
 from gpt2x.config import CorpusSection
-from gpt2x.corpus.chat_layouts import Layout
-from gpt2x.corpus.csv_files import DELIMITERS, csv_columns, csv_rows
-from gpt2x.corpus.json_files import json_lines, json_objects
-from gpt2x.corpus.opened_files import OpenedFile, Spooled, complaining, decoded
-from gpt2x.corpus.paths import TABLES, kind_of
 from gpt2x.corpus.rows import Advance, Row
-from gpt2x.corpus.tables import table_columns, table_rows
-from gpt2x.corpus.values import listed
+from gpt2x.corpus.source_files import TEXTS, kind_of
 from gpt2x.errors import UserError
 
+# A row is held in memory as a whole, and what is parsed of it besides: up to 13 bytes for each of its own, since one
+# emoji makes Python take four for every letter, and its reader of CSV always does. A .txt file, or what lies between
+# separators in one, may have any length.
+MAX_ROW_BYTES = 2**25
 # A document of more bytes in a .txt file is read in pieces.
 LONG_FILE_BYTES = 8_000_000
+WIDE_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+class OpenedFile:
+    """The decompressed bytes of a file, and how far in the file itself they have come from."""
+
+    def __init__(self, file: Path) -> None:
+        suffix = file.suffix.lower()
+        self.raw: Any = pyarrow.OSFile(str(file)) if suffix == ".zst" else file.open("rb")
+        self.stream: Any = self.raw
+        if suffix == ".zst":
+            self.stream = io.BufferedReader(pyarrow.CompressedInputStream(self.raw, "zstd"), 2**16)
+        elif suffix == ".gz":
+            self.stream = io.BufferedReader(gzip.GzipFile(fileobj=self.raw), 2**16)
+        self.file, self.told = file, 0
+
+    def __enter__(self) -> "OpenedFile":
+        """Raises UserError for a file of text in UTF-16."""
+        try:
+            with complaining(self.file):
+                self._pass_over_mark()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _pass_over_mark(self) -> None:
+        head = self.stream.peek(4)
+        if head.startswith(codecs.BOM_UTF8):
+            self.stream.read(len(codecs.BOM_UTF8))
+        wide = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
+        if wide is not None and kind_of(self.file) in TEXTS:
+            raise UserError(f"'{self.file}' is in {wide}; save it as UTF-8: iconv -f {wide} -t UTF-8 FILE > NEW.")
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+        self.raw.close()
+
+    def read_line(self, number: int) -> bytes:
+        """The next line, which has this number; nothing at the end.
+
+        Raises:
+            UserError: for one that is too long to be held.
+        """
+        line: bytes = self.stream.readline(MAX_ROW_BYTES + 1)
+        if len(line) > MAX_ROW_BYTES:
+            raise too_long(f"{self.file}:{number}")
+        return line
+
+    def tell(self, advance: Advance) -> None:
+        """Tells what has been read of the file since the last time."""
+        position = self.raw.tell()
+        advance(position - self.told)
+        self.told = position
+
+
+class Spooled:
+    """A document that was found inside a file and is too long to be held."""
+
+    def __init__(self) -> None:
+        self.stream: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (gone with its last reader)
+
+    def __enter__(self) -> "Spooled":
+        self.stream.seek(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def tell(self, advance: Advance) -> None:
+        """What it was found in is told elsewhere."""
+
+
+@contextmanager
+def complaining(file: Path) -> Iterator[None]:
+    """What a damaged file raises becomes a line that names it."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"'{file}' cannot be read ({reason}); repair it or leave it out.") from None
+
+
+def too_long(name: str) -> UserError:
+    """The complaint of a row that is too long to be held."""
+    return UserError(
+        f"{name} has more than {MAX_ROW_BYTES:,} bytes; cut it into several, or give the text as a .txt file, which "
+        f"may have any length."
+    )
+
+
+def unheard(_: int) -> None:
+    """Is told how much was read, and makes nothing of it."""
 
 
 class LongFile(NamedTuple):
@@ -31,90 +128,25 @@ class LongFile(NamedTuple):
     advance: Advance
 
 
-def columns_of(file: Path) -> list[str]:
-    """The columns of a table, or of the first row of a .jsonl or .json; none where it has no row.
-
-    Raises:
-        UserError: for a file that is not what its name says.
-    """
-    kind = kind_of(file)
-    with complaining(file):
-        if kind in TABLES:
-            return table_columns(file)
-        if kind in DELIMITERS:
-            return csv_columns(file, DELIMITERS[kind])
-        with closing(json_lines(file, _unheard) if kind == ".jsonl" else json_objects(file, _unheard)) as rows:
-            found = (row.columns(Counter()) for row in rows)
-            return next((list(columns) for columns in found if columns), [])
-
-
-def _unheard(_: int) -> None:
-    pass
-
-
-def rows_of(
-    file: Path, corpus: CorpusSection, advance: Advance, *, layout: Layout | None = None
-) -> Iterator[Row | LongFile]:
-    """The rows of a file.
-
-    Args:
-        file: of a kind that can be read; any other is one document.
-        corpus: names the column and the separator.
-        advance: told how many bytes of the file have been read since it was told before.
-        layout: of the conversations in its rows; None where they are texts.
-
-    Raises:
-        UserError: for a file that is not what its name says, and a missing column.
-    """
-    kind = kind_of(file)
-    with complaining(file):
-        if kind in TABLES:
-            found = table_columns(file)
-            columns = layout.columns_in(found, str(file)) if layout else [_text_column(file, corpus, found)]
-            yield from table_rows(file, columns, advance)
-        elif kind == ".jsonl":
-            yield from json_lines(file, advance)
-        elif kind == ".json":
-            yield from json_objects(file, advance)
-        elif kind in DELIMITERS:
-            yield from csv_rows(file, DELIMITERS[kind], advance)
-        elif corpus.document_separator is not None and kind == ".txt":
-            yield from _separated_rows(file, corpus, advance)
-        else:
-            yield from _whole(file, corpus, advance)
-
-
-def _text_column(file: Path, corpus: CorpusSection, found: list[str]) -> str:
-    column = corpus.text_column
-    if column not in found:
-        raise UserError(f"{file} has no column {column!r}, only: {listed(found)}; set corpus.text_column to one.")
-    return column
-
-
-def _whole(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
+def whole_file(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
+    """A file that is one document."""
     with OpenedFile(file) as opened:
         content = opened.stream.read(LONG_FILE_BYTES + 1)
     if len(content) > LONG_FILE_BYTES:
         yield LongFile(str(file), lambda: OpenedFile(file), advance)
     else:
-        yield _bytes_row(str(file), content, corpus)
+        yield _text_row(str(file), content, corpus)
         advance(file.stat().st_size)
 
 
-def _bytes_row(name: str, content: bytes, corpus: CorpusSection) -> Row:
-    def columns(dropped: Counter[str]) -> dict[str, Any] | None:
-        found = decoded(content)
-        if found is None:
-            dropped["not UTF-8"] += 1
-            return None
-        return {corpus.text_column: found}
-
-    return Row(name, columns)
+def _text_row(name: str, content: bytes, corpus: CorpusSection) -> Row:
+    return Row(name, lambda: {corpus.text_column: content.decode()})
 
 
-def _separated_rows(file: Path, corpus: CorpusSection, advance: Advance) -> Iterator[Row | LongFile]:
-    assert corpus.document_separator is not None, "without a separator a file is one document"
-    separator = corpus.document_separator.encode()
+def separated_documents(
+    file: Path, separator: bytes, corpus: CorpusSection, advance: Advance
+) -> Iterator[Row | LongFile]:
+    """The documents of a file, with something between them."""
     document = _Document(corpus)
     number, buffer = 0, bytearray()
     with OpenedFile(file) as opened:
@@ -158,12 +190,7 @@ class _Document:
         parts, spooled = self._parts, self._spooled
         self._parts, self._spooled, self.size = [], None, 0
         if spooled is None:
-            yield _bytes_row(name, b"".join(parts), self.corpus)
+            yield _text_row(name, b"".join(parts), self.corpus)
         else:
             with closing(spooled.stream):
-                yield LongFile(name, lambda: spooled, _unheard)
-
-
-def size_of(files: list[Path]) -> int:
-    """Bytes of all files."""
-    return sum(os.path.getsize(file) for file in files)
+                yield LongFile(name, lambda: spooled, unheard)

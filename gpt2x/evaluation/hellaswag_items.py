@@ -80,7 +80,7 @@ def load_run_items(section: EvaluationSection) -> list[HellaSwagItem]:
 def _hub_rows() -> Iterable[Mapping[str, Any]]:
     from datasets import load_dataset
 
-    from gpt2x.corpus.rows import reason_of
+    from gpt2x.corpus.dataset_rows import reason_of
 
     try:
         return load_dataset(HUB_ID, split="validation")

@@ -1,17 +1,14 @@
-"""Conversations: read from rows in whatever layout, encoded by the chat template, cut to a length, written."""
+"""Conversations: encoded by the chat template, cut to a length, written."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
-from gpt2x.config import ChatSection, CorpusSection
-from gpt2x.corpus.chat_layouts import Message
+from gpt2x.config import ChatSection
 from gpt2x.corpus.cutting import LONGEST_WHOLE, can_be_cut, ids_of
-from gpt2x.corpus.documents import Reading, is_validation
-from gpt2x.corpus.rows import Row, text_of
+from gpt2x.corpus.documents import Piece, Reading, read_pieces
+from gpt2x.corpus.layouts import Message
 from gpt2x.errors import UserError
 from gpt2x.preparation.plan import Plan
 from gpt2x.preparation.writer import ShardWriter
@@ -22,59 +19,8 @@ CONVERSATIONS_PER_REPORT = 100
 UNLEARNED = "without anything to learn"
 
 
-class Chat(NamedTuple):
-    """A conversation, or a plain text among conversations."""
-
-    name: str
-    """Of its row: file or dataset, and number."""
-    messages: list[Message] | None
-    """None for a plain text."""
-    text: str
-    """The plain text, or the conversation as JSON: the same for every layout, so the same conversation falls on the
-    same side of the split wherever it comes from."""
-    is_validation: bool
-    """Whether it is held out."""
-
-
-def read_chats(reading: Reading, corpus: CorpusSection, *, dropped: Counter[str]) -> Iterator[Chat]:
-    """The conversations of a share, in order. What is not UTF-8 is left out, and so are plain texts that are empty.
-
-    Args:
-        reading: what to read, opened as chat.
-        corpus: decides what is held out.
-        dropped: counts what was left out, by reason.
-
-    Raises:
-        UserError: names the row that does not hold what the corpus' layout says.
-    """
-    for row in reading.rows:
-        assert isinstance(row, Row), "a file without columns is refused before it is read"
-        columns = row.columns(dropped)
-        if columns is None:
-            continue
-        assert reading.layout is not None, "where there is a row, there is a layout"
-        reading.layout.columns_in(list(columns), row.name)
-        messages = None if reading.layout.is_plain_text else reading.layout.messages(columns, row.name)
-        text = _plain_text(columns, row.name, dropped) if messages is None else _as_json(messages, dropped)
-        if text is not None:
-            yield Chat(row.name, messages, text, is_validation(text, corpus))
-
-
-def _plain_text(columns: dict, name: str, dropped: Counter[str]) -> str | None:
-    text = columns["text"]
-    if isinstance(text, list):
-        raise UserError(f"{name}: column 'text' holds a list; name a column of messages messages, or give text.")
-    return text_of(text, name=name, column="text", dropped=dropped)
-
-
-def _as_json(messages: list[Message], dropped: Counter[str]) -> str | None:
-    text = json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
-    # JSON can spell half of a surrogate pair, which no UTF-8 and no tokenizer can.
-    return text_of(text, name="", column="", dropped=dropped)
-
-
-def spoken_text(chat: Chat) -> str:
-    """What is said in a conversation, to train a tokenizer on."""
+def spoken_text(chat: Piece) -> str:
+    """What is said in a conversation, or a plain text among conversations, to train a tokenizer on."""
     return chat.text if chat.messages is None else "\n\n".join(message["content"] for message in chat.messages)
 
 
@@ -90,7 +36,7 @@ def write_chats(
         UserError: what reading and encoding raise, and for a conversation without anything to learn.
     """
     encode, num_tokens = _Encode(plan), 0
-    for number, chat in enumerate(read_chats(reading, plan.recipe.corpus, dropped=dropped), start=1):
+    for number, chat in enumerate(read_pieces(reading, dropped=dropped, cuts=False), start=1):
         encoded = encode(chat, dropped)
         if encoded is not None:
             writer = writers["validation" if chat.is_validation else "train"]
@@ -114,7 +60,7 @@ class _Encode:
         self._cuts = can_be_cut(self._texts)
         self._chats: ChatEncoder | None = None
 
-    def __call__(self, chat: Chat, dropped: Counter[str]) -> EncodedChat | None:
+    def __call__(self, chat: Piece, dropped: Counter[str]) -> EncodedChat | None:
         """None for a conversation to leave out, after counting it."""
         whole = self._text(chat.text, chat.name) if chat.messages is None else self._chat(chat.messages, chat.name)
         found = self._cut(whole)

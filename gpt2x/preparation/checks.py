@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt2x.config import CorpusSection, ImportRecipe, PreparationRecipe, TokenizerSection
 from gpt2x.config.parts import shipped_or
-from gpt2x.corpus.paths import BUILDERS, matching_files
+from gpt2x.corpus.source_files import BUILDERS, matching_files
 from gpt2x.errors import UserError
 from gpt2x.locate import check_tokenizer, holds_tokenizer, local_path, place_to_write
 from gpt2x.shards.index import INDEX_FILE

@@ -16,7 +16,9 @@ from typing_extensions import TypedDict
 from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection, PreparationRecipe
 from gpt2x.config.checks import shown
-from gpt2x.corpus.source_files import dataset_revision, source_files
+from gpt2x.corpus.dataset_rows import dataset_revision
+from gpt2x.corpus.rows import listed
+from gpt2x.corpus.source_files import source_files
 from gpt2x.corpus.sources import (
     OtherDataError,
     SourceFile,
@@ -29,7 +31,6 @@ from gpt2x.corpus.sources import (
     with_sha256,
     write_record,
 )
-from gpt2x.corpus.values import listed
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, locked, make_directory, read_json, write_file
 from gpt2x.shards.index import INDEX_FILE, Index, ShardEntryContent, load_index

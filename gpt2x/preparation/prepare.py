@@ -17,14 +17,15 @@ from transformers import PreTrainedTokenizerFast
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.corpus.cutting import without_runs
 from gpt2x.corpus.documents import Reading, open_corpus, read_pieces, size_to_read
-from gpt2x.corpus.paths import passed_over
+from gpt2x.corpus.layouts import TextColumn
+from gpt2x.corpus.rows import listed
+from gpt2x.corpus.source_files import passed_over
 from gpt2x.corpus.sources import read_record, with_sha256, write_record
-from gpt2x.corpus.values import listed
 from gpt2x.distributed.launch import usable_cores
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError, discard, locked, make_directory, remove_leftovers
 from gpt2x.locate import holds_tokenizer, local_path, place_to_write, say
-from gpt2x.preparation.chats import read_chats, spoken_text
+from gpt2x.preparation.chats import spoken_text
 from gpt2x.preparation.plan import (
     Plan,
     Sources,
@@ -144,7 +145,7 @@ def _prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection, *, as_c
         reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
         say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
         with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
-            texts = _training_texts(reading, corpus, as_chat=as_chat)
+            texts = _training_texts(reading)
             made_of = training_of(section, corpus, as_chat=as_chat)
             save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
     tokenizer = load_tokenizer(section.path)
@@ -156,12 +157,11 @@ def _prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection, *, as_c
     return tokenizer
 
 
-def _training_texts(reading: Reading, corpus: CorpusSection, *, as_chat: bool) -> Iterator[str]:
-    if as_chat:
-        chats = read_chats(reading, corpus, dropped=Counter())
-        return (spoken_text(chat) for chat in chats if not chat.is_validation)
-    pieces = read_pieces(reading, corpus, dropped=Counter(), cuts=True)
-    return (without_runs(piece.text) for piece in pieces if not piece.is_validation)
+def _training_texts(reading: Reading) -> Iterator[str]:
+    are_chats = not isinstance(reading.layout, TextColumn)
+    for piece in read_pieces(reading, dropped=Counter(), cuts=True):
+        if not piece.is_validation:
+            yield spoken_text(piece) if are_chats else without_runs(piece.text)
 
 
 def finalize(recipe: PreparationRecipe) -> Index:

@@ -10,7 +10,8 @@ from tokenizers import Encoding
 
 from gpt2x.config import PreparationRecipe
 from gpt2x.corpus.cutting import can_be_cut
-from gpt2x.corpus.documents import Piece, Reading, Share, open_corpus, read_pieces
+from gpt2x.corpus.documents import Piece, Reading, open_corpus, read_pieces
+from gpt2x.corpus.rows import Share
 from gpt2x.corpus.sources import ReadingWatch
 from gpt2x.files import locked, make_directory
 from gpt2x.preparation.chats import write_chats
@@ -108,7 +109,7 @@ def _write_documents(
 ) -> Iterator[int]:
     """Encodes and writes documents; tells after each batch how many tokens it came to."""
     encoder = text_encoder(plan.tokenizer)
-    pieces = read_pieces(reading, plan.recipe.corpus, dropped=dropped, cuts=can_be_cut(encoder))
+    pieces = read_pieces(reading, dropped=dropped, cuts=can_be_cut(encoder))
     for batch, encodings in encoded(pieces, encoder):
         yield sum(_write(piece, encoding, writers) for piece, encoding in zip(batch, encodings, strict=True))
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gpt2x.commands import shell_command, tool
-from gpt2x.corpus.values import listed
+from gpt2x.corpus.rows import listed
 from gpt2x.errors import UserError
 from gpt2x.locate import does_not_exist, find_model, is_hub_id, say
 from gpt2x.manifest import MANIFEST, WEIGHTS_INDEX, indexed_weights

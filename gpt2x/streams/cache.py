@@ -27,7 +27,8 @@ from gpt2x.streams.ledger import (
     validation_file,
 )
 from gpt2x.streams.process import FillerProcess
-from gpt2x.tokenizers.bpe import is_saved, load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
+from gpt2x.tokenizers.bpe import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
+from gpt2x.tokenizers.loading import is_saved
 
 POLL_S = 0.02
 # How long a failure that was there before this reader counts as that of an earlier run, whose successor removes it.
@@ -41,7 +42,7 @@ class StreamCache:
     Attributes:
         ledger: what is known from the oldest era on that is needed.
         lock: to be held while the ledger is read together with something that depends on it.
-        waited_s: how long threads have waited for the stream, in total.
+        filler: the process that fills the cache, where this one has it.
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class StreamCache:
             eos_token_id=tokenizer.eos_token_id,
             fingerprint=tokenizer_fingerprint(tokenizer),
         )
-        self.lock, self.waited_s = threading.RLock(), 0.0
+        self.lock = threading.RLock()
         self._closing, self._created_at = threading.Event(), time.monotonic()
         self._old_failure = _identity(failure_file(self.directory))
         self._tokenizer, self._shards = tokenizer, dict[int, Shard]()
         self._ledger_seen: tuple[int, int, int] | None = None
-        self._filler = self._started_filler() if fills else None
+        self.filler = self._started_filler() if fills else None
 
     def wait(self, find: Callable[[], Found | None]) -> Found:
         """What `find` finds, as soon as it finds something; it is called with the lock held.
@@ -71,18 +72,16 @@ class StreamCache:
         Raises:
             UserError: where the stream is broken for good.
         """
-        started, polls = time.monotonic(), 0
         while True:
             # Before the look: what the filler wrote down before it failed is still found.
             failure = self._failure()
             with self.lock:
-                self._keep_filler_alive()
+                if self.filler is not None:
+                    self.filler.keep_alive(self._recipe)
                 if (found := find()) is not None:
-                    self.waited_s += time.monotonic() - started if polls else 0.0
                     return found
             if failure is not None:
                 raise UserError(failure)
-            polls += 1
             if self._closing.wait(POLL_S):
                 raise RuntimeError(f"stream {self.name!r} was closed while it was waited for.")
 
@@ -92,12 +91,9 @@ class StreamCache:
             found = ledger_file(self.directory).stat()
         except OSError:  # not there yet, or a link that leads nowhere, which the filler replaces
             return
-        if (seen := (found.st_mtime_ns, found.st_ino, found.st_size)) != self._ledger_seen:
-            cached = read_ledger(self.directory)
-            if cached is not None and cached.definition == self.ledger.definition:
-                self.ledger.follow(cached.shards.values())
-                self.ledger.validation = self.ledger.validation or cached.validation
-                self._ledger_seen = seen
+        seen = found.st_mtime_ns, found.st_ino, found.st_size
+        if seen != self._ledger_seen and self.ledger.take_over(self.directory):
+            self._ledger_seen = seen
 
     def shard(self, number: int) -> Shard | None:
         """A shard of the ledger; None while it is not there. A damaged one is deleted, so that it is made anew."""
@@ -122,42 +118,37 @@ class StreamCache:
         """Lets go of the shards before an era; the filler deletes them."""
         self.ledger.forget_before(beginning)
         self._shards = {number: shard for number, shard in self._shards.items() if number >= beginning.number}
-        if self._filler is not None:
-            self._filler.forget_before(beginning)
+        if self.filler is not None:
+            self.filler.forget_before(beginning)
 
     def close(self) -> None:
         """Ends the filler, and whoever waits."""
         self._closing.set()
         with self.lock:
-            if self._filler is not None:
-                self._filler.close()
-                self._filler = None
-
-    @property
-    def filler_pid(self) -> int | None:
-        """The filler's process id, where this process has one."""
-        return self._filler.pid if self._filler is not None else None
+            if self.filler is not None:
+                self.filler.close()
+                self.filler = None
 
     def _started_filler(self) -> FillerProcess:
         filler = FillerProcess(self.name, self.directory)
         try:
-            self._check_cache()
+            cached = read_ledger(self.directory)
+            if cached and (changed := changes(cached.definition, self.ledger.definition)):
+                raise UserError(
+                    f"stream.cache_dir '{self.directory}' holds another stream ({changed}); set another cache_dir, or "
+                    f"delete that directory."
+                )
             filler.start(self._recipe())
         except BaseException:
             filler.close()
             raise
         return filler
 
-    def _check_cache(self) -> None:
-        cached = read_ledger(self.directory)
-        if cached and (changed := changes(cached.definition, self.ledger.definition)):
-            raise UserError(
-                f"stream.cache_dir '{self.directory}' holds another stream ({changed}); set another cache_dir, or "
-                f"delete that directory."
-            )
-
     def _recipe(self) -> FillerRecipe:
-        _keep_tokenizer(self._tokenizer, self.directory / "tokenizer")
+        # Saved for the filler, which does not load transformers.
+        directory, wanted = self.directory / "tokenizer", self.vocabulary.fingerprint
+        if not is_saved(directory) or tokenizer_fingerprint(load_tokenizer(directory)) != wanted:
+            save_tokenizer(self._tokenizer, directory, replaces=True)
         return FillerRecipe(
             name=self.name,
             cache_dir=str(self.directory),
@@ -170,10 +161,6 @@ class StreamCache:
             stall_s=self.section.stall_s,
             ledger=self.ledger.as_json(),
         )
-
-    def _keep_filler_alive(self) -> None:
-        if self._filler is not None:
-            self._filler.keep_alive(self._recipe)
 
     def _failure(self) -> str | None:
         """Why the stream is broken for good, if it is."""
@@ -190,13 +177,6 @@ def _identity(file: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
-
-
-def _keep_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Saves the tokenizer for the filler, which does not load transformers."""
-    wanted = tokenizer_fingerprint(tokenizer)
-    if not is_saved(directory) or tokenizer_fingerprint(load_tokenizer(directory)) != wanted:
-        save_tokenizer(tokenizer, directory, replaces=True)
 
 
 def _opened(file: Path, sha256: str) -> Shard | None:

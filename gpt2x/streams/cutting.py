@@ -106,14 +106,9 @@ class Cutter:
         yield replace(piece, end=Position(epoch=start.epoch + 1))
 
     def _document(self, row: Row) -> Document:
-        reasons: Counter[str] = Counter()
-        text = text_of(
-            row.value, name=f"a row of {self.corpus.dataset}", column=self.corpus.text_column, dropped=reasons
-        )
-        if text is None:
-            return Document(row.start, "", *reasons)
-        if not is_validation(text, self.corpus):
-            return Document(row.start, text, None)
+        text, left_out = text_of(row.value, name=f"a row of {self.corpus.dataset}", column=self.corpus.text_column)
+        if left_out is not None or not is_validation(text, self.corpus):
+            return Document(row.start, text, left_out)
         return Document(row.start, text if self._keeps_held_out else "", "held out")
 
     def _encoded(self, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:

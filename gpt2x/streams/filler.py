@@ -31,18 +31,17 @@ from gpt2x.shards.index import ShardEntry, split_directory
 from gpt2x.streams.cutting import Cutter, Documents, Piece, Vocabulary
 from gpt2x.streams.ledger import (
     Beginning,
-    Ledger,
     LedgerContent,
     Position,
     StreamShard,
     beginning_of_json,
     ledger_of_json,
-    read_ledger,
     shard_file,
     validation_file,
     write_failure,
 )
 from gpt2x.streams.reading import Patience, StreamBrokenError, read_rows
+from gpt2x.tokenizers.encoding import text_reader
 
 # How often a full cache is looked at for shards that someone else deleted.
 LOOK_S = 0.2
@@ -100,7 +99,9 @@ class Filler:
         self.corpus = CorpusSection(**recipe.corpus)
         self.vocabulary = Vocabulary(**recipe.vocabulary)
         self.patience = Patience(retry_s=recipe.retry_s, stall_s=recipe.stall_s)
-        self.ledger = self._known()
+        # What the reader knows, and what the cache knows beyond that.
+        self.ledger = ledger_of_json(cast(LedgerContent, recipe.ledger))
+        self.ledger.take_over(self.cache_dir)
         self._needed = threading.Condition()
         self._beginning = self.ledger.beginning
         # The pieces from a shard on, as long as one is wanted after the other.
@@ -115,7 +116,7 @@ class Filler:
             if not self._has_validation():
                 self._fill_validation()
             if (number := self._missing()) is not None:
-                self._fill(number)
+                self._record(number, self._piece(number, self.ledger.start_of(number)))
             with self._needed:
                 if number is None and self._beginning == self.ledger.beginning:
                     self._needed.wait(LOOK_S)
@@ -130,14 +131,6 @@ class Filler:
         with self._needed:
             self._beginning = beginning
             self._needed.notify()
-
-    def _known(self) -> Ledger:
-        """What the reader knows, and what the cache knows beyond that."""
-        ledger, cached = ledger_of_json(cast(LedgerContent, self.recipe.ledger)), read_ledger(self.cache_dir)
-        if cached is not None and cached.definition == ledger.definition:
-            ledger.follow(cached.shards.values())
-            ledger.validation = ledger.validation or cached.validation
-        return ledger
 
     def _wanted(self) -> range:
         """The numbers of the shards that there is room for, from the oldest needed one on."""
@@ -174,15 +167,12 @@ class Filler:
         if self.ledger.beginning.number == 0 and not shard_file(self.cache_dir, 0).is_file():
             self._record(0, piece)
 
-    def _fill(self, number: int) -> None:
-        self._record(number, self._piece(number, self.ledger.start_of(number)))
-
     def _piece(self, number: int, start: Position) -> Piece:
         """The piece of a shard; the stream is opened anew where it is not the one after the last."""
         if number != self._next_piece:
             cutter = Cutter(
                 self.corpus,
-                _tokenizer(self.cache_dir),
+                text_reader(Tokenizer.from_file(str(self.cache_dir / "tokenizer" / "tokenizer.json"))),
                 self.vocabulary,
                 tokens_per_shard=self.recipe.tokens_per_shard,
             )
@@ -249,12 +239,3 @@ class Filler:
     def _empty(self, piece: Piece) -> UserError:
         found = ", ".join(f"{count} {reason}" for reason, count in sorted(piece.left_out.items())) or "no rows"
         return UserError(f"the stream has no document to train on ({found}); give it some text.")
-
-
-def _tokenizer(cache_dir: Path) -> Tokenizer:
-    """The tokenizer as a reader of documents: text that spells a special token stays text."""
-    tokenizer = Tokenizer.from_file(str(cache_dir / "tokenizer" / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

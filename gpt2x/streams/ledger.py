@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired
 
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from gpt2x.addresses import without_secrets
@@ -96,6 +97,10 @@ class Beginning:
     """Where that shard's documents begin."""
 
 
+# They pass over keys that a later version may have added.
+_BEGINNING, _SHARD = TypeAdapter(Beginning), TypeAdapter(StreamShard)
+
+
 @dataclass(kw_only=True)
 class Ledger:
     """What is known of a stream from some era on.
@@ -133,6 +138,15 @@ class Ledger:
         ):
             self.shards[found.number] = found
 
+    def take_over(self, cache_dir: Path) -> bool:
+        """Takes over what a cache's ledger knows beyond this one; False where it has none of the same stream."""
+        cached = read_ledger(cache_dir)
+        if cached is None or cached.definition != self.definition:
+            return False
+        self.follow(cached.shards.values())
+        self.validation = self.validation or cached.validation
+        return True
+
     def forget_before(self, beginning: Beginning) -> None:
         """Drops what came before an era."""
         self.shards = {number: shard for number, shard in self.shards.items() if number >= beginning.number}
@@ -157,30 +171,14 @@ def ledger_of_json(content: LedgerContent) -> Ledger:
     return Ledger(
         definition=without_secrets(content["definition"]),  # older versions kept them
         beginning=beginning_of_json(content["beginning"]),
-        shards={shard["number"]: _shard_of_json(shard) for shard in content["shards"]},
+        shards={shard["number"]: _SHARD.validate_python(shard) for shard in content["shards"]},
         validation=entry_of(content["validation"]) if content["validation"] else None,
     )
 
 
 def beginning_of_json(content: _BeginningContent) -> Beginning:
     """What asdict gave."""
-    return Beginning(era=content["era"], number=content["number"], position=_position_of_json(content["position"]))
-
-
-def _position_of_json(content: _PositionContent) -> Position:
-    return Position(epoch=content["epoch"], state=content["state"])
-
-
-def _shard_of_json(content: _StreamShardContent) -> StreamShard:
-    return StreamShard(
-        **vars(entry_of(content)),
-        number=content["number"],
-        era=content["era"],
-        ends_era=content["ends_era"],
-        start=_position_of_json(content["start"]),
-        end=_position_of_json(content["end"]),
-        left_out=content.get("left_out", {}),
-    )
+    return _BEGINNING.validate_python(content)
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -23,6 +23,9 @@ class FillerProcess:
     """The filler of a cache, as a child of this process, which has the cache to itself.
 
     A filler may outlive this process by a moment; that the next one waits for it is the filler's business.
+
+    Attributes:
+        process: the child, while there is one.
     """
 
     def __init__(self, name: str, cache_dir: Path) -> None:
@@ -41,15 +44,10 @@ class FillerProcess:
                 f"stream.cache_dir '{cache_dir}' is used by another run ({error}); give each run its own, or end "
                 f"that one."
             ) from None
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         # The number of the next shard when it was last started again.
         self._restarted_at: int | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process, while there is one."""
-        return self._process.pid if self._process is not None else None
 
     def start(self, recipe: FillerRecipe) -> None:
         """Starts the process; what it says goes into filler.log."""
@@ -58,7 +56,7 @@ class FillerProcess:
         with unwritable(self.log_file):
             log = self.log_file.open("ab")
         with log:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "gpt2x.streams"],
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -72,7 +70,7 @@ class FillerProcess:
     def keep_alive(self, recipe: Callable[[], FillerRecipe]) -> None:
         """Starts the process again where it has died. Where it dies again at once, or before it has made a shard, the
         failure is recorded instead."""
-        if self._process is None or self._process.poll() is None or failure_file(self.cache_dir).is_file():
+        if self.process is None or self.process.poll() is None or failure_file(self.cache_dir).is_file():
             return
         status = self._end()
         restart = recipe()
@@ -98,18 +96,18 @@ class FillerProcess:
         self._lock.close()
 
     def _tell(self, content: dict) -> None:
-        if self._process is None or self._process.stdin is None:
+        if self.process is None or self.process.stdin is None:
             return
         # A filler that has died is noticed by keep_alive, and its successor is told everything.
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(content).encode() + b"\n")
-            self._process.stdin.flush()
+            self.process.stdin.write(json.dumps(content).encode() + b"\n")
+            self.process.stdin.flush()
 
     def _end(self) -> int | None:
         """Ends the process, by its pipe or else by force; its exit status."""
-        if (process := self._process) is None:
+        if (process := self.process) is None:
             return None
-        self._process = None
+        self.process = None
         assert process.stdin is not None
         with suppress(BrokenPipeError):
             process.stdin.close()

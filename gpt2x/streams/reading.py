@@ -16,7 +16,7 @@ from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError
 
 from gpt2x.config import CorpusSection
-from gpt2x.corpus.rows import broken_connections, open_rows, reading_errors
+from gpt2x.corpus.dataset_rows import broken_connections, open_rows, reading_errors
 from gpt2x.errors import UserError
 from gpt2x.streams.ledger import Position
 
@@ -86,7 +86,7 @@ def read_rows(corpus: CorpusSection, start: Position, patience: Patience, *, was
                 raise
             if _is_lasting(error) or left_s <= 0:
                 raise StreamBrokenError(_described(error)) from error
-            _say(f"{_described(error)}; trying again in {delay_s:.1f} s")
+            print(f"{_described(error)}; trying again in {delay_s:.1f} s", file=sys.stderr, flush=True)
             time.sleep(min(delay_s, left_s))
             delay_s = min(2 * delay_s, LONGEST_DELAY_S)
         except reading_errors() as error:  # rows that are not what they should be, which waiting does not mend
@@ -188,7 +188,3 @@ def _described(error: BaseException) -> str:
         chain.append(cause)
     lines = [" ".join(str(link).split()) or type(link).__name__ for link in chain]
     return ": ".join(dict.fromkeys(lines))[:500]
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config import ChatSection
 from gpt2x.config.parts import shipped_or
-from gpt2x.corpus.values import is_unicode
+from gpt2x.corpus.rows import is_unicode
 from gpt2x.errors import UserError
 from gpt2x.tokenizers.rendering import compiled, render
 from gpt2x.tokenizers.special_tokens import SecondNames, Span
@@ -22,15 +22,7 @@ from gpt2x.tokenizers.special_tokens import SecondNames, Span
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # What a template can raise that compiles: its own complaints, and those of the operations and filters in it.
-TEMPLATE_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 # Written like this, a token is meant to be one.
 TOKEN_IN_A_TEMPLATE = re.compile(r"<\|[^|<>\s]+\|>")
 

@@ -33,6 +33,14 @@ def encoded(pieces: Iterable[Piece], encoder: Tokenizer) -> Iterator[tuple[list[
             yield encoded, future.result()
 
 
+def text_reader(backend: Tokenizer) -> Tokenizer:
+    """Makes a tokenizer read documents: text that spells a special token stays text."""
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def _characters(ahead: Iterable[tuple[list[Piece], object]]) -> int:
     return sum(len(piece.text) for batch, _ in ahead for piece in batch)
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from gpt2x.batches.source import tokens_of
-from gpt2x.batches.whole_documents import open_file_source
+from gpt2x.batches.source import open_file_source, tokens_of
 from gpt2x.config import FinetuneRecipe, PreparationRecipe, TrainingRecipe, accumulation_steps
 from gpt2x.errors import UserError
 from gpt2x.evaluation.hellaswag_items import load_run_items

@@ -75,7 +75,7 @@ def test_steps_can_be_asked_for_in_any_order_and_again(order, sources):
 def test_every_window_is_trained_on_once_per_epoch(make_index):
     source = ShardSource(make_index([[LENGTH * PER_STEP * 3]]), LENGTH)
     loader = batches(order_of([source]), [source])
-    everything = sorted(source.windows(np.arange(source.num_windows)).tolist())
+    everything = sorted(source.windows.sequences(np.arange(source.num_windows)).ids.tolist())
     epochs = [[row for step in range(3 * epoch, 3 * epoch + 3) for row in rows(loader.step(step))] for epoch in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == everything
     assert epochs[0] != epochs[1]
@@ -190,7 +190,7 @@ def test_the_shares_of_tokens_are_exact_however_long_the_documents_of_a_source_a
     ]
     order = order_of(sources, weights=weights, block_size=PER_STEP * 5)
     loader = batches(order, sources)
-    windows = {source.name: source.windows(np.arange(source.num_windows)).tolist() for source in sources}
+    windows = {source.name: source.windows.sequences(np.arange(source.num_windows)).ids.tolist() for source in sources}
     drawn = {name: [] for name in lengths}
     for block in range(20):
         counts = dict.fromkeys(lengths, 0)

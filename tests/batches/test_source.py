@@ -25,19 +25,19 @@ def test_windows_are_the_consecutive_pieces_of_each_shard(make_index, length):
     source = ShardSource(index, length)
     expected = naive_windows(index, "train", length)
     assert source.num_windows == len(expected)
-    assert source.windows(np.arange(source.num_windows)).tolist() == expected
+    assert source.windows.sequences(np.arange(source.num_windows)).ids.tolist() == expected
 
 
 def test_windows_come_in_the_order_asked_for_and_as_often(make_index):
     index = make_index([[20, 13], [5], [31], [9, 9]])
     expected = naive_windows(index, "train", 4)
     indices = np.random.default_rng(1).integers(0, len(expected), 50)
-    assert ShardSource(index, 4).windows(indices).tolist() == [expected[i] for i in indices]
+    assert ShardSource(index, 4).windows.sequences(indices).ids.tolist() == [expected[i] for i in indices]
 
 
 def test_windows_are_int64_and_may_be_none(make_index):
     source = ShardSource(make_index([[20]]), 4)
-    none = source.windows(np.array([], np.int64))
+    none = source.windows.sequences(np.array([], np.int64)).ids
     assert none.shape == (0, 4)
     assert none.dtype == np.int64
 
@@ -81,12 +81,12 @@ def test_aligned_windows_begin_where_documents_begin_and_never_overlap(make_inde
                 expected.append(arrays["tokens"][start : start + length].tolist())
                 end = start + length
     assert expected != []
-    assert source.windows(np.arange(source.num_windows)).tolist() == expected
+    assert source.windows.sequences(np.arange(source.num_windows)).ids.tolist() == expected
 
 
 def test_each_epoch_gives_every_window_once(make_index):
     source = ShardSource(make_index([[20, 13], [5], [31], [9, 9]]), 4, seed=5)
-    windows = sorted(source.windows(np.arange(source.num_windows)).tolist())
+    windows = sorted(source.windows.sequences(np.arange(source.num_windows)).ids.tolist())
     for epoch in range(3):
         draws = np.arange(epoch * source.num_windows, (epoch + 1) * source.num_windows)
         assert sorted(source.sequences(draws).ids.tolist()) == windows

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from gpt2x.batches.loader import TrainingBatches, check_unchanged
 from gpt2x.batches.mixture import open_mixture
 from gpt2x.batches.order import GlobalOrder, Phase
-from gpt2x.batches.packing import pack
 from gpt2x.batches.source import ShardSource
-from gpt2x.batches.whole_documents import WholeDocumentSource
+from gpt2x.batches.whole_documents import pack
 from gpt2x.config import CorpusSection, DataSection, StreamSection
 from gpt2x.errors import UserError
 from gpt2x.shards.token_sets import open_tokens
@@ -24,6 +23,10 @@ from gpt2x.shards.token_sets import open_tokens
 EOS, LENGTH, PER_STEP = 7, 12, 24
 SHARDS = [[3, 12, 1, 5, 7, 2], [12], [4, 4, 11, 1, 1, 6, 9, 3]]
 MANY = [[length for length in (3, 12, 1, 5, 7, 2, 9, 4, 6, 11, 8, 10) for _ in range(10)]]
+
+
+def whole_documents(tokens, sequence_length, **options):
+    return ShardSource(tokens, sequence_length, packing="whole_documents", **options)
 
 
 def arrays(index, split="train"):
@@ -52,7 +55,7 @@ def cut(ids, labels, position_ids):
 
 
 def all_windows(source):
-    found = source.packed.sequences(np.arange(source.num_windows))
+    found = source.windows.sequences(np.arange(source.num_windows))
     return [cut(*window) for window in zip(*(array.tolist() for array in found))]
 
 
@@ -96,7 +99,7 @@ def test_packing_half_a_million_conversations_fills_the_windows_in_four_bytes_fo
 @pytest.mark.parametrize("learned", [None, 0.5])
 def test_every_document_stands_whole_in_one_window_and_sees_itself_alone(make_index, learned):
     index = make_index(SHARDS, learned=learned)
-    source = WholeDocumentSource(index, LENGTH)
+    source = whole_documents(index, LENGTH)
     found = [part for window in all_windows(source) for part in window]
     expected = documents(index)
     filled = [ids for ids, labels in found if (ids, labels) not in expected]
@@ -108,19 +111,19 @@ def test_every_document_stands_whole_in_one_window_and_sees_itself_alone(make_in
 
 
 def test_what_is_left_of_a_window_is_ends_of_text_that_nobody_learns(make_index):
-    source = WholeDocumentSource(make_index([[5]]), LENGTH)
+    source = whole_documents(make_index([[5]]), LENGTH)
     (window,) = all_windows(source)
     assert window[1] == ([EOS] * 7, [-100] * 7)
 
 
 def test_windows_may_be_none(make_index):
-    found = WholeDocumentSource(make_index(SHARDS), LENGTH).sequences(np.array([], np.int64))
+    found = whole_documents(make_index(SHARDS), LENGTH).sequences(np.array([], np.int64))
     assert [array.shape for array in found] == [(0, LENGTH)] * 3
 
 
 def test_each_epoch_gives_every_window_once_in_another_order(make_index):
-    source = WholeDocumentSource(make_index(MANY), LENGTH, seed=5)
-    windows = source.packed.sequences(np.arange(source.num_windows)).ids.tolist()
+    source = whole_documents(make_index(MANY), LENGTH, seed=5)
+    windows = source.windows.sequences(np.arange(source.num_windows)).ids.tolist()
     epochs = [source.sequences(np.arange(source.num_windows) + epoch * source.num_windows) for epoch in (0, 1)]
     assert sorted(epochs[0].ids.tolist()) == sorted(epochs[1].ids.tolist()) == sorted(windows)
     assert epochs[0].ids.tolist() != epochs[1].ids.tolist()
@@ -129,13 +132,13 @@ def test_each_epoch_gives_every_window_once_in_another_order(make_index):
 
 def test_the_windows_are_the_same_for_every_seed_and_name(make_index):
     index = make_index(MANY)
-    sources = [WholeDocumentSource(index, LENGTH, seed=seed, name=name) for seed, name in [(0, "a"), (1, "b")]]
+    sources = [whole_documents(index, LENGTH, seed=seed, name=name) for seed, name in [(0, "a"), (1, "b")]]
     assert all_windows(sources[0]) == all_windows(sources[1])
 
 
 def test_another_packing_is_another_source_for_a_run_that_goes_on(make_index):
     index = make_index(MANY)
-    cut, whole = ShardSource(index, LENGTH), WholeDocumentSource(index, LENGTH)
+    cut, whole = ShardSource(index, LENGTH), whole_documents(index, LENGTH)
     saved = json.loads(json.dumps(batches([cut]).state(4)))
     check_unchanged(saved, [cut], seed=3, sequence_length=LENGTH)
     with pytest.raises(UserError, match=r"source 'train' has changed .*; restore it \(and data.packing, data.align"):
@@ -171,8 +174,8 @@ def test_a_step_is_the_same_for_every_number_of_processes_and_micro_batches(
     make_index, num_processes, micro_batch_size
 ):
     sources = [
-        WholeDocumentSource(make_index(MANY, name="plain"), LENGTH, name="plain"),
-        WholeDocumentSource(make_index(MANY, name="chat", learned=0.5), LENGTH, name="chat"),
+        whole_documents(make_index(MANY, name="plain"), LENGTH, name="plain"),
+        whole_documents(make_index(MANY, name="chat", learned=0.5), LENGTH, name="chat"),
     ]
     ranks = [batches(sources, micro_batch_size, rank, num_processes) for rank in range(num_processes)]
     for step in (0, 7):
@@ -184,7 +187,7 @@ def test_a_step_is_the_same_for_every_number_of_processes_and_micro_batches(
 
 def test_a_step_holds_the_documents_of_its_draws(make_index):
     index = make_index(MANY, learned=0.5)
-    source = WholeDocumentSource(index, LENGTH)
+    source = whole_documents(index, LENGTH)
     windows = list(map(str, all_windows(source)))
     for row in rows(batches([source]).step(2)):
         assert str(cut(*row)) in windows
@@ -192,7 +195,7 @@ def test_a_step_holds_the_documents_of_its_draws(make_index):
 
 def test_a_place_of_a_step_names_its_documents(make_index):
     index = make_index([[3, 4], [2, 1]], learned=0.5)
-    source = WholeDocumentSource(index, LENGTH)
+    source = whole_documents(index, LENGTH)
     files = [index.directory / "train" / entry.file for entry in index.splits["train"]]
     assert source.num_windows == 1
     assert source.locate(3) == f"epoch 3, {files[0]}, documents 0, 1; {files[1]}, documents 0, 1"
@@ -200,7 +203,7 @@ def test_a_place_of_a_step_names_its_documents(make_index):
 
 def test_a_place_of_a_later_window_names_its_documents(make_index):
     index = make_index(SHARDS)
-    source = WholeDocumentSource(index, LENGTH)
+    source = whole_documents(index, LENGTH)
     for draw in range(source.num_windows):
         located, everything = [], arrays(index)
         for part in source.locate(draw).removeprefix("epoch 0, ").split("; "):
@@ -222,16 +225,16 @@ def test_a_document_longer_than_a_window_is_refused(make_index, learned, remedy)
     index = make_index([[9], [3, 13, 20]], learned=learned)
     complaint = r"_00001.safetensors: document 1 has 13 tokens, and data.sequence_length \(12\) must hold it whole; "
     with pytest.raises(UserError, match=f"{complaint}{remedy}or set 20 if the model takes that many\\.$"):
-        WholeDocumentSource(index, LENGTH)
+        whole_documents(index, LENGTH)
 
 
 @pytest.mark.parametrize(
     ("make", "lengths", "learned"),
     [
         (ShardSource, [20, 30], 0.0),
-        (WholeDocumentSource, [12, 12], 0.0),
-        (WholeDocumentSource, [1] * 20, 1.0),  # nothing of its own stands before the first token
-        (WholeDocumentSource, [1] * 20, None),
+        (whole_documents, [12, 12], 0.0),
+        (whole_documents, [1] * 20, 1.0),  # nothing of its own stands before the first token
+        (whole_documents, [1] * 20, None),
     ],
 )
 def test_a_source_of_which_nothing_is_learned_is_refused(make_index, make, lengths, learned):
@@ -242,7 +245,7 @@ def test_a_source_of_which_nothing_is_learned_is_refused(make_index, make, lengt
 
 
 def test_a_window_of_which_nothing_is_learned_is_a_window_like_the_others(make_index):
-    source = WholeDocumentSource(make_index([[12, *[1] * 12]]), LENGTH)
+    source = whole_documents(make_index([[12, *[1] * 12]]), LENGTH)
     assert (source.sequences(np.arange(2)).labels != -100).sum(axis=1).tolist() in ([0, 11], [11, 0])
 
 
@@ -269,7 +272,7 @@ def test_token_files_of_other_projects_are_packed_by_their_ends_of_text(tmp_path
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     texts = [[1, 2, 3, 0], [4, 0], [5, 6, 7, 8, 9, 0], [10]]
     np.array(list(itertools.chain(*texts)), np.uint16).tofile(tmp_path / "train.bin")
-    source = WholeDocumentSource(open_tokens(str(tmp_path / "train.bin"), tokenizer=str(tmp_path / "tokenizer")), 6)
+    source = whole_documents(open_tokens(str(tmp_path / "train.bin"), tokenizer=str(tmp_path / "tokenizer")), 6)
     found = [part for window in all_windows(source) for part in window]
     for ids in texts:
         assert (ids, [-100, *ids[1:]]) in found

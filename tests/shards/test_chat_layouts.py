@@ -13,9 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from gpt2x.config import CorpusSection
-from gpt2x.corpus.documents import Share, open_corpus
+from gpt2x.corpus.documents import Share, open_corpus, read_pieces
 from gpt2x.errors import UserError
-from gpt2x.preparation.chats import read_chats
 
 ASKED, ANSWERED = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4 – vier."}
 CHAT = [ASKED, ANSWERED]
@@ -81,7 +80,7 @@ def files(*paths: Path) -> CorpusSection:
 
 def read(corpus: CorpusSection, *, dropped: Counter[str] | None = None, share: Share | None = None) -> list:
     reading = open_corpus(corpus, lambda _: None, share=share or Share(), as_chat=True)
-    return list(read_chats(reading, corpus, dropped=Counter() if dropped is None else dropped))
+    return list(read_pieces(reading, dropped=Counter() if dropped is None else dropped, cuts=False))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

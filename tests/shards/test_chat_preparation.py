@@ -17,9 +17,8 @@ from chat_corpora import CHATML, ROOT, conversation, documents, hashes, single, 
 from transformers import AutoTokenizer
 
 from gpt2x.config import ChatSection, PreparationRecipe, TokenizerSection
-from gpt2x.corpus.documents import open_corpus
+from gpt2x.corpus.documents import open_corpus, read_pieces
 from gpt2x.errors import UserError
-from gpt2x.preparation.chats import read_chats
 from gpt2x.preparation.prepare import finalize, prepare, prepare_task, prepare_tokenizer
 from gpt2x.shards.index import SPLITS
 from gpt2x.tokenizers.bpe import load_tokenizer
@@ -33,7 +32,7 @@ def recipe(chat_recipe: PreparationRecipe) -> PreparationRecipe:
 def expected_documents(recipe: PreparationRecipe, tokenizer) -> dict[str, list[tuple[list[int], list[int]]]]:
     """What transformers itself makes of the conversations."""
     expected: dict = {split: [] for split in SPLITS}
-    for chat in read_chats(open_corpus(recipe.corpus, print, as_chat=True), recipe.corpus, dropped=Counter()):
+    for chat in read_pieces(open_corpus(recipe.corpus, print, as_chat=True), dropped=Counter(), cuts=False):
         found = tokenizer.apply_chat_template(
             chat.messages, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
         )
@@ -234,7 +233,7 @@ def test_a_tokenizer_is_trained_on_what_is_said_in_training_conversations(recipe
     before = (tmp_path / "trained" / "tokenizer.json").read_bytes()
     assert "messages" not in before.decode()
     reading = open_corpus(recipe.corpus, print, as_chat=True)
-    held_out = [chat.messages for chat in read_chats(reading, recipe.corpus, dropped=Counter()) if chat.is_validation]
+    held_out = [chat.messages for chat in read_pieces(reading, dropped=Counter(), cuts=False) if chat.is_validation]
     rows = [json.loads(line) for line in chats_file.read_text().splitlines()]
     write_rows(chats_file, [*rows, *({"messages": chat} for chat in held_out * 50)])
     shutil.rmtree(tmp_path / "trained")

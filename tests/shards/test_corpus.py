@@ -27,7 +27,7 @@ def files(*paths: Path | str, **fields: str) -> CorpusSection:
 
 def documents(corpus, *, dropped=None, share=None, cuts=False):
     reading = open_corpus(corpus, lambda _: None, share=share or Share())
-    return read_pieces(reading, corpus, dropped=Counter() if dropped is None else dropped, cuts=cuts)
+    return read_pieces(reading, dropped=Counter() if dropped is None else dropped, cuts=cuts)
 
 
 def test_the_standard_library_comes_without_tests_and_packages_in_the_order_of_its_names():
@@ -224,11 +224,11 @@ def test_the_shares_of_a_dataset_are_the_whole_dataset_once(tmp_path, monkeypatc
 def test_a_task_opens_only_its_own_files_where_there_are_enough(tmp_path, monkeypatch):
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(str(number))
-    opened = []
-    monkeypatch.setattr(text_files, "decoded", lambda content: opened.append(content) or content.decode())
+    opened, open_file = [], text_files.OpenedFile
+    monkeypatch.setattr(text_files, "OpenedFile", lambda file: opened.append(file.name) or open_file(file))
     read = [piece.text for piece in documents(files(tmp_path), share=Share(task=1, num_tasks=2))]
     assert read == ["1", "3"]
-    assert opened == [b"1", b"3"]
+    assert opened == ["1.txt", "3.txt"]
 
 
 def test_a_task_parses_no_row_of_another(tmp_path):

@@ -18,13 +18,10 @@ import pytest
 from datasets import load_dataset
 
 from gpt2x.config import CorpusSection
-from gpt2x.corpus import csv_files, json_files, tables, text_files
-from gpt2x.corpus import opened_files as opened
+from gpt2x.corpus import file_rows, tables, text_files
 from gpt2x.corpus.documents import Share, open_corpus, read_pieces
-from gpt2x.corpus.paths import matching_files, passed_over
-from gpt2x.corpus.source_files import source_files
+from gpt2x.corpus.source_files import matching_files, passed_over, source_files
 from gpt2x.errors import UserError
-from gpt2x.preparation.chats import read_chats
 
 
 def files(*paths: Path | str, **fields) -> CorpusSection:
@@ -33,7 +30,7 @@ def files(*paths: Path | str, **fields) -> CorpusSection:
 
 def read(corpus, *, dropped=None, share=None, cuts=False):
     reading = open_corpus(corpus, lambda _: None, share=share or Share())
-    return list(read_pieces(reading, corpus, dropped=Counter() if dropped is None else dropped, cuts=cuts))
+    return list(read_pieces(reading, dropped=Counter() if dropped is None else dropped, cuts=cuts))
 
 
 def texts(corpus, **options) -> list[str]:
@@ -131,7 +128,7 @@ OBJECTS = [
 )
 def test_a_json_file_gives_what_datasets_reads(tmp_path, monkeypatch, content, per_read):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(json_files, "CHARACTERS_PER_READ", per_read)
+    monkeypatch.setattr(file_rows, "CHARACTERS_PER_READ", per_read)
     file = write(tmp_path / "a.json", content)
     plain = write(tmp_path / "plain.json", content.removeprefix("\ufeff \n"))  # datasets sees no array behind a blank
     expected = [row["text"] for row in load_dataset("json", data_files=[str(plain)], split="train", streaming=True)]
@@ -187,7 +184,7 @@ TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "
 def test_conversations_are_read_from_them_too(tmp_path, name, content):
     corpus = files(write(tmp_path / name, content))
     reading = open_corpus(corpus, lambda _: None, as_chat=True)
-    assert [chat.messages for chat in read_chats(reading, corpus, dropped=Counter())] == [TURNS]
+    assert [chat.messages for chat in read_pieces(reading, dropped=Counter(), cuts=False)] == [TURNS]
 
 
 # --- byte order marks and other encodings ----------------------------------------------------------------------------
@@ -320,9 +317,9 @@ def test_a_column_of_nothing_is_counted(tmp_path):
 
 @pytest.fixture
 def at_most_100(monkeypatch):
-    for module in (csv_files, json_files, opened, tables):
+    for module in (file_rows, text_files, tables):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 100)
-    monkeypatch.setattr(json_files, "CHARACTERS_PER_READ", 20)
+    monkeypatch.setattr(file_rows, "CHARACTERS_PER_READ", 20)
     before = csv.field_size_limit()
     yield
     csv.field_size_limit(before)

@@ -14,7 +14,6 @@ import pytest
 from gpt2x.config import CorpusSection
 from gpt2x.corpus.documents import Share, open_corpus, read_pieces
 from gpt2x.errors import UserError
-from gpt2x.preparation.chats import read_chats
 
 both = pytest.mark.parametrize("streaming", [True, False])
 # datasets logs what it raises.
@@ -43,7 +42,7 @@ def corpus(builder: str, *files: Path | str, **fields) -> CorpusSection:
 
 def texts(section: CorpusSection, *, share: Share | None = None, dropped: Counter[str] | None = None) -> list[str]:
     reading = open_corpus(section, lambda _: None, share=share or Share())
-    pieces = read_pieces(reading, section, dropped=Counter() if dropped is None else dropped, cuts=False)
+    pieces = read_pieces(reading, dropped=Counter() if dropped is None else dropped, cuts=False)
     return [piece.text for piece in pieces]
 
 
@@ -75,7 +74,7 @@ def test_a_conversation_is_read_beside_a_column_of_changing_type(tmp_path, strea
     rows = [{"messages": turns, "n": 1}, {"messages": turns, "n": "x"}]
     section = corpus("json", write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), streaming=streaming)
     reading = open_corpus(section, lambda _: None, as_chat=True)
-    assert [chat.messages for chat in read_chats(reading, section, dropped=Counter())] == [turns, turns]
+    assert [chat.messages for chat in read_pieces(reading, dropped=Counter(), cuts=False)] == [turns, turns]
 
 
 def test_a_text_that_looks_like_a_date_is_text_and_blank_lines_are_no_rows(tmp_path):

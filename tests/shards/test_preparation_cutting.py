@@ -129,7 +129,7 @@ def test_the_pieces_of_a_text_do_not_depend_on_the_file_it_is_in(text, tmp_path,
     for name in ("a.txt", "b.txt", "c.jsonl", "d.csv"):
         separator = ";" if name == "b.txt" else None
         corpus = CorpusSection(kind="files", paths=[str(tmp_path / name)], document_separator=separator)
-        pieces = read_pieces(open_corpus(corpus, lambda _: None), corpus, dropped=Counter(), cuts=True)
+        pieces = read_pieces(open_corpus(corpus, lambda _: None), dropped=Counter(), cuts=True)
         found.append([piece.text for piece in pieces if piece.text not in ("before", "behind")])
     assert found[1:] == found[:1] * 3
     assert len(found[0]) > 20
@@ -143,7 +143,7 @@ def test_a_tokenizer_that_must_see_a_document_whole_is_not_given_a_huge_one(tmp_
     corpus = CorpusSection(kind="files", paths=[str(tmp_path / name)])
     complaint = rf"{name}(:1)? has more than 500 characters, and this tokenizer must see a document whole; cut it into"
     with pytest.raises(UserError, match=complaint):
-        list(read_pieces(open_corpus(corpus, lambda _: None), corpus, dropped=Counter(), cuts=False))
+        list(read_pieces(open_corpus(corpus, lambda _: None), dropped=Counter(), cuts=False))
 
 
 def test_the_ids_of_a_long_text_are_those_of_its_pieces(monkeypatch):
@@ -200,7 +200,7 @@ def test_a_long_file_is_one_document_with_the_ids_of_one_piece(recipe, long_file
 def test_the_pieces_of_a_document_fall_on_its_side_also_where_two_copies_are_read_differently(recipe, long_file):
     for seed in range(6):
         corpus = dataclasses.replace(recipe.corpus, validation_fraction=0.5, split_seed=seed)
-        pieces = list(read_pieces(open_corpus(corpus, lambda _: None), corpus, dropped=Counter(), cuts=True))
+        pieces = list(read_pieces(open_corpus(corpus, lambda _: None), dropped=Counter(), cuts=True))
         sides = {piece.is_validation for piece in pieces if piece.name.endswith("long.txt")}
         assert sides == {is_validation(long_file, corpus)}
         assert sum(piece.is_last for piece in pieces) == 62

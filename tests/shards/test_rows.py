@@ -3,14 +3,14 @@
 import datetime
 import json
 import re
-from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from gpt2x.config import CorpusSection
-from gpt2x.corpus.rows import open_rows, text_of
+from gpt2x.corpus.dataset_rows import open_rows
+from gpt2x.corpus.rows import text_of
 from gpt2x.errors import UserError
 
 CHAT = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!\n"}]
@@ -41,7 +41,7 @@ def test_rows_come_in_the_order_of_the_file(parquet, streaming):
 def test_a_column_of_chat_messages_comes_as_its_messages(tmp_path):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
     rows = open_rows(dataset("json", str(tmp_path / "chat.jsonl"), text_column="messages"))
-    assert text_of(next(iter(rows))["messages"], name="row 0", column="messages") == "Hi.\n\nHello!\n"
+    assert text_of(next(iter(rows))["messages"], name="row 0", column="messages") == ("Hi.\n\nHello!\n", None)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -84,21 +84,17 @@ def test_what_cannot_be_reached_is_no_mistake_of_the_user():
 
 
 @pytest.mark.parametrize("value", [None, "", " \n\u3000", [], [{"role": "user", "content": None}]])
-def test_empty_rows_are_left_out_and_counted(value):
-    dropped: Counter[str] = Counter()
-    assert text_of(value, name="row 0", column="text", dropped=dropped) is None
-    assert dropped == {"empty": 1}
+def test_empty_rows_are_left_out(value):
+    assert text_of(value, name="row 0", column="text") == ("", "empty")
 
 
-def test_rows_with_lone_surrogates_are_left_out_and_counted():
-    dropped: Counter[str] = Counter()
-    assert text_of("a\ud800", name="row 0", column="text", dropped=dropped) is None
-    assert dropped == {"not UTF-8": 1}
+def test_rows_with_lone_surrogates_are_left_out():
+    assert text_of("a\ud800", name="row 0", column="text") == ("", "not UTF-8")
 
 
 @pytest.mark.parametrize("text", ["grün", " a\r\n", "\ufeffa\x00"])
 def test_a_text_stays_what_it_is(text):
-    assert text_of(text, name="row 0", column="text") == text
+    assert text_of(text, name="row 0", column="text") == (text, None)
 
 
 @pytest.mark.parametrize("value", [1, {"a": 1}, ["a"], [CHAT], [{"content": 1}], datetime.date(2020, 1, 1)])

@@ -17,8 +17,8 @@ from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from gpt2x.config import CorpusSection
+from gpt2x.corpus import dataset_rows, sources
 from gpt2x.corpus import documents as reading
-from gpt2x.corpus import rows, sources
 from gpt2x.corpus.source_files import source_files
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError
@@ -227,12 +227,12 @@ def test_all_parts_read_a_dataset_of_the_hub_at_the_commit_of_the_first(recipe, 
     shutil.copytree(corpus_dir, tmp_path / "commits" / "abc1")
     shutil.copytree(corpus_dir, tmp_path / "commits" / "abc2")
     write(tmp_path / "commits" / "abc2" / "9.jsonl", ["pushed later"])
-    newest, load = SimpleNamespace(sha="abc1"), rows.load_dataset
+    newest, load = SimpleNamespace(sha="abc1"), dataset_rows.load_dataset
 
     def load_commit(_dataset, *, revision, data_files, **options):
         return load("json", data_files=f"{tmp_path}/commits/{revision or newest.sha}/*.jsonl", **options)
 
-    monkeypatch.setattr(rows, "load_dataset", load_commit)
+    monkeypatch.setattr(dataset_rows, "load_dataset", load_commit)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: newest)
     corpus = CorpusSection(kind="dataset", dataset="team/texts", validation_fraction=0.3)
     recipe = dataclasses.replace(recipe, corpus=corpus, num_tasks=2)

@@ -36,7 +36,7 @@ TEXTS = [
 
 def texts(corpus):
     reading = open_corpus(corpus, lambda _: None)
-    return (piece.text for piece in read_pieces(reading, corpus, dropped=Counter(), cuts=False))
+    return (piece.text for piece in read_pieces(reading, dropped=Counter(), cuts=False))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_training_again_gives_the_same_tokenizer_also_in_another_process(corpus,
         "corpus = CorpusSection(kind='files', paths=[sys.argv[1]]);"
         "section = TokenizerSection(path='x', vocab_size=300);"
         "reading = open_corpus(corpus, lambda _: None);"
-        "pieces = read_pieces(reading, corpus, dropped=Counter(), cuts=True);"
+        "pieces = read_pieces(reading, dropped=Counter(), cuts=True);"
         "print(tokenizer_fingerprint(train_tokenizer((piece.text for piece in pieces), section)))"
     )
     other = subprocess.run([sys.executable, "-c", code, corpus.paths[0]], capture_output=True, text=True, check=True)

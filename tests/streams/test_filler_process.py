@@ -28,7 +28,7 @@ section = json.loads(sys.argv[1])
 section["corpus"], section["cache_dir"] = CorpusSection(**section["corpus"]), Path(section["cache_dir"])
 source = StreamSource(StreamSection(**section), int(sys.argv[2]), seed=int(sys.argv[3]), name="web")
 source.require(1)
-print(source.filler_pid, flush=True)
+print(source.cache.filler.process.pid, flush=True)
 time.sleep(600)
 """
 
@@ -51,7 +51,7 @@ def ends_soon(pid):
 def test_a_killed_filler_is_started_again_and_one_that_dies_again_at_once_is_reported(section, open_source, naive):
     source = open_source()
     parts = [read(source, 0, 8)]
-    first = source.filler_pid
+    first = source.cache.filler.process.pid
     # Neither a Ctrl-C nor a cluster's SIGTERM ends it: the training still needs it.
     os.kill(first, signal.SIGINT)
     os.kill(first, signal.SIGTERM)
@@ -63,7 +63,7 @@ def test_a_killed_filler_is_started_again_and_one_that_dies_again_at_once_is_rep
         shutil.rmtree(section.cache_dir / part)
     parts.append(read(source, 8, 96))
     assert np.array_equal(np.concatenate(parts), naive.sequences(0, 96))
-    second = source.filler_pid
+    second = source.cache.filler.process.pid
     assert second != first
     os.kill(second, signal.SIGKILL)
     assert ends_soon(second)
@@ -86,7 +86,7 @@ def test_a_killed_parent_leaves_no_orphan_and_its_cache_can_be_used_at_once(sect
 
 def test_a_cache_belongs_to_one_run_until_it_is_closed(section, open_source):
     first = open_source()
-    pid = first.filler_pid
+    pid = first.cache.filler.process.pid
     with pytest.raises(UserError, match=r"stream.cache_dir '.*cache' is used by another run \(process \d+ on "):
         open_source()
     first.close()

@@ -194,13 +194,9 @@ def test_a_second_reader_and_many_threads_see_the_same(open_source, naive):
         assert np.array_equal(rows, expected[order])
 
 
-def test_waiting_is_counted_and_a_place_can_be_named(section, open_source, naive):
+def test_a_place_can_be_named(section, open_source, naive):
     source = open_source()
     source.require(1)
-    assert 0 < source.waited_s < 10
-    before = source.waited_s
-    source.sequences(np.arange(1))
-    assert source.waited_s == before
     assert source.epochs(1) == 0.0
     assert source.locate(0).startswith(
         f"epoch 0, era 0, {section.cache_dir}/train/tokens_part_00000.safetensors, tokens "
@@ -238,7 +234,7 @@ def test_a_broken_stream_ends_the_run_only_when_what_is_there_is_used_up(section
     with pytest.raises(UserError, match=expected):
         read(source, there, naive.num_draws)
     reader = open_source(state=state, fills=False)
-    reader._cache._created_at -= 60
+    reader.cache._created_at -= 60
     with pytest.raises(UserError, match=expected):
         read(reader, there, there + 8)
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from gpt2x.config import TokenizerSection
-from gpt2x.corpus.opened_files import MAX_ROW_BYTES
+from gpt2x.corpus.text_files import MAX_ROW_BYTES
 from gpt2x.shards.files import write_shard
 from gpt2x.shards.index import Index, ShardEntry, load_index, write_index
 from gpt2x.tokenizers.bpe import save_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size

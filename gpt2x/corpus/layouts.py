@@ -1,10 +1,12 @@
-"""The layouts that data sets give conversations, recognized by the names of their columns alone."""
+"""How rows hold documents: a text in a column, or a conversation in one of the layouts that data sets give them, which
+are recognized by the names of their columns alone."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from gpt2x.corpus.values import listed, shown
+from gpt2x.corpus.rows import listed, shown, text_of
 from gpt2x.errors import UserError
 
 Message = dict[str, Any]
@@ -29,6 +31,48 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+
+
+class Document(NamedTuple):
+    """What a row holds."""
+
+    text: str
+    """Of a conversation all that is said, as JSON: the same for every layout, so the same conversation falls on the
+    same side of the split wherever it comes from."""
+    left_out: str | None
+    """Why the row is left out: empty, not UTF-8."""
+    messages: list[Message] | None = None
+    """None for a plain text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextColumn:
+    """Rows whose text stands in one column; the others are not read."""
+
+    column: str
+
+    def columns_in(self, found: Sequence[str], name: str) -> list[str]:
+        """The column, which must be among those that were found.
+
+        Raises:
+            UserError: where it is not.
+        """
+        if self.column not in found:
+            raise self._missing(f"{name} has no column", found)
+        return [self.column]
+
+    def document(self, columns: Mapping[str, Any], name: str) -> Document:
+        """The text of a row.
+
+        Raises:
+            UserError: names a row without the column, and one that holds something else there.
+        """
+        if self.column not in columns:
+            raise self._missing(f"{name} has no field", columns)
+        return Document(*text_of(columns[self.column], name=name, column=self.column))
+
+    def _missing(self, what: str, found: Iterable[str]) -> UserError:
+        return UserError(f"{what} {self.column!r}, only: {listed(found)}; set corpus.text_column to one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,18 +165,13 @@ class Layout:
 
     required: tuple[str, ...]
     """The columns it is recognized by."""
-    optional: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ("system", "tools")
     """Columns it may have besides."""
     read: Callable[[Cells], list[Message]] | None
     """Gives the messages of a row; None where a row is plain text, which no template is put around."""
 
     def __str__(self) -> str:
         return " + ".join(self.required)
-
-    @property
-    def is_plain_text(self) -> bool:
-        """Whether rows are texts without roles, in the one column there is."""
-        return self.read is None
 
     def columns_in(self, found: Sequence[str], name: str) -> list[str]:
         """Which of the columns that were found are the layout's.
@@ -152,28 +191,35 @@ class Layout:
                 )
         return [column for column in (*self.required, *self.optional) if column in found]
 
-    def messages(self, row: dict[str, Any], name: str) -> list[Message]:
-        """The conversation of a row, begun by its system column where no message of it is the system's.
-
-        Args:
-            row: its columns, the required ones among them.
-            name: its name, for messages.
+    def document(self, columns: dict[str, Any], name: str) -> Document:
+        """The conversation of a row, or its plain text.
 
         Raises:
             UserError: names the row and the column that does not hold what the layout says.
         """
-        assert self.read is not None, "rows of plain text have no messages"
-        if row.get("tools") not in NO_TOOLS:
-            raise UserError(
-                f"{name}: column 'tools' holds tools, which no chat template of text writes out; put them into a "
-                f"system message or leave the row out."
-            )
-        cells = Cells(name=name, row=row)
-        messages = self.read(cells)
-        said = cells.text("system") if row.get("system") is not None else ""
-        if not said or any(message["role"] == "system" for message in messages):
-            return messages
-        return [{"role": "system", "content": said}, *messages]
+        self.columns_in(list(columns), name)
+        if self.read is not None:
+            messages = _messages(Cells(name=name, row=columns), self.read)
+            text = json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
+            # JSON can spell half of a surrogate pair, which no UTF-8 and no tokenizer can.
+            return Document(*text_of(text, name=name, column="messages"), messages)
+        if isinstance(columns["text"], list):
+            raise UserError(f"{name}: column 'text' holds a list; name a column of messages messages, or give text.")
+        return Document(*text_of(columns["text"], name=name, column="text"))
+
+
+def _messages(cells: Cells, read: Callable[[Cells], list[Message]]) -> list[Message]:
+    """A conversation, begun by its system column where no message of it is the system's."""
+    if cells.row.get("tools") not in NO_TOOLS:
+        raise UserError(
+            f"{cells.name}: column 'tools' holds tools, which no chat template of text writes out; put them into a "
+            f"system message or leave the row out."
+        )
+    messages = read(cells)
+    said = cells.text("system") if cells.row.get("system") is not None else ""
+    if not said or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": said}, *messages]
 
 
 def _pair(asked: str, answered: str) -> Callable[[Cells], list[Message]]:
@@ -190,14 +236,12 @@ def _alpaca(cells: Cells) -> list[Message]:
 
 # The first that fits counts: Alpaca's own rows also have a text, UltraChat's messages also a prompt.
 LAYOUTS = (
-    Layout(required=("messages",), optional=("system", "tools"), read=lambda cells: cells.messages("messages")),
-    Layout(
-        required=("conversations",), optional=("system", "tools"), read=lambda cells: cells.messages("conversations")
-    ),
-    Layout(required=("prompt", "completion"), optional=("system", "tools"), read=_pair("prompt", "completion")),
+    Layout(required=("messages",), read=lambda cells: cells.messages("messages")),
+    Layout(required=("conversations",), read=lambda cells: cells.messages("conversations")),
+    Layout(required=("prompt", "completion"), read=_pair("prompt", "completion")),
     Layout(required=("instruction", "output"), optional=("input", "system", "tools"), read=_alpaca),
-    Layout(required=("question", "answer"), optional=("system", "tools"), read=_pair("question", "answer")),
-    Layout(required=("text",), read=None),
+    Layout(required=("question", "answer"), read=_pair("question", "answer")),
+    Layout(required=("text",), optional=(), read=None),
 )
 
 

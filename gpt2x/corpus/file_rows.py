@@ -1,21 +1,100 @@
-"""Rows of JSON: one object per line (.jsonl); objects in an array or one after the other (.json)."""
+"""Files as rows, one after the other, whatever their size. Those of JSON are read here: one object per line (.jsonl);
+objects in an array or one after the other (.json)."""
 
 import io
 import itertools
 import json
 import re
-from collections import Counter
+import sysconfig
 from collections.abc import Generator, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2x.corpus.opened_files import MAX_ROW_BYTES, OpenedFile, decoded, read_line, too_long
+from gpt2x.config import CorpusSection
+from gpt2x.corpus.docstrings import conversations
+from gpt2x.corpus.layouts import Layout, TextColumn
 from gpt2x.corpus.rows import Advance, Row
+from gpt2x.corpus.source_files import TABLES, kind_of
+from gpt2x.corpus.tables import DELIMITERS, csv_columns, csv_rows, table_columns, table_rows
+from gpt2x.corpus.text_files import (
+    MAX_ROW_BYTES,
+    LongFile,
+    OpenedFile,
+    complaining,
+    separated_documents,
+    too_long,
+    unheard,
+    whole_file,
+)
 from gpt2x.errors import UserError
 
 CHARACTERS_PER_READ = 2**18
 DECODER = json.JSONDecoder()
 BLANK, BLANK_OR_COMMA = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
+
+
+def columns_of(file: Path) -> list[str]:
+    """The columns of a table, or of the first row of a .jsonl or .json; none where it has no row.
+
+    Raises:
+        UserError: for a file that is not what its name says.
+    """
+    kind = kind_of(file)
+    with complaining(file):
+        if kind in TABLES:
+            return table_columns(file)
+        if kind in DELIMITERS:
+            return csv_columns(file, DELIMITERS[kind])
+        with closing(json_lines(file, unheard) if kind == ".jsonl" else json_objects(file, unheard)) as rows:
+            return next((list(columns) for row in rows if (columns := _columns(row))), [])
+
+
+def _columns(row: Row) -> dict[str, Any]:
+    try:
+        return row.columns()
+    except UnicodeDecodeError:
+        return {}
+
+
+def rows_of(
+    file: Path, corpus: CorpusSection, advance: Advance, layout: Layout | TextColumn
+) -> Iterator[Row | LongFile]:
+    """The rows of a file.
+
+    Args:
+        file: of a kind that can be read; any other is one document.
+        corpus: names the column and the separator.
+        advance: told how many bytes of the file have been read since it was told before.
+        layout: of its rows.
+
+    Raises:
+        UserError: for a file that is not what its name says, and a missing column.
+    """
+    kind = kind_of(file)
+    with complaining(file):
+        if corpus.kind == "python_docstrings":
+            yield from _docstrings(file, advance)
+        elif kind in TABLES:
+            yield from table_rows(file, layout.columns_in(table_columns(file), str(file)), advance)
+        elif kind == ".jsonl":
+            yield from json_lines(file, advance)
+        elif kind == ".json":
+            yield from json_objects(file, advance)
+        elif kind in DELIMITERS:
+            yield from csv_rows(file, DELIMITERS[kind], advance)
+        elif corpus.document_separator is not None and kind == ".txt":
+            yield from separated_documents(file, corpus.document_separator.encode(), corpus, advance)
+        else:
+            yield from whole_file(file, corpus, advance)
+
+
+def _docstrings(file: Path, advance: Advance) -> Iterator[Row]:
+    parts = file.relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
+    for name, messages in conversations(file, ".".join(part for part in parts if part != "__init__")):
+        yield Row.of(name, {"messages": messages})
+    advance(file.stat().st_size)
 
 
 # Not datasets' reader: its type inference turns a text that looks like a date into one, and a column that is not read
@@ -24,25 +103,17 @@ def json_lines(file: Path, advance: Advance) -> Generator[Row, None, None]:
     """The rows of a .jsonl, each parsed when its columns are asked for."""
     with OpenedFile(file) as opened:
         for number in itertools.count(1):
-            held = [read_line(opened, file, number)]
+            held = [opened.read_line(number)]
             if not held[0]:
                 return
             if not held[0].isspace():
-                yield _line_row(f"{file}:{number}", held)
+                yield Row(f"{file}:{number}", partial(_parsed, held, f"{file}:{number}"))
             opened.tell(advance)
 
 
-def _line_row(name: str, held: list[bytes]) -> Row:
+def _parsed(held: list[bytes], name: str) -> dict[str, Any]:
     """The line is taken out of its list, so that a long one and its text are not there at a time."""
-
-    def columns(dropped: Counter[str]) -> dict[str, Any] | None:
-        found = decoded(held.pop())
-        if found is None:
-            dropped["not UTF-8"] += 1
-            return None
-        return parsed_line(found, name)
-
-    return Row(name, columns)
+    return parsed_line(held.pop().decode(), name)
 
 
 def parsed_line(line: str, name: str) -> dict[str, Any]:
@@ -68,12 +139,8 @@ def json_objects(file: Path, advance: Advance) -> Generator[Row, None, None]:
         # What is not UTF-8 becomes half of a surrogate pair, which leaves out the row that has it in its text.
         text = io.TextIOWrapper(opened.stream, encoding="utf-8", errors="surrogateescape", newline="")
         for number, row in enumerate(_objects(text, file), start=1):
-            yield _object_row(f"{file}:{number}", row)
+            yield Row.of(f"{file}:{number}", row)
             opened.tell(advance)
-
-
-def _object_row(name: str, row: dict[str, Any]) -> Row:
-    return Row(name, lambda dropped: row)
 
 
 def _objects(text: IO[str], file: Path) -> Iterator[dict[str, Any]]:

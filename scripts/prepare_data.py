@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> None:
         return
     index = prepare(recipe)
     found = statistics(index)
-    shown = preview(index, load_tokenizer(index.tokenizer_dir)) if recipe.chat is not None else None
+    shown = (
+        preview(index.open_split("train"), load_tokenizer(index.tokenizer_dir)) if recipe.chat is not None else None
+    )
     longest = longest_document(index)
 
     # --- 3. What was made, and how to go on ---

@@ -1,5 +1,6 @@
 """What a run will learn of conversations, to be looked at before it starts: one of them, and the counts."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -7,21 +8,18 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2x.shards.files import Shard
 from gpt2x.shards.learned import count_learned, learned_flags
-from gpt2x.shards.token_sets import TokenSet
 
 MAX_TOKENS = 600
 BEGINNING, END = "⟦", "⟧"
 
 
-def preview(tokens: TokenSet, tokenizer: PreTrainedTokenizerFast) -> str:
+def preview(shards: Sequence[Shard], tokenizer: PreTrainedTokenizerFast) -> str:
     """The first training document with brackets around what is learned of it, and how much that is of everything.
 
-    Every target of the split is read, a byte per token.
-
-    Raises:
-        UserError: where there are no training tokens, or they are not what they should be.
+    Args:
+        shards: of the training split, of which every target is read, a byte per token.
+        tokenizer: that made them.
     """
-    shards = tokens.open_split("train")
     return (
         f"the first training document; what is learned stands between {BEGINNING} and {END}:\n"
         f"{_document(shards[0], tokenizer)}\n"
@@ -45,7 +43,7 @@ def _part(ids: np.ndarray, is_learned: bool, tokenizer: PreTrainedTokenizerFast)
     return f"{BEGINNING}{text}{END}" if is_learned else text
 
 
-def _counts(shards: list[Shard]) -> str:
+def _counts(shards: Sequence[Shard]) -> str:
     num_tokens = sum(shard.tokens.size for shard in shards)
     num_documents = sum(shard.documents.size - 1 for shard in shards)
     num_learned = sum(sum(count_learned(shard, counts_first=False)) for shard in shards)

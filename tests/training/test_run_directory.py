@@ -15,7 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe, Recipe, SourceSection, TokenizerSection, to_yaml
 from gpt2x.errors import UserError
-from gpt2x.preflight import describe
+from gpt2x.preflight.before_step_1 import describe
+from gpt2x.preflight.before_torch import check_recipe
 from gpt2x.runs.changes import as_table, changes_between, plain
 from gpt2x.runs.directory import open_run_directory
 
@@ -197,12 +198,12 @@ def test_the_samples_are_those_of_every_prompt_and_validation_document(recipe, c
 # --- what is refused before step 1 -----------------------------------------------------------------------------------
 
 
-def test_tokens_per_step_that_do_not_divide_are_refused(recipe, changed, start):
+def test_tokens_per_step_that_do_not_divide_are_refused(recipe, changed, tmp_path):
     message = (
         r"train.tokens_per_step \(100\) must be a multiple of micro_batch_size x .* = 8 x 16 x 1 = 128; set it to"
     )
     with pytest.raises(UserError, match=message):
-        start(changed(recipe, train={"tokens_per_step": 100}))
+        check_recipe(changed(recipe, train={"tokens_per_step": 100}), num_processes=1, run_dir=tmp_path)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(recipe, changed, start):

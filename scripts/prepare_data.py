@@ -34,7 +34,7 @@ def names_a_corpus(argv: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the preparation that a command line describes."""
-    # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
+    # 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there
     default = None if names_a_corpus(argv) else DEFAULT_CONFIG
     asked, _ = parse_recipe(PreparationCommand, argv, script="prepare_data.py", default_config=default)
     fields = dict(vars(asked))
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     from gpt2x.shards.statistics import longest_document, statistics
     from gpt2x.tokenizers.bpe import load_tokenizer
 
-    # --- 2. Text to token shards; what is finished is left alone ---
+    # 2. Text to token shards; what is finished is left alone
     if task is not None:
         prepare_task(recipe, task)
         print(f"task {task} of {recipe.num_tasks} is finished; without --task this command finishes the rest")
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     )
     longest = longest_document(index)
 
-    # --- 3. What was made, and how to go on ---
+    # 3. What was made, and how to go on
     print(found)
     if shown is not None:
         print(shown)

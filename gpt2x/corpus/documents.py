@@ -165,7 +165,7 @@ def open_corpus(
     layout = _layout_of(every, corpus) if as_chat else TextColumn(column=corpus.text_column)
     own = _dealt_out(every, share)
     rows = _rows(own, corpus, advance, layout, read)
-    if len(every) < share.num_tasks:
+    if own is every:  # too few to be dealt out
         rows = islice(rows, share.task, None, share.num_tasks)
     return Reading(corpus, rows, _size_of(own), "B", layout)
 

@@ -221,6 +221,14 @@ def test_the_shares_of_a_dataset_are_the_whole_dataset_once(tmp_path, monkeypatc
         assert read[0] == expected
 
 
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 7])
+def test_the_shares_of_files_are_all_files_once(tmp_path, num_tasks):
+    make_dataset(tmp_path, num_files=3)
+    shares = [Share(task=task, num_tasks=num_tasks) for task in range(num_tasks)]
+    read = [document.text for share in shares for document in documents(files(tmp_path), share=share)]
+    assert sorted(read) == [f"{number} {row}" for number in range(3) for row in range(5)]
+
+
 def test_a_task_opens_only_its_own_files_where_there_are_enough(tmp_path, monkeypatch):
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(str(number))

@@ -25,7 +25,7 @@ def train(trainer: Trainer) -> Metrics | None:
     Raises:
         UserError: where the data ends or the loss is not finite, after the run was saved; where saving fails.
     """
-    recipe, progress, detector = trainer.recipe, trainer.progress, SpikeDetector()
+    progress, detector = trainer.progress, SpikeDetector()
     trainer.model.train()
     stopped = not progress.is_followed_up and not follow_up(trainer)
     while not stopped and not trainer.is_over:
@@ -46,7 +46,7 @@ def train(trainer: Trainer) -> Metrics | None:
         vote = agree(trainer.accelerator, own)
         handle_incident(trainer, outcome, detector, is_spike=vote.is_spike)
         progress.scaler_skipped_steps += outcome.has_overflowed
-        progress.advance(tokens=recipe.train.tokens_per_step, seconds=vote.seconds)
+        progress.advance(tokens=trainer.recipe.train.tokens_per_step, seconds=vote.seconds)
         trainer.stop.hold()
         trainer.batches.release(progress.step)
         trainer.reserve_copies()

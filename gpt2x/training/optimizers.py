@@ -16,7 +16,7 @@ from gpt2x.distributed.sharding import in_shards_like, whole_matrices
 
 
 def make_optimizers(
-    model: PreTrainedModel, section: OptimizerSection, *, mixed_precision: str = "bf16", fused: bool = True
+    model: PreTrainedModel, section: OptimizerSection, *, mixed_precision: str = "bf16"
 ) -> list[Optimizer]:
     """The optimizers of a recipe, every trainable parameter in exactly one of them.
 
@@ -24,7 +24,6 @@ def make_optimizers(
         model: any causal language model of transformers.
         section: which optimizer, and its hyper-parameters.
         mixed_precision: of the recipe, which Muon's matrix products follow: float32 with ``no``, else bfloat16.
-        fused: whether AdamW runs as one kernel.
 
     Returns:
         AdamW alone, or Muon and the AdamW for what Muon does not take. Each group carries its peak learning rate as
@@ -35,7 +34,7 @@ def make_optimizers(
         "lr": section.learning_rate,
         "betas": (section.adam_beta1, section.adam_beta2),
         "eps": section.adam_epsilon,
-        "fused": fused,
+        "fused": True,
     }
     undecayed = {"params": vectors, "weight_decay": 0.0}
     if section.name == "adamw":

@@ -38,6 +38,7 @@ from gpt2x.config import TrainSection
 from gpt2x.distributed.devices import keep_freed_memory
 from gpt2x.distributed.launch import usable_cores
 from gpt2x.runs.directory import RunDirectory
+from gpt2x.stock_forms import save_stock
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 CONTESTANTS = ("torch-save", "torch-save-safe", "gpt2x")
@@ -50,7 +51,7 @@ def own_save(model: GPT2XForCausalLM, optimizer: AdamW, directory: Path) -> tupl
     """gpt2x's way to save, and what does it."""
     saver = CheckpointSaver(
         RunDirectory(directory),
-        lambda target, weights: model.save_stock(target, state_dict=weights),
+        lambda target, weights: save_stock(model, target, state_dict=weights),
         rules=TrainSection(max_steps=1, save_total_limit=1),
     )
     names = parameter_names(model)

@@ -28,9 +28,9 @@ from gpt2x.evaluation.hellaswag import evaluate_hellaswag
 from gpt2x.evaluation.hellaswag_items import HellaSwagItem, item_texts, load_hellaswag
 from gpt2x.evaluation.side_by_side import keep_freed_memory
 from gpt2x.models import make_config
+from gpt2x.stock_forms import to_stock_config
 from gpt2x.tokenizers.bpe import load_tokenizer
 from modeling_gpt2x import GPT2XForCausalLM
-from modeling_gpt2x.conversion_gpt2x import to_stock_config
 
 RECIPES = Path(__file__).parent.parent / "configuration" / "pretrain"
 OWN = ("gpt2x", "gpt2x-stock")

@@ -20,8 +20,8 @@ from gpt2x.errors import UserError
 from gpt2x.locate import base_of
 from gpt2x.models import load_for_inference
 from gpt2x.prerequisites import check_installed
+from gpt2x.stock_forms import save_config
 from gpt2x.tokenizers.bpe import load_tokenizer, write_tokenizer
-from modeling_gpt2x import save_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

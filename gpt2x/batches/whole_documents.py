@@ -10,8 +10,7 @@ import numpy as np
 
 from gpt2x.batches.windows import IGNORED, Sequences, is_anything_learned, num_learned
 from gpt2x.errors import UserError
-from gpt2x.shards.files import Shard
-from gpt2x.shards.learned import learned_flags
+from gpt2x.shards.files import Shard, learned_flags
 
 
 class WholeDocuments:

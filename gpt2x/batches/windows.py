@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2x.shards.files import Shard
-from gpt2x.shards.learned import count_learned, document_begins, learned_flags
+from gpt2x.shards.files import Shard, count_learned, document_begins, learned_flags
 
 IGNORED = -100
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from modeling_gpt2x.packed_gpt2x import MAX_PACKED_BYTES, is_packable
+from modeling_gpt2x.linear_gpt2x import MAX_PACKED_BYTES, is_packable
 
 # Rows of a typical product, by which oneDNN chooses the layout; it computes any number of rows with it.
 _ROWS = 512

@@ -15,8 +15,8 @@ from gpt2x.distributed.ranks import data_rank
 from gpt2x.distributed.sharding import is_sharded
 from gpt2x.errors import UserError
 from gpt2x.models import flops_per_token, num_parameters
-from gpt2x.preparation.chat_preview import preview
 from gpt2x.runs.changes import as_table
+from gpt2x.shards.statistics import preview
 from gpt2x.training.trainer import Trainer
 
 _BYTES_PER_NUMBER = 4  # weights and optimizer state are float32

@@ -42,6 +42,8 @@ _NAMES = (
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("onnx/*.onnx", "onnx/*.onnx_data*", "genai_config.json", "*.gguf"),
     *(file.name for file in (Path(__file__).parents[2] / "modeling_gpt2x").glob("*_gpt2x.py")),
+    # The code of models that were saved before it was five files.
+    *(f"{name}_gpt2x.py" for name in ("cache", "conversion", "import", "loss", "masks", "packed")),
 )
 _FOLDERS = {name.split("/")[0] for name in _NAMES if "/" in name}
 

@@ -14,7 +14,7 @@ from gpt2x.config import FillerRecipe, StreamSection
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, discard, opened
 from gpt2x.shards.files import Shard, open_shard
-from gpt2x.streams.cutting import Vocabulary
+from gpt2x.shards.writer import Vocabulary
 from gpt2x.streams.ledger import (
     Beginning,
     Ledger,
@@ -27,7 +27,7 @@ from gpt2x.streams.ledger import (
     validation_file,
 )
 from gpt2x.streams.process import FillerProcess
-from gpt2x.tokenizers.bpe import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
+from gpt2x.tokenizers.bpe import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from gpt2x.tokenizers.loading import is_saved
 
 POLL_S = 0.02
@@ -54,11 +54,7 @@ class StreamCache:
             UserError: for a cache of another stream, or in use by another run.
         """
         self.section, self.name, self.ledger, self.directory = section, name, ledger, section.cache_dir
-        self.vocabulary = Vocabulary(
-            size=vocabulary_size(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            fingerprint=tokenizer_fingerprint(tokenizer),
-        )
+        self.vocabulary = Vocabulary.of(tokenizer)
         self.lock = threading.RLock()
         self._closing, self._created_at = threading.Event(), time.monotonic()
         self._old_failure = _identity(failure_file(self.directory))

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2x import save_stock
 from gpt2x.checkpoints.progress import Progress, seed_step
 from gpt2x.training import loop
 from gpt2x.training.steps import accumulate_losses, clip_gradients, count_targets, optimizer_step
@@ -179,7 +180,7 @@ def test_the_same_recipe_trains_a_model_of_transformers_to_the_same_losses(recip
     """The loop, the data order and the loss, against a plain loop over the stock class."""
     run = pretrain(changed(recipe, optimizer={"weight_decay": 0.0}, evaluation={"eval_steps": None}))
     torch.manual_seed(recipe.run.seed)
-    GPT2XForCausalLM(run.job.plain_model.config).save_stock(tmp_path / "stock")
+    save_stock(GPT2XForCausalLM(run.job.plain_model.config), tmp_path / "stock")
     stock = GPT2LMHeadModel.from_pretrained(tmp_path / "stock")
     assert isinstance(stock.config, GPT2Config)
     optimizer = torch.optim.AdamW(stock.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)

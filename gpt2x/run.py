@@ -12,6 +12,7 @@ from gpt2x.training.signals import StopRequest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from gpt2x.batches.source import ShardSource
     from gpt2x.runs.directory import RunDirectory
     from gpt2x.training.evaluators import Metrics
     from gpt2x.training.trainer import Trainer
@@ -33,29 +34,28 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
         UserError: for whatever the user can set right.
     """
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
-    from gpt2x.distributed.launch import check_launch, check_launch_of_adapters, num_data_ranks, passed_over
+    from gpt2x.distributed.launch import num_data_ranks, passed_over
+    from gpt2x.preflight.before_torch import check_process, check_recipe
     from gpt2x.runs.directory import locked, open_run_directory
-    from gpt2x.training.checks import check_before_torch
 
     is_main = environment.get("RANK", "0") == "0"
-    check_launch(environment)
-    if isinstance(recipe, FinetuneRecipe) and recipe.lora is not None:
-        check_launch_of_adapters(environment)
+    check_process(recipe, environment)
     directory = open_run_directory(recipe, name=name)
     say = print if is_main else lambda _line: None
     for line in (*passed_over(environment, recipe), *directory.notes):
         say(line)
     if _is_finished(directory, say):
         return 0
+    files = None
     if is_main:
         run_dir = recipe.run.dir / (recipe.run.name or name)
-        check_before_torch(recipe, num_processes=num_data_ranks(environment), run_dir=run_dir)
+        files = check_recipe(recipe, num_processes=num_data_ranks(environment), run_dir=run_dir)
 
     # 2. From here on nobody else writes where the run stands
     with locked(directory.path) if is_main else nullcontext() as hold:
         # 3. Devices, data, model; training; the model, the numbers and the plots
         accelerator = _accelerator(recipe, environment)
-        return _train(recipe, replace(directory, hold=hold), accelerator, stop)
+        return _train(recipe, replace(directory, hold=hold), accelerator=accelerator, stop=stop, files=files)
 
 
 def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
@@ -83,15 +83,22 @@ def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Acc
         return make_accelerator(recipe, environment)
 
 
-def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Accelerator", stop: StopRequest) -> int:
+def _train(
+    recipe: TrainingRecipe,
+    directory: "RunDirectory",
+    *,
+    accelerator: "Accelerator",
+    stop: StopRequest,
+    files: "Mapping[str, ShardSource] | None",
+) -> int:
     """Trains in a run's directory, which this process has to itself."""
-    from gpt2x.preflight import describe, previews
+    from gpt2x.preflight.before_step_1 import describe, previews
     from gpt2x.runs.directory import write_config
     from gpt2x.training.finish import finish, push
     from gpt2x.training.loop import train
     from gpt2x.training.start import make_trainer
 
-    trainer = make_trainer(recipe, directory, accelerator=accelerator, stop=stop)
+    trainer = make_trainer(recipe, directory, accelerator=accelerator, stop=stop, files=files)
     if accelerator.is_main_process and trainer.progress.step == 0:
         for text in previews(trainer):
             print(text)

@@ -9,7 +9,7 @@ import os
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config.evaluation import HellaSwagRecipe
+from gpt2x.config import HellaSwagRecipe
 from gpt2x.evaluation.hellaswag_items import load_hellaswag
 from gpt2x.prerequisites import check_model
 from gpt2x.terminal import command

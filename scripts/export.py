@@ -7,18 +7,20 @@ model before this script says so; a killed export leaves nothing that looks like
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe
 from gpt2x.publishing.output import check_export
 from gpt2x.terminal import command
 
 
 def main(recipe: ExportRecipe) -> None:
     """Exports the model and prints what came out."""
+    # 1. What stands against it, before the model is loaded for nothing
     check_export(recipe)
     from transformers.utils import logging  # seconds, which a mistake need not wait for
 
     from gpt2x.publishing.export import export_model
 
+    # 2. The model in its other form, and what came out
     logging.disable_progress_bar()
     export = export_model(recipe)
     print(f"{export.path}: {export.num_bytes / 1e6:.1f} MB; compared with the model, {export.difference}")

@@ -19,10 +19,10 @@ from gpt2x.terminal import command
 
 def main(recipe: GenerationRecipe) -> None:
     """Streams the continuation of each prompt, or the answer to it, to stdout."""
+    # 1. What is asked, and whether the model is there, before it is loaded for nothing
     recipe = replace(recipe, prompt=as_text(recipe.prompt), system=as_text(recipe.system))
     if recipe.chat and recipe.prompt is not None and not recipe.prompt.strip():
         raise UserError("prompt is blank; give a text, or leave it out to be asked.")
-
     directory = check_model(recipe.model)
     if recipe.chat:
         check_chat_template(directory, name=recipe.model)
@@ -35,12 +35,12 @@ def main(recipe: GenerationRecipe) -> None:
     from gpt2x.models import load_for_inference
     from gpt2x.tokenizers.bpe import load_tokenizer
 
-    # 1. The model
+    # 2. The model
     logging.disable_progress_bar()
     model = load_for_inference(directory, dtype=getattr(torch, recipe.dtype), device=compute_device(os.environ))
     tokenizer = load_tokenizer(directory)
 
-    # 2. The texts
+    # 3. The texts
     torch.manual_seed(recipe.seed)
     if recipe.chat:
         chat(model, tokenizer, prompts(recipe), options=recipe)

@@ -16,27 +16,15 @@ python scripts/prepare_data.py --config RECIPE.yaml --num_tasks 100 --task $SLUR
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.commands import shell_command
-from gpt2x.config import PreparationRecipe
-from gpt2x.config.checks import Range
+from gpt2x.config import PreparationCommand, PreparationRecipe
 from gpt2x.preparation.checks import check_preparation, check_task
 from gpt2x.terminal import command
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configuration" / "data" / "python-stdlib.yaml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparationCommand(PreparationRecipe):
-    """Text to token shards: what scripts/prepare_data.py runs."""
-
-    task: Annotated[int, Range(least=0, below=10**5)] | None = None
-    """Makes this part alone, of 0 to num_tasks - 1, as a job of a cluster array; null makes all that are missing and
-    finishes."""
 
 
 def names_a_corpus(argv: Sequence[str]) -> bool:
@@ -46,7 +34,7 @@ def names_a_corpus(argv: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the preparation that a command line describes."""
-    # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
+    # 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there
     default = None if names_a_corpus(argv) else DEFAULT_CONFIG
     asked, _ = parse_recipe(PreparationCommand, argv, script="prepare_data.py", default_config=default)
     fields = dict(vars(asked))
@@ -59,17 +47,19 @@ def main(argv: Sequence[str]) -> None:
     from gpt2x.shards.statistics import longest_document, preview, statistics
     from gpt2x.tokenizers.bpe import load_tokenizer
 
-    # --- 2. Text to token shards; what is finished is left alone ---
+    # 2. Text to token shards; what is finished is left alone
     if task is not None:
         prepare_task(recipe, task)
         print(f"task {task} of {recipe.num_tasks} is finished; without --task this command finishes the rest")
         return
     index = prepare(recipe)
     found = statistics(index)
-    shown = preview(index, load_tokenizer(index.tokenizer_dir)) if recipe.chat is not None else None
+    shown = (
+        preview(index.open_split("train"), load_tokenizer(index.tokenizer_dir)) if recipe.chat is not None else None
+    )
     longest = longest_document(index)
 
-    # --- 3. What was made, and how to go on ---
+    # 3. What was made, and how to go on
     print(found)
     if shown is not None:
         print(shown)

@@ -7,7 +7,7 @@ of the environment's HF_TOKEN or of `hf auth login`.
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config.publishing import PushRecipe
+from gpt2x.config import PushRecipe
 from gpt2x.locate import local_path
 from gpt2x.terminal import command
 

@@ -9,7 +9,7 @@ import os
 import sys
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config.evaluation import LmEvalRecipe
+from gpt2x.config import LmEvalRecipe
 from gpt2x.errors import UserError
 from gpt2x.prerequisites import check_installed, check_model
 from gpt2x.terminal import command
@@ -17,6 +17,7 @@ from gpt2x.terminal import command
 
 def main(recipe: LmEvalRecipe) -> None:
     """Prints every figure of every task and records them with the run."""
+    # 1. What it needs, before the model is loaded for nothing
     check_installed("eval", what="run_lm_eval.py")
     directory = check_model(recipe.model)
     if recipe.include_path is not None and not recipe.include_path.is_dir():
@@ -27,16 +28,16 @@ def main(recipe: LmEvalRecipe) -> None:
     from gpt2x.evaluation.lm_eval import run_lm_eval
     from gpt2x.runs.results import record_results
 
+    # 2. The tasks
     logging.disable_progress_bar()
     results = run_lm_eval(recipe, compute_device(os.environ))
     stats_file = record_results(directory, {f"lm_eval/{task}": found for task, found in results.items()})
+
+    # 3. What came out
     for task, figures in results.items():
         for name, figure in figures.items():
-            print(
-                f"{task:30s} {name:24s} {figure:.4f}"
-                if isinstance(figure, float)
-                else f"{task:30s} {name:24s} {figure}"
-            )
+            shown = f"{figure:.4f}" if isinstance(figure, float) else figure
+            print(f"{task:30s} {name:24s} {shown}")
     if stats_file is not None:
         print(f"recorded in {stats_file}")
 

@@ -27,7 +27,7 @@ def corpus_arguments(argv: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Trains the tokenizer that a command line describes."""
-    # --- 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there ---
+    # 1. The recipe. What imports transformers waits until it is known to be right, and its files to be there
     arguments = argv if corpus_arguments(argv) else [*argv, *DEFAULT_CORPUS]
     recipe, _ = parse_recipe(TokenizerRecipe, arguments, script="train_tokenizer.py")
     check_tokenizer_section(recipe.tokenizer)
@@ -36,11 +36,11 @@ def main(argv: Sequence[str]) -> None:
     from gpt2x.preparation.prepare import prepare_tokenizer
     from gpt2x.tokenizers.bpe import check_trained_on, vocabulary_size
 
-    # --- 2. The tokenizer; a saved one of this size and corpus is left alone ---
+    # 2. The tokenizer; a saved one of this size and corpus is left alone
     tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
     check_trained_on(recipe.tokenizer, recipe.corpus)
 
-    # --- 3. What was made, and how to go on ---
+    # 3. What was made, and how to go on
     print(f"tokenizer of {vocabulary_size(tokenizer):,} ids: {recipe.tokenizer.path}")
     same = [*corpus_arguments(argv), "--tokenizer.path", recipe.tokenizer.path, "--tokenizer.vocab_size", "null"]
     print(f"make token shards with it: {shell_command('prepare_data', *same, '--output_dir', 'DIRECTORY')}")

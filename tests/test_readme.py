@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config import FinetuneRecipe, GenerationRecipe, PreparationRecipe, Recipe, TokenizerRecipe
-from gpt2x.config.evaluation import HellaSwagRecipe, LmEvalRecipe
-from gpt2x.config.importing import ImportRecipe
-from gpt2x.config.publishing import ExportRecipe, PushRecipe
+from gpt2x.config import (
+    ExportRecipe,
+    FinetuneRecipe,
+    GenerationRecipe,
+    HellaSwagRecipe,
+    ImportRecipe,
+    LmEvalRecipe,
+    PreparationRecipe,
+    PushRecipe,
+    Recipe,
+    TokenizerRecipe,
+)
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import itertools
 import re
 from collections.abc import Iterator
@@ -14,28 +13,27 @@ import pytest
 import yaml
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config import FinetuneRecipe, GenerationRecipe, Recipe, TokenizerRecipe
+from gpt2x.config import (
+    ExportRecipe,
+    FinetuneRecipe,
+    GenerationRecipe,
+    HellaSwagRecipe,
+    ImportRecipe,
+    LmEvalRecipe,
+    PreparationCommand,
+    PushRecipe,
+    Recipe,
+    TokenizerRecipe,
+)
 from gpt2x.config.checks import annotations_of, check_number, shown
-from gpt2x.config.evaluation import HellaSwagRecipe, LmEvalRecipe
 from gpt2x.config.fields import in_words, item_of, section_of
-from gpt2x.config.importing import ImportRecipe
-from gpt2x.config.publishing import ExportRecipe, PushRecipe
-
-
-def preparation_command() -> type:
-    file = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
-    spec = importlib.util.spec_from_file_location("prepare_data_of_fields", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.PreparationCommand
-
 
 # What each command is told at least.
 TRAINING = {"data": {"path": "shards", "sequence_length": 64}, "train": {"max_steps": 1}}
 COMMANDS = {
     "pretrain": (Recipe, TRAINING),
     "finetune": (FinetuneRecipe, TRAINING | {"init_from": "x"}),
-    "prepare_data": (preparation_command(), {"output_dir": "out", "tokenizer": {"path": "tok"}}),
+    "prepare_data": (PreparationCommand, {"output_dir": "out", "tokenizer": {"path": "tok"}}),
     "train_tokenizer": (TokenizerRecipe, {"tokenizer": {"path": "tok"}}),
     "import_tokens": (ImportRecipe, {"path": "x", "tokenizer": "tok", "output_dir": "out"}),
     "export": (ExportRecipe, {"to": "native"}),

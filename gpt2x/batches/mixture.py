@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2x.batches.source import Source, open_file_source, tokens_of
+from gpt2x.batches.source import ShardSource, Source, open_files
 from gpt2x.batches.stream import StreamSource
 from gpt2x.batches.validation import HeldOut
 from gpt2x.config import DataSection, SourceSection
@@ -47,6 +47,7 @@ def open_mixture(
     data: DataSection,
     *,
     seed: int,
+    files: Mapping[str, ShardSource] | None = None,
     states: Mapping[str, Mapping[str, Any]] | None = None,
     fills_streams: bool = True,
 ) -> Mixture:
@@ -55,6 +56,7 @@ def open_mixture(
     Args:
         data: what to open.
         seed: of the order of the draws.
+        files: the sources that are no streams, by their names, where they are open already.
         states: where streams go on, by the sources' names, as Source.state gave it.
         fills_streams: whether this process fills the streams' caches, or reads what another of its node fills.
 
@@ -66,7 +68,7 @@ def open_mixture(
     try:
         for section in data.mixture:
             if section.stream is None:
-                opened.append(_open_files(section, data, seed=seed))
+                opened.append(_of_files((files or {}).get(section.key) or open_files(section, data, seed=seed)))
             else:
                 state = (states or {}).get(section.key)
                 opened.append(_open_stream(section, data, seed=seed, state=state, fills=fills_streams))
@@ -98,10 +100,10 @@ def _joined(data: DataSection, opened: Sequence[_Opened]) -> Mixture:
     )
 
 
-def _open_files(section: SourceSection, data: DataSection, *, seed: int) -> _Opened:
-    tokens = tokens_of(section)
+def _of_files(source: ShardSource) -> _Opened:
+    tokens = source.tokens
     return _Opened(
-        source=open_file_source(tokens, data, seed=seed, name=section.key),
+        source=source,
         tokens=tokens,
         held_out=lambda: HeldOut.of(tokens) if tokens.has_split("validation") else None,
     )

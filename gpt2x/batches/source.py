@@ -75,7 +75,8 @@ class ShardSource(Source):
     """The windows of a split's token shards, or of token files of other projects, which each epoch permutes.
 
     Attributes:
-        windows: of the shards, cut as the packing says.
+        tokens: the shards of all splits.
+        windows: of the shards of this split, cut as the packing says.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class ShardSource(Source):
             UserError: for a broken shard, an id outside the vocabulary, shards too short for one window, a document
                 that must be whole and is longer than T, and where nothing is learned.
         """
-        self.name, self.sequence_length, self.seed = name, sequence_length, seed
+        self.tokens, self.name, self.sequence_length, self.seed = tokens, name, sequence_length, seed
         shards, self.fingerprint = tokens.open_split(split), tokens.split_fingerprint(split)
         self.num_tokens = sum(shard.tokens.size for shard in shards)
         self.windows: ConsecutiveWindows | WholeDocuments
@@ -155,27 +156,18 @@ def nothing_learned(name: str, documents: str) -> UserError:
     )
 
 
-def tokens_of(section: SourceSection) -> TokenSet:
-    """The token files of a source that is not a stream.
-
-    Raises:
-        UserError: for whatever is wrong with them.
-    """
-    validation_path = None if section.validation_path is None else str(section.validation_path)
-    return open_tokens(section.location, validation_path=validation_path, tokenizer=section.tokenizer)
-
-
-def open_file_source(tokens: TokenSet, data: DataSection, *, seed: int, name: str) -> ShardSource:
-    """The sequences of token files, packed as the recipe says.
+def open_files(section: SourceSection, data: DataSection, *, seed: int) -> ShardSource:
+    """Opens the token files of a source that is not a stream, cut as the recipe says.
 
     Raises:
         UserError: for whatever is wrong with a file, and for too few tokens or too long documents.
     """
+    validation_path = None if section.validation_path is None else str(section.validation_path)
     return ShardSource(
-        tokens,
+        open_tokens(section.location, validation_path=validation_path, tokenizer=section.tokenizer),
         data.sequence_length,
         seed=seed,
-        name=name,
+        name=section.key,
         packing=data.packing,
         align_documents=data.align_documents,
     )

@@ -1,144 +1,14 @@
-"""Where tokens come from: corpora, preparation, the sources of a run."""
+"""What a run reads: one source or a mixture of several, each of token files or a stream."""
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from gpt2x.config.checks import Count, Range, Seconds, Seed, ShareBelowOne, Size, Workers, check_numbers, shown
-from gpt2x.config.finetuning import ChatSection
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusSection:
-    """Where documents come from, and how they are split."""
-
-    kind: Literal["python_stdlib", "python_packages", "python_docstrings", "files", "dataset"] = "python_stdlib"
-    """The sources of this interpreter's standard library without its tests, those of every installed package, what
-    the library's docstrings answer (with chat), files of one's own, or a dataset of the `datasets` library."""
-    paths: list[str] = field(default_factory=list)
-    """For kind files: files, folders or glob patterns of .txt, .jsonl, .json, .csv, .tsv (also .gz and .zst), .parquet
-    and .arrow. A path that exists is that path, whatever letters it has."""
-    dataset: str | None = None
-    """For kind dataset: a Hub id, or a builder of local or remote files: json, parquet, arrow, text."""
-    dataset_config: str | None = None
-    """The dataset's configuration, its second argument of load_dataset."""
-    dataset_split: str = "train"
-    """The dataset's split that is read."""
-    data_files: list[str] = field(default_factory=list)
-    """The files of a builder, or of a dataset's repository: paths, patterns or fsspec URLs."""
-    streaming: bool = True
-    """Whether a dataset is read over the network as it is used, instead of being downloaded first."""
-    text_column: str = "text"
-    """The field that holds the text, of a dataset or of files with columns (all but .txt); a field of chat messages
-    gives their contents."""
-    document_separator: str | None = None
-    """Cuts a .txt file into documents; null makes each file one document. On the command line \\n is a line end, \\t a
-    tab and \\\\ a backslash; in a recipe they are so between double quotes."""
-    validation_fraction: ShareBelowOne = 0.05
-    """Share of the documents, chosen by the hash of their text, that is held out."""
-    split_seed: Seed = 0
-    """Another seed holds out other documents."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "corpus.")
-        if self.kind == "files" and not self.paths:
-            raise ValueError(
-                "corpus.kind (files) needs corpus.paths: files, folders or patterns, as [texts, b.jsonl]."
-            )
-        if self.kind != "files" and self.paths:
-            raise ValueError(
-                f"corpus.paths ({shown(self.paths)}) is for corpus.kind files, and kind is {self.kind}; set "
-                f"corpus.kind files, or leave the paths out."
-            )
-        if self.kind == "dataset" and not self.dataset:
-            raise ValueError(
-                "corpus.kind (dataset) needs corpus.dataset: a Hub id, or json, parquet, arrow or text with "
-                "corpus.data_files."
-            )
-        if self.kind != "dataset" and self.dataset is not None:
-            raise ValueError(
-                f"corpus.dataset ({shown(self.dataset)}) is for corpus.kind dataset, and kind is {self.kind}; set "
-                f"corpus.kind dataset, or leave the dataset out."
-            )
-        if self.document_separator == "":
-            raise ValueError('corpus.document_separator ("") must not be empty; null makes each file one document.')
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerSection:
-    """Which tokenizer reads the corpus; trained on its training documents where vocab_size is given."""
-
-    path: str
-    """Directory (or Hub id) of a transformers tokenizer; a trained one is saved there."""
-    vocab_size: Annotated[int, Range(least=257, most=10**8)] | None = None
-    """Size of the byte-level BPE to train, special tokens included: at least 256 bytes and the end of text. null
-    to use the tokenizer at path as it is."""
-    eos_token: str = "<|endoftext|>"
-    """The token that ends every document, of a tokenizer trained here."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "tokenizer.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparationRecipe:
-    """Text to token shards: what scripts/prepare_data.py runs."""
-
-    output_dir: Path
-    """Directory of the token shards and their index."""
-    corpus: CorpusSection = field(default_factory=CorpusSection)
-    tokenizer: TokenizerSection
-    chat: ChatSection | None = None
-    """Reads the corpus' rows as conversations, and writes beside the ids which of them are learned."""
-    tokens_per_shard: Count = 100_000_000
-    """Tokens per shard file at most, about 200 MB; documents stay whole."""
-    num_tasks: Annotated[int, Range(least=1, most=10**5)] = 1
-    """Into how many parts the corpus is cut; each is finished, or repeated after a kill, by itself."""
-    num_workers: Workers | None = None
-    """Processes that work on the parts; by default one per usable core, at most num_tasks. The shards do not depend
-    on it."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "")
-        if self.chat is not None:
-            self._check_chat()
-        elif self.corpus.kind == "python_docstrings":
-            raise ValueError(
-                "corpus.kind (python_docstrings) has conversations alone; add chat, or set it to python_stdlib."
-            )
-
-    def _check_chat(self) -> None:
-        corpus, saved_in = self.corpus, self.output_dir / "tokenizer"
-        if corpus.kind not in ("files", "dataset", "python_docstrings"):
-            raise ValueError(
-                f"corpus.kind ({corpus.kind}) has no conversations; with chat set it to files or dataset."
-            )
-        for path in corpus.paths:
-            if path.lower().endswith((".txt", ".txt.gz", ".txt.zst")):
-                raise ValueError(
-                    f"corpus.paths ({path}) has no columns, and chat reads conversations from columns; give .jsonl, "
-                    f".json, .csv, .tsv, .parquet or .arrow, or leave chat out."
-                )
-        if corpus.text_column != "text":
-            raise ValueError(
-                f"corpus.text_column ({corpus.text_column}) has no effect with chat, which knows the columns of "
-                f"conversations by their names; leave it out."
-            )
-        if Path(self.tokenizer.path).absolute() == saved_in.absolute():
-            raise ValueError(
-                f"tokenizer.path ({self.tokenizer.path}) must not be where the shards' own is saved, as chat changes "
-                f"it; set another tokenizer.path or output_dir."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerRecipe:
-    """What scripts/train_tokenizer.py runs."""
-
-    corpus: CorpusSection = field(default_factory=CorpusSection)
-    tokenizer: TokenizerSection
+from gpt2x.config.checks import Count, Range, Seconds, Size, check_numbers, shown
+from gpt2x.config.prepare import CorpusSection, PreparationRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +44,25 @@ class StreamSection:
                 f"stream.max_cached_shards ({self.max_cached_shards}) must be at least 2 x stream.shards_per_era = "
                 f"{2 * self.shards_per_era}: one era is read while the next is filled."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillerRecipe:
+    """What the filler is told, as JSON on its standard input. Lines that follow are Beginnings: the oldest needed
+    era."""
+
+    name: str
+    """Of the source, for messages."""
+    cache_dir: str
+    corpus: Mapping[str, Any]
+    vocabulary: Mapping[str, Any]
+    tokens_per_shard: int
+    shards_per_era: int
+    max_cached_shards: int
+    retry_s: float
+    stall_s: float
+    ledger: Mapping[str, Any]
+    """What the reader knows already, from the oldest era on that it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,3 +203,19 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} must hold fields and their values, as in configuration/; correct it.")
     return dict(content)
+
+
+def to_yaml(recipe: Any) -> str:
+    """The recipe with every field written out, as YAML that parse_recipe reads back to the same recipe.
+
+    Only what opens an address, a password or a signature, is left out.
+    """
+    return yaml.safe_dump(without_secrets(_plain(dataclasses.asdict(recipe))), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from gpt2x.commands import tool
-from gpt2x.config.evaluation import LmEvalRecipe
+from gpt2x.config import LmEvalRecipe
 from gpt2x.errors import UserError
 from gpt2x.locate import find_model
 from gpt2x.models import load_for_inference

@@ -4,8 +4,7 @@ import glob
 import os
 from pathlib import Path
 
-from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
-from gpt2x.config.importing import ImportRecipe
+from gpt2x.config import CorpusSection, ImportRecipe, PreparationRecipe, TokenizerSection
 from gpt2x.config.parts import shipped_or
 from gpt2x.corpus.source_files import BUILDERS, matching_files
 from gpt2x.errors import UserError

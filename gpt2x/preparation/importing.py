@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gpt2x.config.importing import ImportRecipe
+from gpt2x.config import ImportRecipe
 from gpt2x.corpus.sources import date_of
 from gpt2x.errors import UserError
 from gpt2x.preparation.prepare import finish

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gpt2x.adapters import whole_model
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe
 from gpt2x.locate import from_pretrained, local_path
 from gpt2x.models import load_for_inference
 from gpt2x.publishing.comparison import Difference, Reference, compare, model_logits

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, locked, make_directory, read_json, remove_leftovers, unwritable, whole_directory
 from gpt2x.manifest import MANIFEST

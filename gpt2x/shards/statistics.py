@@ -1,5 +1,6 @@
 """What a directory of token shards holds, in words: counts, and of conversations what a run will learn."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,6 @@ import numpy as np
 
 from gpt2x.shards.files import Shard, count_learned, learned_flags
 from gpt2x.shards.index import SPLITS, Index
-from gpt2x.shards.token_sets import TokenSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,7 +27,7 @@ def longest_document(index: Index) -> int:
     return max(_longest(index.open_split(split)) for split in SPLITS if index.has_split(split))
 
 
-def _longest(shards: list[Shard]) -> int:
+def _longest(shards: Sequence[Shard]) -> int:
     return max(int(np.diff(shard.documents).max()) for shard in shards)
 
 
@@ -48,15 +48,13 @@ def _line(index: Index, split: str) -> str:
     )
 
 
-def preview(tokens: TokenSet, tokenizer: "PreTrainedTokenizerFast") -> str:
+def preview(shards: Sequence[Shard], tokenizer: "PreTrainedTokenizerFast") -> str:
     """The first training document with brackets around what is learned of it, and how much that is of everything.
 
-    Every target of the split is read, a byte per token.
-
-    Raises:
-        UserError: where there are no training tokens, or they are not what they should be.
+    Args:
+        shards: of the training split, of which every target is read, a byte per token.
+        tokenizer: that made them.
     """
-    shards = tokens.open_split("train")
     num_tokens = sum(shard.tokens.size for shard in shards)
     num_documents = sum(shard.documents.size - 1 for shard in shards)
     num_learned = sum(sum(count_learned(shard, counts_first=False)) for shard in shards)

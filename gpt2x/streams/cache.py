@@ -10,8 +10,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
-from gpt2x.config import StreamSection
-from gpt2x.config.streaming import FillerRecipe
+from gpt2x.config import FillerRecipe, StreamSection
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, discard, opened
 from gpt2x.shards.files import Shard, open_shard

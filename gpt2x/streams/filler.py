@@ -23,8 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gpt2x.addresses import without_secrets
-from gpt2x.config import CorpusSection
-from gpt2x.config.streaming import FillerRecipe
+from gpt2x.config import CorpusSection, FillerRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import discard, locked, make_directory
 from gpt2x.shards.index import ShardEntry, split_directory

@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from gpt2x.config.streaming import FillerRecipe
+from gpt2x.config import FillerRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import BusyError, discard, locked, make_directory, unwritable
 from gpt2x.streams.ledger import Beginning, failure_file, write_failure

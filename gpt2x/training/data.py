@@ -11,12 +11,12 @@ from gpt2x.batches.loader import TrainingBatches, check_unchanged
 from gpt2x.batches.mixture import Mixture, open_mixture
 from gpt2x.batches.order import GlobalOrder, Phase, phases_of_json
 from gpt2x.batches.read_ahead import ReadAhead
+from gpt2x.batches.source import ShardSource
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import TrainingRecipe
-from gpt2x.distributed.ranks import data_rank, wait_for_main
+from gpt2x.distributed.ranks import data_rank
 from gpt2x.errors import UserError
 from gpt2x.tokenizers.bpe import load_tokenizer, tokenizer_fingerprint
-from gpt2x.training.checks import check_batch, prepare_missing_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,35 +36,28 @@ class RunData:
     vocab_size: int
 
 
-def prepare_data(recipe: TrainingRecipe, accelerator: Accelerator) -> None:
-    """Checks the batch, and makes the token shards that are missing.
-
-    Raises:
-        UserError: for a batch that cannot be cut evenly, and for whatever is wrong with the corpus.
-    """
-    check_batch(recipe, num_processes=data_rank(accelerator).num_ranks)
-    if accelerator.is_main_process:
-        prepare_missing_shards(recipe)
-    wait_for_main(accelerator)
-
-
-def steps_per_epoch(recipe: TrainingRecipe) -> float | None:
+def steps_per_epoch(recipe: TrainingRecipe, files: Mapping[str, ShardSource]) -> float | None:
     """Optimizer steps in which as many sequences are read as the sources have; None where the budget needs none."""
     if recipe.train.num_train_epochs is None:
         return None
-    sources = open_mixture(recipe.data, seed=recipe.run.seed).sources
-    num_windows = sum(source.num_windows or 0 for source in sources)  # streams have a budget of another kind
+    num_windows = sum(source.num_windows for source in files.values())
     return num_windows * recipe.data.sequence_length / recipe.train.tokens_per_step
 
 
 def open_run_data(
-    recipe: TrainingRecipe, accelerator: Accelerator, *, saved: Mapping[str, Any] | None, step: int
+    recipe: TrainingRecipe,
+    accelerator: Accelerator,
+    *,
+    files: Mapping[str, ShardSource],
+    saved: Mapping[str, Any] | None,
+    step: int,
 ) -> RunData:
     """Opens the sources, the held-out documents and the tokenizer.
 
     Args:
         recipe: what to open.
         accelerator: of the run.
+        files: the sources that are no streams, by their keys.
         saved: what the checkpoint holds of the data; None at the start.
         step: the next step.
 
@@ -73,7 +66,11 @@ def open_run_data(
     """
     states = {name: source["state"] for name, source in saved["sources"].items()} if saved else {}
     mixture = open_mixture(
-        recipe.data, seed=recipe.run.seed, states=states, fills_streams=accelerator.is_local_main_process
+        recipe.data,
+        seed=recipe.run.seed,
+        files=files,
+        states=states,
+        fills_streams=accelerator.is_local_main_process,
     )
     order = _order(recipe, mixture, accelerator, saved=saved, step=step)
     tokenizer = _tokenizer(mixture)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from gpt2x.batches.source import ShardSource, open_files
 from gpt2x.checkpoints.format import TrainerState, damage_of_final, newest_checkpoint, read_state
 from gpt2x.checkpoints.progress import Progress
 from gpt2x.checkpoints.retention import is_of_this_decay, note_validation
@@ -25,7 +26,7 @@ from gpt2x.runs.directory import RunDirectory
 from gpt2x.runs.layout import MODEL
 from gpt2x.runs.records import clear, recorded_validation, refuse_to_start_over, reopen, sweep, truncate_records
 from gpt2x.training.cpu_attention import register_chunked_causal
-from gpt2x.training.data import open_run_data, prepare_data, steps_per_epoch
+from gpt2x.training.data import open_run_data, steps_per_epoch
 from gpt2x.training.evaluators import make_evaluators
 from gpt2x.training.optimizers import make_optimizers
 from gpt2x.training.recording import Recorder
@@ -35,22 +36,38 @@ from gpt2x.training.trainee import trainee_of
 from gpt2x.training.trainer import Trainer
 
 
-def make_trainer(recipe: TrainingRecipe, run: RunDirectory, *, accelerator: Accelerator, stop: StopRequest) -> Trainer:
+def make_trainer(
+    recipe: TrainingRecipe,
+    run: RunDirectory,
+    *,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    files: Mapping[str, ShardSource] | None = None,
+) -> Trainer:
     """Everything a run works with, which stands at the start, or at its newest checkpoint.
+
+    Args:
+        recipe: what to do.
+        run: where to write.
+        accelerator: devices, precision and collectives.
+        stop: the signals received by this process.
+        files: the sources that are no streams, by their keys, where they are open already.
 
     Raises:
         UserError: for whatever can be known to go wrong before step 1.
     """
     # 1. The budget, and the checkpoint that tells where the run stands
-    prepare_data(recipe, accelerator)
-    budget = make_budget(recipe.train, recipe.optimizer, steps_per_epoch=steps_per_epoch(recipe))
+    if files is None:
+        sections = [section for section in recipe.data.mixture if section.stream is None]
+        files = {one.key: open_files(one, recipe.data, seed=recipe.run.seed) for one in sections}
+    budget = make_budget(recipe.train, recipe.optimizer, steps_per_epoch=steps_per_epoch(recipe, files))
     checkpoint, lines = _checkpoint_to_resume(run, budget.size)
     tensors, saved = ({}, TrainerState(step=0)) if checkpoint is None else read_state(checkpoint)
     for line in (*lines, *describe_changes(saved.get("environment"), environment_of(accelerator))):
         accelerator.print(line)
 
     # 2. Data and model
-    data = open_run_data(recipe, accelerator, saved=saved.get("data"), step=saved["step"])
+    data = open_run_data(recipe, accelerator, files=files, saved=saved.get("data"), step=saved["step"])
     trainee = trainee_of(recipe)
     model = trainee.make(data.tokenizer)
     _check_ids(data.vocab_size, model)

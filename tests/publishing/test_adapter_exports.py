@@ -10,8 +10,7 @@ from published_models import random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2x.adapters import add_adapters, save_adapters
-from gpt2x.config import LoraSection
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe, LoraSection
 from gpt2x.errors import UserError
 from gpt2x.publishing.export import export_model
 from modeling_gpt2x import GPT2XForCausalLM

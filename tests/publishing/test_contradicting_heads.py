@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe
 from gpt2x.publishing.export import export_model
 from modeling_gpt2x import GPT2XForCausalLM
 

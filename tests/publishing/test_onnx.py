@@ -11,7 +11,7 @@ import pytest
 import torch
 from published_models import random_model
 
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe
 from gpt2x.errors import UserError
 from gpt2x.publishing.comparison import Reference
 from gpt2x.tokenizers.bpe import write_tokenizer

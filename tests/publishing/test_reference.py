@@ -10,7 +10,7 @@ from published_models import random_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, NanoChatForCausalLM, Qwen3ForCausalLM
 
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe
 from gpt2x.errors import UserError
 from gpt2x.publishing import export as export_module
 from gpt2x.publishing import export as native

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config.evaluation import HellaSwagRecipe, LmEvalRecipe
+from gpt2x.config import HellaSwagRecipe, LmEvalRecipe
 from gpt2x.errors import UserError
 from gpt2x.evaluation.lm_eval import run_lm_eval
 from gpt2x.models import save_model

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe
 from gpt2x.errors import UserError
 from gpt2x.publishing.export import model_name
 from gpt2x.tokenizers.bpe import write_tokenizer

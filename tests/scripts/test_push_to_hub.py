@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gpt2x.command_line import parse_recipe
-from gpt2x.config.publishing import PushRecipe
+from gpt2x.config import PushRecipe
 from gpt2x.errors import UserError
 from gpt2x.publishing import hub
 

@@ -122,7 +122,7 @@ def test_the_preview_shows_a_conversation_with_what_is_learned_in_brackets(recip
     tokenizer = load_tokenizer(index.tokenizer_dir)
     (ids, targets), *_ = documents(index, "train")
     learned, total = 3 * sum(targets), 3 * len(ids)
-    assert preview(index, tokenizer) == (
+    assert preview(index.open_split("train"), tokenizer) == (
         "the first training document; what is learned stands between ⟦ and ⟧:\n"
         "<|im_start|>user\nWhat?<|im_end|>\n"
         "<|im_start|>assistant\n⟦Yes, 中文.<|im_end|>⟧\n"
@@ -136,7 +136,7 @@ def test_the_preview_shows_a_conversation_with_what_is_learned_in_brackets(recip
 def test_the_preview_of_a_long_conversation_says_how_much_is_not_shown(recipe):
     index = prepare(single(recipe, "What?", "alpha " * 1000))
     (ids, _), *_ = documents(index, "train")
-    shown = preview(index, load_tokenizer(index.tokenizer_dir))
+    shown = preview(index.open_split("train"), load_tokenizer(index.tokenizer_dir))
     assert f"⟧ ... and {len(ids) - 600:,} tokens more\nlearned: " in shown
 
 
@@ -147,4 +147,6 @@ def test_the_first_token_of_a_document_does_not_count_as_learned(recipe):
         again = dataclasses.replace(recipe, chat=chat, corpus=corpus, output_dir=recipe.output_dir / str(bool(chat)))
         index = prepare(again)
         total = index.total("train", "num_tokens")
-        assert f"learned: {total - 3} of {total} tokens" in preview(index, load_tokenizer(index.tokenizer_dir))
+        assert f"learned: {total - 3} of {total} tokens" in preview(
+            index.open_split("train"), load_tokenizer(index.tokenizer_dir)
+        )

@@ -30,6 +30,7 @@ from gpt2x.config import (
 )
 from gpt2x.distributed.devices import make_accelerator
 from gpt2x.evaluation.validation import Validation
+from gpt2x.preflight.before_torch import check_data
 from gpt2x.preparation.prepare import prepare
 from gpt2x.runs.directory import open_run_directory, write_config
 from gpt2x.training.evaluators import HeldOutLoss, Metrics
@@ -194,7 +195,8 @@ def read_tensors(run_dir: Path) -> dict[str, Tensor]:
 def start_job(recipe: Recipe) -> tuple[Trainer, Progress]:
     AcceleratorState._reset_state(reset_partial_state=True)
     run = open_run_directory(recipe, name="recipe")
-    job = make_trainer(recipe, run, accelerator=make_accelerator(recipe, {}), stop=StopRequest())
+    files = check_data(recipe.data, seed=recipe.run.seed, has_begun=True)
+    job = make_trainer(recipe, run, accelerator=make_accelerator(recipe, {}), stop=StopRequest(), files=files)
     write_config(run, recipe)
     return job, job.progress
 

@@ -190,7 +190,7 @@ def main():
     import torch
 
     from gpt2x.command_line import parse_recipe  # noqa: F401
-    from gpt2x.preflight import describe  # noqa: F401
+    from gpt2x.preflight.before_step_1 import describe  # noqa: F401
     from gpt2x.training import finish, start  # noqa: F401
 
     finish.write_plots = lambda directory: None  # takes longer than the run

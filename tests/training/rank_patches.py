@@ -35,11 +35,11 @@ def have_a_slow_main_process():
     """The main process takes five seconds for its data and for each checkpoint; a group waits for three."""
     from gpt2x.checkpoints import saver as saving
     from gpt2x.distributed import ranks as agreement
-    from gpt2x.training import checks
+    from gpt2x.preflight import before_torch
 
     have_little_patience()
     agreement.SILENT_S = 1.0
-    for owner, name in ((checks, "check_before_torch"), (saving, "write_checkpoint")):
+    for owner, name in ((before_torch, "check_recipe"), (saving, "write_checkpoint")):
         setattr(owner, name, _slow(getattr(owner, name)))
 
 

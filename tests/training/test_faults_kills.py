@@ -118,7 +118,7 @@ def test_sigterm_in_any_phase_saves_that_step_and_the_same_command_ends_alike(
 @pytest.mark.parametrize(
     "point",
     [
-        "gpt2x.training.checks:open_file_source:before:1",
+        "gpt2x.preflight.before_torch:open_files:before:1",
         "gpt2x.training.trainee:make_model:after:1",
         "gpt2x.training.steps:count_targets:after:1",
         "gpt2x.training.finish:write_final:before:1",

@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from gpt2x import preflight
 from gpt2x.checkpoints.saver import HostCopies
 from gpt2x.errors import UserError
+from gpt2x.preflight import before_step_1
+from gpt2x.preflight.before_step_1 import Room, check_room, measure_room
 from gpt2x.training import evaluators, steps
 from gpt2x.training import finish as finish_module
 from gpt2x.training.anomalies import WINDOW, SpikeDetector
-from gpt2x.training.disk import Room, check_room, measure_room
 from gpt2x.training.finish import finish
 from gpt2x.training.loop import train
 from gpt2x.training.recording import Failures
@@ -299,8 +299,8 @@ def test_the_plan_says_what_a_save_takes_of_memory(recipe, changed, start, monke
     save_steps, is_sharded, end = SAVING[name]
     larger = {"hidden_size": 80}
     job, _ = start(changed(recipe, train={"save_steps": save_steps}, model=larger))
-    monkeypatch.setattr(preflight, "is_sharded", lambda model: is_sharded)
-    (line,) = [line for line in preflight.describe(job).splitlines() if line.startswith("saving:")]
+    monkeypatch.setattr(before_step_1, "is_sharded", lambda model: is_sharded)
+    (line,) = [line for line in before_step_1.describe(job).splitlines() if line.startswith("saving:")]
     assert line.endswith(end), line
 
 

@@ -29,9 +29,9 @@ from gpt2x.config import (
 )
 from gpt2x.errors import UserError
 from gpt2x.models import make_config, save_model
+from gpt2x.preflight.before_step_1 import measure_room
 from gpt2x.runs.directory import open_run_directory
 from gpt2x.tokenizers.bpe import load_tokenizer
-from gpt2x.training.disk import measure_room
 from modeling_gpt2x import GPT2XForCausalLM
 
 ROOT = Path(__file__).parents[2]

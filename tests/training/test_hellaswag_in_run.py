@@ -13,8 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2x.adapters import add_adapters
 from gpt2x.command_line import parse_recipe
-from gpt2x.config import LoraSection, to_yaml
-from gpt2x.config.evaluation import HellaSwagRecipe
+from gpt2x.config import HellaSwagRecipe, LoraSection, to_yaml
 from gpt2x.errors import UserError
 from gpt2x.evaluation.hellaswag import HellaSwagQuestions, evaluate_hellaswag, score_hellaswag
 from gpt2x.evaluation.hellaswag_items import load_hellaswag

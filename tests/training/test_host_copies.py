@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2x.checkpoints import saver
 from gpt2x.checkpoints.saver import HostCopies
-from gpt2x.training.disk import measure_room
+from gpt2x.preflight.before_step_1 import measure_room
 from gpt2x.training.steps import optimizer_step
 
 

@@ -9,8 +9,8 @@ from huggingface_hub import constants
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import FinetuneRecipe, Recipe
 from gpt2x.errors import UserError
+from gpt2x.preflight.before_torch import check_recipe
 from gpt2x.shards.index import load_index
-from gpt2x.training.checks import check_before_torch
 
 CONFIGURATION = Path(__file__).parents[2] / "configuration"
 
@@ -38,7 +38,7 @@ def recipe(*arguments, paths="mine.jsonl", recipe_class=Recipe, config="pretrain
 
 
 def check(found, run_dir="runs/new"):
-    check_before_torch(found, num_processes=1, run_dir=Path(run_dir))
+    check_recipe(found, num_processes=1, run_dir=Path(run_dir))
 
 
 def num_documents():
@@ -121,7 +121,9 @@ def test_that_finished_shards_are_taken_is_said(capsys):
 
 
 def test_fine_tuning_refuses_a_forgotten_output_dir_too(monkeypatch):
-    monkeypatch.setattr("gpt2x.training.checks.find_model", lambda name: name, raising=False)  # there is no model
+    monkeypatch.setattr(
+        "gpt2x.preflight.before_torch.find_model", lambda name: name, raising=False
+    )  # there is no model
     rows = [
         {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"{n}!"}]} for n in range(40)
     ]

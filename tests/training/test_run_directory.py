@@ -15,9 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe, Recipe, SourceSection, TokenizerSection, to_yaml
 from gpt2x.errors import UserError
-from gpt2x.preflight import describe
+from gpt2x.preflight.before_step_1 import describe, previews
+from gpt2x.preflight.before_torch import check_recipe
 from gpt2x.runs.changes import as_table, changes_between, plain
 from gpt2x.runs.directory import open_run_directory
+from gpt2x.shards.index import Index
 
 
 def test_a_new_run_lies_under_its_name_or_the_recipes(recipe, changed, tmp_path):
@@ -197,12 +199,12 @@ def test_the_samples_are_those_of_every_prompt_and_validation_document(recipe, c
 # --- what is refused before step 1 -----------------------------------------------------------------------------------
 
 
-def test_tokens_per_step_that_do_not_divide_are_refused(recipe, changed, start):
+def test_tokens_per_step_that_do_not_divide_are_refused(recipe, changed, tmp_path):
     message = (
         r"train.tokens_per_step \(100\) must be a multiple of micro_batch_size x .* = 8 x 16 x 1 = 128; set it to"
     )
     with pytest.raises(UserError, match=message):
-        start(changed(recipe, train={"tokens_per_step": 100}))
+        check_recipe(changed(recipe, train={"tokens_per_step": 100}), num_processes=1, run_dir=tmp_path)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(recipe, changed, start):
@@ -236,6 +238,18 @@ def test_shards_that_the_preparation_writes_elsewhere_are_not_prepared_for_nothi
     with pytest.raises(UserError, match=r"nowhere does not exist; "):
         start(changed(recipe, data={"path": tmp_path / "nowhere", "preparation": preparation}))
     assert not (tmp_path / "tokenizer").exists()
+
+
+def test_a_start_opens_the_training_split_once(recipe, changed, start, monkeypatch):
+    opened, original = [], Index.open_split
+
+    def counting(index, split):
+        opened.append(split)
+        return original(index, split)
+
+    monkeypatch.setattr(Index, "open_split", counting)
+    job, _ = start(changed(recipe, train={"max_steps": None, "num_train_epochs": 1.0}))
+    assert (list(previews(job)), opened) == ([], ["train", "validation"])
 
 
 def test_shards_of_another_tokenizer_are_refused(recipe, changed, start, shards_dir, tmp_path):

@@ -170,7 +170,7 @@ if __name__ == "__main__":
     import torch
 
     from gpt2x.command_line import parse_recipe  # noqa: F401
-    from gpt2x.preflight import describe  # noqa: F401
+    from gpt2x.preflight.before_step_1 import describe  # noqa: F401
     from gpt2x.preparation import prepare  # noqa: F401
     from gpt2x.publishing import native, reference  # noqa: F401
     from gpt2x.training import finish, start  # noqa: F401

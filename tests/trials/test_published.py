@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2x.config import TokenizerSection
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe, TokenizerSection
 from gpt2x.tokenizers.bpe import train_tokenizer, write_tokenizer
 
 PUBLISHING = Path(__file__).parents[1] / "publishing"

@@ -20,8 +20,7 @@ from client_environments import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gpt2x.config import TokenizerSection
-from gpt2x.config.publishing import ExportRecipe
+from gpt2x.config import ExportRecipe, TokenizerSection
 from gpt2x.models import save_model
 from gpt2x.publishing.export import Export, export_model
 from gpt2x.tokenizers.bpe import train_tokenizer

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from foreign_files import tokens_of
 
-from gpt2x.config.importing import ImportRecipe
+from gpt2x.config import ImportRecipe
 from gpt2x.errors import UserError
 from gpt2x.preparation.importing import import_tokens
 from gpt2x.shards.index import load_index
@@ -182,7 +182,7 @@ def test_a_killed_import_that_is_begun_again_ends_in_the_same_bytes(directory, r
         "from pathlib import PosixPath\n"
         "from gpt2x.preparation.importing import import_tokens\n"
         "from gpt2x.shards import writer\n"
-        "from gpt2x.config.importing import ImportRecipe\n"
+        "from gpt2x.config import ImportRecipe\n"
         "write = writer.write_shard\n"
         "writer.write_shard = lambda *place, **parts: (write(*place, **parts), time.sleep(0.2))[0]\n"
         f"import_tokens({recipe!r})\n"

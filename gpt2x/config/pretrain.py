@@ -1,4 +1,4 @@
-"""How a run is trained: the run itself, budget and batch, optimizer, evaluation."""
+"""What scripts/pretrain.py runs, and what every training run has: its sections, budget, batch and optimizer."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from gpt2x.config.checks import Count, Range, Share, ShareBelowOne, Size, Workers, check_numbers, shown
+from gpt2x.config.data import DataSection
+from gpt2x.config.model import ModelSection
 
 # Beside which file systems that allow 255 have room for what is appended to names.
 MAX_NAME = 200
@@ -153,6 +155,78 @@ class EvaluationSection:
 
     def __post_init__(self) -> None:
         check_numbers(self, "evaluation.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSection:
+    """The upload of a finished run: model, card and plots in one commit, as the user of HF_TOKEN or `hf auth login`.
+
+    A push that fails is told in one line with the command that tries again; the run has ended well all the same.
+    """
+
+    push: bool = False
+    """Whether the run is uploaded when it is finished."""
+    repo_id: str | None = None
+    """The repository, USER/NAME; made where it is not there."""
+    public: bool = False
+    """Whether a new repository is visible to everyone."""
+    license: str | None = None
+    """The model's licence, an identifier that the Hub knows; needed where it is public, else it may be left open."""
+
+    def __post_init__(self) -> None:
+        if self.push and self.repo_id is None:
+            raise ValueError("hub.push needs hub.repo_id: USER/NAME.")
+        if self.push and self.public and self.license is None:
+            raise ValueError(
+                "hub.public needs hub.license, an identifier that the Hub knows: mit, apache-2.0, other ..."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """What every run has, whatever it starts from."""
+
+    run: RunSection = field(default_factory=RunSection)
+    data: DataSection
+    train: TrainSection
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    hub: HubSection = field(default_factory=HubSection)
+    init_from: str | None = None
+    """Directory or Hub id of a stock or gpt2x model, or a run, to go on from."""
+    resume: bool = False
+    """Go on with an existing run although its recipe has changed."""
+
+    def __post_init__(self) -> None:
+        if self.train.num_train_epochs is not None and any(source.stream for source in self.data.mixture):
+            raise ValueError(
+                "train.num_train_epochs needs sources of known length, and a stream has none; set train.max_steps or "
+                "train.max_tokens instead."
+            )
+        if self.train.max_time_s is not None and 0 < self.optimizer.warmup_steps < 1:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be a number of steps with "
+                f"train.max_time_s, whose clock also runs while the model is compiled; 20 is usual."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TrainingRecipe):
+    """A pretraining run: what scripts/pretrain.py runs."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    init_from: str | None = None
+    """Directory or Hub id of a stock or gpt2x model, or a run, to go on from instead of random weights; its shape
+    replaces that of model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        length, limit = self.data.sequence_length, self.model.max_position_embeddings
+        if self.init_from is None and length > limit:
+            raise ValueError(
+                f"data.sequence_length ({length}) must not exceed model.max_position_embeddings ({limit}); "
+                f"shorten the one or raise the other."
+            )
 
 
 def accumulation_steps(

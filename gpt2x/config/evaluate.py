@@ -1,4 +1,4 @@
-"""What scripts/eval_hellaswag.py and scripts/run_lm_eval.py are told; imports neither torch nor transformers."""
+"""What scripts/eval_hellaswag.py and scripts/run_lm_eval.py run."""
 
 from dataclasses import dataclass
 from pathlib import Path

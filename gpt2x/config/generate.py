@@ -1,4 +1,4 @@
-"""What scripts/generate.py is told; imports neither torch nor transformers."""
+"""What scripts/generate.py runs."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

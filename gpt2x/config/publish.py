@@ -1,11 +1,10 @@
-"""What scripts/export.py and scripts/push_to_hub.py are told; imports neither torch nor transformers."""
+"""What scripts/export.py and scripts/push_to_hub.py run."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gpt2x.config.checks import Seconds, check_numbers
-from gpt2x.locate import local_path
 
 DTYPES = {
     "native": ("float32", "bfloat16", "float16"),
@@ -36,7 +35,7 @@ class ExportRecipe:
         """Where the export goes."""
         if self.output is not None:
             return self.output
-        model = local_path(self.model)
+        model = Path(self.model).expanduser()
         home = model if model.is_dir() else Path("exports") / model.name
         return home / "exports" / self.to if model.is_dir() else home / self.to
 

@@ -72,6 +72,6 @@ def open_hellaswag(
     fitting = section.batch_size * recipe.data.sequence_length // max(questions.num_tokens)
     return RunHellaSwag(
         questions,
-        batch_size=max(min(fitting, questions.items_per_pass(model, accelerator.device)), 1),
+        batch_size=max(min(fitting, questions.items_per_pass(accelerator.device)), 1),
         mixed_precision=recipe.train.mixed_precision,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpt2x.distributed.devices import usable_cores
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.training.cpu_attention import chunked_causal_attention
 
 SHAPES_BTHD = ((16, 128, 4, 48), (8, 256, 2, 128), (8, 512, 4, 64), (4, 1024, 12, 64))
@@ -34,7 +34,7 @@ def _seconds(attention: Callable[[Tensor, Tensor, Tensor], Tensor], shape: tuple
 
 def main(_argv: list[str]) -> None:
     """Prints microseconds per token and layer of both, measured by turns, and their ratio."""
-    torch.set_num_threads(usable_cores(1))
+    torch.set_num_threads(usable_cores())
     print(f"{'B, T, H, D':>22s}  {'sdpa':>8s}  {'chunked':>8s}  speedup")
     for shape in SHAPES_BTHD:
         times: dict[str, list[float]] = {"sdpa": [], "chunked": []}

@@ -32,11 +32,13 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from benchmarks.contest import interleave, print_table
-from gpt2x.checkpoints.optimizer_state import optimizer_tensors, parameter_names
-from gpt2x.checkpoints.retention import Retention
-from gpt2x.checkpoints.saver import CheckpointSaver, State
-from gpt2x.distributed.devices import keep_freed_memory, usable_cores
+from gpt2x.checkpoints.saver import CheckpointSaver
+from gpt2x.checkpoints.state import State, optimizer_tensors, parameter_names
+from gpt2x.config import TrainSection
+from gpt2x.distributed.devices import keep_freed_memory
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.runs.directory import RunDirectory
+from gpt2x.stock_forms import save_stock
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 CONTESTANTS = ("torch-save", "torch-save-safe", "gpt2x")
@@ -49,8 +51,8 @@ def own_save(model: GPT2XForCausalLM, optimizer: AdamW, directory: Path) -> tupl
     """gpt2x's way to save, and what does it."""
     saver = CheckpointSaver(
         RunDirectory(directory),
-        lambda target, weights: model.save_stock(target, state_dict=weights),
-        retention=Retention(newest=1),
+        lambda target, weights: save_stock(model, target, state_dict=weights),
+        rules=TrainSection(max_steps=1, save_total_limit=1),
     )
     names = parameter_names(model)
 
@@ -86,7 +88,7 @@ def measure(contestant: str, directory: Path, *, saves: int, steps_between: int,
     """The seconds of a save of one contestant in this process."""
     torch.manual_seed(0)
     if not torch.accelerator.is_available():
-        torch.set_num_threads(usable_cores(1))
+        torch.set_num_threads(usable_cores())
         keep_freed_memory()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = GPT2XForCausalLM(GPT2XConfig()).to(device)

@@ -31,8 +31,8 @@ from gpt2x.batches.loader import TrainingBatches
 from gpt2x.batches.order import GlobalOrder, Phase
 from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.source import ShardSource
-from gpt2x.shards.files import write_shard
-from gpt2x.shards.index import Index, ShardEntry, load_index, write_index
+from gpt2x.shards.index import Index, load_index, write_index
+from gpt2x.shards.writer import Vocabulary, write_documents
 
 CONTESTANTS = ("gpt2x", "gpt2x-ahead", "nanogpt", "datasets", "datasets-loader")
 VOCAB_SIZE, EOS = 50257, 50256
@@ -45,18 +45,15 @@ def write_data(directory: Path, *, num_tokens: int, length: int) -> None:
     ids.tofile(directory / "train.bin")
     (directory / "shards" / "train").mkdir(parents=True)
     documents = np.arange(0, num_tokens + 1, 1000)
-    metadata = {"tokenizer_fingerprint": "none"}
+    vocabulary = Vocabulary(size=VOCAB_SIZE, eos_token_id=EOS, fingerprint="none")
     file = directory / "shards" / "train" / "tokens_part_00000.safetensors"
-    sha256 = write_shard(file, tokens=ids, documents=documents, metadata=metadata)
-    entry = ShardEntry(
-        file=file.name, num_tokens=num_tokens, num_documents=documents.size - 1, num_bytes=0, sha256=sha256
-    )
+    entry = write_documents(file, vocabulary, tokens=ids, starts=documents, num_bytes=0)
     index = Index(
         directory=directory / "shards",
         splits={"train": [entry], "validation": []},
-        tokenizer_fingerprint="none",
-        vocab_size=VOCAB_SIZE,
-        eos_token_id=EOS,
+        tokenizer_fingerprint=vocabulary.fingerprint,
+        vocab_size=vocabulary.size,
+        eos_token_id=vocabulary.eos_token_id,
         recipe={},
     )
     write_index(index)

@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks.contest import interleave, print_table
-from gpt2x.distributed.devices import usable_cores
+from gpt2x.distributed.launch import usable_cores
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 PROMPT_TOKENS = 32
@@ -39,7 +39,7 @@ def measure(contestant: str, *, batch: int, dtype: str, new_tokens: int) -> dict
     """Tokens per second of a whole call to generate, and the most that reading the weights allows."""
     torch.manual_seed(0)
     if not torch.accelerator.is_available():
-        torch.set_num_threads(usable_cores(1))
+        torch.set_num_threads(usable_cores())
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = CONTESTANTS[contestant]().to(device=device, dtype=getattr(torch, dtype)).eval()
     _generate(model, batch, 8)

@@ -23,13 +23,14 @@ from transformers.utils import logging
 from benchmarks.contest import interleave, print_table
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import Recipe
-from gpt2x.distributed.devices import keep_freed_memory, usable_cores
+from gpt2x.distributed.devices import keep_freed_memory
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.evaluation.hellaswag import evaluate_hellaswag
 from gpt2x.evaluation.hellaswag_items import HellaSwagItem, item_texts, load_hellaswag
 from gpt2x.models import make_config
+from gpt2x.stock_forms import to_stock_config
 from gpt2x.tokenizers.bpe import load_tokenizer
 from modeling_gpt2x import GPT2XForCausalLM
-from modeling_gpt2x.conversion_gpt2x import to_stock_config
 
 RECIPES = Path(__file__).parent.parent / "configuration" / "pretrain"
 OWN = ("gpt2x", "gpt2x-stock")
@@ -79,7 +80,7 @@ def measure(contestant: str, options: argparse.Namespace) -> dict[str, float]:
     """Items per second and seconds of CPU time per item of one contestant in this process."""
     torch.manual_seed(0)
     if not torch.accelerator.is_available():
-        torch.set_num_threads(options.threads or usable_cores(1))
+        torch.set_num_threads(options.threads or usable_cores())
     logging.set_verbosity_error()
     tokenizer = load_tokenizer(options.tokenizer)
     items = load_hellaswag(options.data, num_items=options.items)

@@ -28,8 +28,8 @@ from benchmarks.contest import interleave
 from gpt2x.config import CorpusSection, PreparationRecipe, TokenizerSection
 from gpt2x.corpus.documents import open_corpus
 from gpt2x.corpus.text_files import Row, decoded
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.preparation.prepare import prepare
-from gpt2x.preparation.workers import usable_cores
 from gpt2x.tokenizers.bpe import load_tokenizer, text_encoder
 
 CONTESTANTS = ("gpt2x", "datasets", "floor")

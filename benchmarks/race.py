@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import PreparationRecipe
-from gpt2x.distributed.devices import usable_cores
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.evaluation.validation import validate
 from gpt2x.preparation.prepare import prepare
 from gpt2x.shards.index import INDEX_FILE, Index, load_index
@@ -82,7 +82,7 @@ class PeerLayer(nn.Module):
 def train_peer(index: Index, *, seconds: float, layers: int, width: int, rate: float) -> dict[str, float]:
     """Trains the peer for a budget and validates it."""
     torch.manual_seed(1337)
-    torch.set_num_threads(usable_cores(1))
+    torch.set_num_threads(usable_cores())
     model = Peer(index.vocab_size, layers=layers, width=width)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) is wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]

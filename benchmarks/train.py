@@ -22,11 +22,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.contest import interleave, print_table
 from gpt2x.config import OptimizerSection
-from gpt2x.distributed.devices import keep_freed_memory, usable_cores
+from gpt2x.distributed.devices import keep_freed_memory
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.optimizers import make_optimizers
 from gpt2x.training.start import compile_layers
-from gpt2x.training.steps import accumulate_gradients, clip_gradients
+from gpt2x.training.steps import accumulate_losses, clip_gradients
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 CONTESTANTS = ("transformers", "transformers-compiled", "gpt2x", "gpt2x-compiled")
@@ -67,7 +68,7 @@ def own_step(rows: int, length: int, *, compiled: bool) -> Callable[[], float]:
     ids = torch.randint(0, model.config.vocab_size, (rows, length))
 
     def step() -> float:
-        loss = accumulate_gradients(accelerator, model, [{"input_ids": ids, "labels": ids}])
+        loss = accumulate_losses(accelerator, model, [{"input_ids": ids, "labels": ids}]).shares.sum()
         clip_gradients(accelerator, model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -80,7 +81,7 @@ def measure(contestant: str, *, rows: int, length: int, steps: int) -> dict[str,
     """Tokens per second, peak memory and the first step's seconds of one contestant in this process."""
     torch.manual_seed(0)
     if not torch.accelerator.is_available():
-        torch.set_num_threads(usable_cores(1))
+        torch.set_num_threads(usable_cores())
     make = own_step if contestant.startswith("gpt2x") else peer_step
     step = make(rows, length, compiled=contestant.endswith("compiled"))
     first_s = _timed(step)

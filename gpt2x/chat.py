@@ -16,7 +16,7 @@ from gpt2x.errors import UserError
 from gpt2x.evaluation.samples import generate, sampling_arguments
 from gpt2x.prerequisites import no_chat_template
 from gpt2x.tokenizers.chat_template import ChatEncoder
-from modeling_gpt2x.cache_gpt2x import CACHE_NAME
+from modeling_gpt2x.context_gpt2x import CACHE_NAME
 
 
 def chat(

@@ -322,13 +322,13 @@ def parse_json(content: bytes, shape: type[Shape], *, where: str) -> Shape:
     return checked(value, shape, where=where)
 
 
-def read_yaml(file: Path, *, max_bytes: int = 1_000_000) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
     """A YAML file of ours: one mapping of plain values.
 
     Raises:
         DamagedError: for anything else.
     """
-    content = read_bytes(file, max_bytes=max_bytes)
+    content = read_bytes(file, max_bytes=1_000_000)
     try:
         value = yaml.load(content, _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -20,7 +20,8 @@ from gpt2x.addresses import without_secrets
 from gpt2x.commands import install, shell_command
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_json
-from gpt2x.manifest import MANIFEST, damage_of_model, named_checkpoints
+from gpt2x.manifest import MANIFEST, damage_of_model
+from gpt2x.runs.layout import MODEL, RunLayout, named_checkpoints
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # Folders by whose name nobody means an owner on the Hub, whether they exist yet or not.
@@ -118,7 +119,7 @@ def find_model(name: str) -> str:
             raise does_not_exist(name, "a model's directory, a run's, or a Hub id NAME/MODEL")
         check_hub(name)
         return name
-    for candidate in (directory, directory / "model"):
+    for candidate in (directory, directory / MODEL):
         if _names_a_model(candidate):
             if (damage := damage_of_model(candidate)) is not None:
                 raise UserError(f"{candidate} is damaged ({damage}); restore it, or give another model.")
@@ -128,9 +129,9 @@ def find_model(name: str) -> str:
 
 def _model_of_run(run_dir: Path) -> Path:
     # The manifest is written last: what a killed save left has none, or still has a temporary name.
-    candidates = [path / "model" for path in reversed(named_checkpoints(run_dir)) if (path / MANIFEST).exists()]
-    if _names_a_model(run_dir / "final"):
-        candidates.insert(0, run_dir / "final")
+    candidates = [path / MODEL for path in reversed(named_checkpoints(run_dir)) if (path / MANIFEST).exists()]
+    if _names_a_model(final := RunLayout(run_dir).final_dir):
+        candidates.insert(0, final)
     damaged: list[str] = []
     for candidate in candidates:
         damage = damage_of_model(candidate)

@@ -7,19 +7,16 @@ directory of a model has the sizes in the headers of its safetensors files, and 
 import fnmatch
 import hashlib
 import json
-import os
-import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
-from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, opened, read_json
+from gpt2x.runs.layout import MODEL
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,17})")
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
@@ -53,38 +50,28 @@ def write_manifest(directory: Path) -> None:
     (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
 
 
-def missing_or_cut(directory: Path, *, only: str = "*") -> str | None:
-    """What keeps a directory from being whole, as far as sizes tell; None where nothing does.
+def damage_of(directory: Path, *, only: str = "*", by_size: bool = False) -> str | None:
+    """What is wrong with a directory that has a manifest; None where nothing is.
 
     Args:
-        directory: one with a manifest.
-        only: a pattern of the names of the files that are looked at.
+        directory: whose files are looked at.
+        only: a pattern of their names.
+        by_size: whether to ask for their sizes alone, and not to read every byte.
     """
     try:
         files = _files(directory)
-        for name in fnmatch.filter(files, only):
+        names = fnmatch.filter(files, only)
+        for name in names:
             with opened(directory / name) as stream:
                 size = stream.seek(0, 2)
             if size != files[name]["size"]:
                 return f"{name} has {size} bytes instead of {files[name]['size']}"
-    except DamagedError as error:
-        return str(error).replace(f"{directory}/", "")
-    return None if files else f"{MANIFEST} names no file"
-
-
-def damage_of(directory: Path, *, only: str = "*") -> str | None:
-    """What is wrong with a directory, every byte of it read; None where nothing is. See missing_or_cut."""
-    found = missing_or_cut(directory, only=only)
-    if found is not None:
-        return found
-    try:
-        files = _files(directory)
-        for name in fnmatch.filter(files, only):
+        for name in [] if by_size else names:
             if sha256_of(directory / name) != files[name]["sha256"]:
                 return f"{name} differs from its manifest"
     except DamagedError as error:
         return str(error).replace(f"{directory}/", "")
-    return None
+    return None if files else f"{MANIFEST} names no file"
 
 
 def strangers_in(directory: Path) -> list[str]:
@@ -112,34 +99,6 @@ def _files(directory: Path) -> dict[str, FileFacts]:
     return files
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def named_checkpoints(run_dir: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, whole or not, oldest first.
-
-    Raises:
-        UserError: where the directory of checkpoints cannot be read.
-    """
-    directory = run_dir / "checkpoints"
-    try:
-        names = os.listdir(directory)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be read ({error.strerror}); mend that, and the same command goes on."
-        ) from error
-    return sorted((directory / name for name in names if _NAME.fullmatch(name)), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is named after."""
-    found = _NAME.fullmatch(checkpoint.name)
-    assert found is not None
-    return int(found[1])
-
-
 # --- any model -------------------------------------------------------------------------------------------------------
 
 
@@ -149,36 +108,12 @@ def damage_of_model(directory: Path) -> str | None:
     The model of a checkpoint must be what its manifest says, to the last bit; what lies beside it for a resumed run
     does not matter here. Of another directory with a manifest the weights must be: its settings may have been edited.
     """
-    if directory.name == "model" and (directory.parent / MANIFEST).exists():
-        return damage_of(directory.parent, only="model/*")
-    for name in ("config.json", "adapter_config.json"):
-        if (directory / name).exists() and (found := _damage_of_json(directory / name)):
-            return found
-    found = _damage_of_weights(directory)
-    has_manifest = found is None and (directory / MANIFEST).exists()
-    return damage_of(directory, only="*.safetensors") if has_manifest else found
-
-
-def indexed_weights(directory: Path) -> list[str]:
-    """The files over which the weights of a model are spread, as their index names them; none where there is none.
-
-    Raises:
-        DamagedError: where the index is no such index.
-    """
-    index = directory / WEIGHTS_INDEX
-    return sorted(set(read_json(index, _WeightsIndex)["weight_map"].values())) if index.exists() else []
-
-
-def _damage_of_json(file: Path) -> str | None:
+    if directory.name == MODEL and (directory.parent / MANIFEST).exists():
+        return damage_of(directory.parent, only=f"{MODEL}/*")
     try:
-        read_json(file, dict[str, Any])
-    except DamagedError as error:
-        return str(error).replace(f"{file.parent}/", "")
-    return None
-
-
-def _damage_of_weights(directory: Path) -> str | None:
-    try:
+        for name in ("config.json", "adapter_config.json"):
+            if (directory / name).exists():
+                read_json(directory / name, dict[str, Any])
         shards = indexed_weights(directory)
     except DamagedError as error:
         return str(error).replace(f"{directory}/", "")
@@ -190,4 +125,14 @@ def _damage_of_weights(directory: Path) -> str | None:
                 pass
         except (SafetensorError, OSError) as error:
             return f"{file.name} is cut or damaged ({error})"
-    return None
+    return damage_of(directory, only="*.safetensors") if (directory / MANIFEST).exists() else None
+
+
+def indexed_weights(directory: Path) -> list[str]:
+    """The files over which the weights of a model are spread, as their index names them; none where there is none.
+
+    Raises:
+        DamagedError: where the index is no such index.
+    """
+    index = directory / WEIGHTS_INDEX
+    return sorted(set(read_json(index, _WeightsIndex)["weight_map"].values())) if index.exists() else []

@@ -13,9 +13,10 @@ from gpt2x.config import FinetuneRecipe, ModelSection, Recipe, TrainingRecipe
 from gpt2x.errors import UserError
 from gpt2x.locate import base_of, find_model, from_pretrained, one_line_of
 from gpt2x.prerequisites import check_installed, refuse_adapters
+from gpt2x.stock_forms import save_stock, stock_model_type
 from gpt2x.tokenizers.bpe import write_tokenizer
 from gpt2x.tokenizers.vocabulary import adopt_tokenizer, check_tokenizer
-from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, stock_model_type
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 from modeling_gpt2x.loading_gpt2x import load_strictly
 
 
@@ -28,23 +29,20 @@ def make_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> Pr
     Raises:
         UserError: where the architecture contradicts itself, the tokenizer or the sequence length.
     """
-    origin = None if recipe.init_from is None else find_model(recipe.init_from)
-    if origin is not None:
-        refuse_adapters(origin)
     torch.manual_seed(recipe.run.seed)
-    try:
-        if origin is None:
-            assert isinstance(recipe, Recipe)
+    if recipe.init_from is None:
+        assert isinstance(recipe, Recipe)
+        try:
             model = GPT2XForCausalLM(make_config(recipe.model, tokenizer))
-        else:
-            model = from_pretrained(GPT2XForCausalLM, origin, dtype=torch.float32)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if isinstance(recipe, FinetuneRecipe) and origin is not None:
-        check_tokenizer(origin, tokenizer)
-        adopt_tokenizer(model, tokenizer)
+        except ValueError as error:
+            raise UserError(" ".join(str(error).split())) from error
+    else:
+        origin = find_model(recipe.init_from)
+        refuse_adapters(origin)
+        model = from_pretrained(GPT2XForCausalLM, origin, dtype=torch.float32)
+        if isinstance(recipe, FinetuneRecipe):
+            check_tokenizer(origin, tokenizer)
+            adopt_tokenizer(model, tokenizer)
     _check_fit(recipe, model.config, tokenizer)
     return model
 
@@ -102,7 +100,7 @@ def save_model(
     except ValueError:
         model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
         return model.config.model_type
-    model.save_stock(directory, state_dict=weights)
+    save_stock(model, directory, state_dict=weights)
     return written
 
 

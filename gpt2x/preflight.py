@@ -3,63 +3,62 @@
 from collections.abc import Iterator, Sequence
 
 from gpt2x.batches.source import tokens_of
-from gpt2x.checkpoints.progress import Progress
 from gpt2x.config import accumulation_steps
 from gpt2x.distributed.devices import describe_device
 from gpt2x.distributed.ranks import data_rank
 from gpt2x.distributed.sharding import is_sharded
 from gpt2x.models import flops_per_token, num_parameters
-from gpt2x.preparation.chat_preview import preview
 from gpt2x.runs.changes import as_table
+from gpt2x.shards.statistics import preview
 from gpt2x.training.disk import Room, check_room, measure_room
-from gpt2x.training.job import Job
+from gpt2x.training.trainer import Trainer
 
 
-def describe(job: Job, progress: Progress) -> str:
+def describe(trainer: Trainer) -> str:
     """The plan of a run: model, batch, budget, cost, hardware, room, and what is no longer as it was; one fact a line.
 
     Raises:
         UserError: where the disk is too small.
     """
-    recipe, config = job.recipe, job.plain_model.config
-    room = measure_room(job)
-    warning = check_room(room, job.run.path)
-    total, multiplied = num_parameters(job.plain_model)
+    recipe, config, progress = trainer.recipe, trainer.plain_model.config, trainer.progress
+    room = measure_room(trainer)
+    warning = check_room(room, trainer.run.path)
+    total, multiplied = num_parameters(trainer.plain_model)
     lines = {
-        "run": f"{job.run.path}" + (f", resumed at step {progress.step:,}" if progress.step else ""),
+        "run": f"{trainer.run.path}" + (f", resumed at step {progress.step:,}" if progress.step else ""),
         "model": f"{total:,} parameters ({multiplied:,} in matrix products): {config.num_hidden_layers} layers x "
         f"{config.hidden_size}, {config.vocab_size:,} token ids",
-        "data": _data(job),
-        "step": _batch(job),
-        "budget": _budget(job),
-        "compute": f"{flops_per_token(job.plain_model, recipe.data.sequence_length):.3g} FLOPs per token",
+        "data": _data(trainer),
+        "step": _batch(trainer),
+        "budget": _budget(trainer),
+        "compute": f"{flops_per_token(trainer.plain_model, recipe.data.sequence_length):.3g} FLOPs per token",
         "optimizer": f"{recipe.optimizer.name}, {recipe.optimizer.lr_scheduler_type} schedule",
-        "devices": f"{describe_device(job.accelerator)}, mixed precision {recipe.train.mixed_precision}"
+        "devices": f"{describe_device(trainer.accelerator)}, mixed precision {recipe.train.mixed_precision}"
         + (", compiled" if recipe.train.torch_compile else ""),
-        "saving": _saving(job, room),
+        "saving": _saving(trainer, room),
     }
-    facts = [*lines.items(), *([("changed", _below(as_table(job.run.changes)))] if job.run.changes else [])]
+    facts = [*lines.items(), *([("changed", _below(as_table(trainer.run.changes)))] if trainer.run.changes else [])]
     facts += [("warning", warning)] if warning else []
     return "\n".join(f"{name + ':':11s}{text}" for name, text in facts)
 
 
-def previews(job: Job) -> Iterator[str]:
+def previews(trainer: Trainer) -> Iterator[str]:
     """An example of every source of conversations, with what is learned of it."""
-    for section in job.recipe.data.mixture:
+    for section in trainer.recipe.data.mixture:
         if section.stream is None:
             tokens = tokens_of(section)
             if any(shard.targets is not None for shard in tokens.open_split("train")):
-                yield preview(tokens, job.tokenizer)
+                yield preview(tokens, trainer.tokenizer)
 
 
-def _saving(job: Job, room: Room) -> str:
+def _saving(trainer: Trainer, room: Room) -> str:
     disk = (
         f"{room.num_kept} checkpoints of {_megabytes(room.checkpoint_bytes)} and the final model, "
         f"{_megabytes(room.needed_bytes)} of {_megabytes(room.free_bytes)} free"
     )
-    if is_sharded(job.plain_model):  # the shards are put together anew each time, at the end too
+    if is_sharded(trainer.plain_model):  # the shards are put together anew each time, at the end too
         return f"{disk}; each save takes {_megabytes(room.checkpoint_bytes)} of the main process's host memory"
-    if job.recipe.train.save_steps is None:
+    if trainer.recipe.train.save_steps is None:
         return disk
     return f"{disk}; copies for saving take {_megabytes(room.checkpoint_bytes)} of host memory, from the first step on"
 
@@ -73,22 +72,22 @@ def _below(lines: Sequence[str]) -> str:
     return ("\n" + " " * 11).join(lines)
 
 
-def _data(job: Job) -> str:
+def _data(trainer: Trainer) -> str:
     lines = []
-    for section, source in zip(job.recipe.data.mixture, job.batches.batches.sources.values(), strict=True):
+    for section, source in zip(trainer.recipe.data.mixture, trainer.batches.batches.sources.values(), strict=True):
         size = "a stream" if source.num_tokens is None else f"{source.num_tokens:,} training tokens"
         lines.append(f"{section.location}: {size}")
-    phase = job.batches.batches.order.phases[-1]
+    phase = trainer.batches.batches.order.phases[-1]
     if len(lines) > 1:
         counts = zip(lines, phase.weights, phase.counts_per_block, strict=True)
         lines = [f"{line}, {count / phase.block_size:.1%} of the batch as {name}" for line, name, count in counts]
-    validation = f"{job.validation_batches.num_targets:,} validation tokens"
+    validation = f"{trainer.validation_batches.num_targets:,} validation tokens"
     return _below([*lines, validation]) if len(lines) > 1 else f"{lines[0]}, {validation}"
 
 
-def _batch(job: Job) -> str:
-    train, length = job.recipe.train, job.recipe.data.sequence_length
-    processes = data_rank(job.accelerator).num_ranks
+def _batch(trainer: Trainer) -> str:
+    train, length = trainer.recipe.train, trainer.recipe.data.sequence_length
+    processes = data_rank(trainer.accelerator).num_ranks
     accumulation = accumulation_steps(
         train.tokens_per_step,
         micro_batch_size=train.micro_batch_size,
@@ -101,17 +100,17 @@ def _batch(job: Job) -> str:
     )
 
 
-def _budget(job: Job) -> str:
-    budget = job.budget
+def _budget(trainer: Trainer) -> str:
+    budget = trainer.budget
     if budget.max_steps is None:
         return f"{budget.max_time_s:g} s of training"
-    tokens = budget.max_steps * job.recipe.train.tokens_per_step
-    flops = tokens * flops_per_token(job.plain_model, job.recipe.data.sequence_length)
-    return f"{budget.max_steps:,} steps = {tokens:,} tokens{_epochs(job, budget.max_steps)} = {flops:.3g} FLOPs"
+    tokens = budget.max_steps * trainer.recipe.train.tokens_per_step
+    flops = tokens * flops_per_token(trainer.plain_model, trainer.recipe.data.sequence_length)
+    return f"{budget.max_steps:,} steps = {tokens:,} tokens{_epochs(trainer, budget.max_steps)} = {flops:.3g} FLOPs"
 
 
-def _epochs(job: Job, num_steps: int) -> str:
+def _epochs(trainer: Trainer, num_steps: int) -> str:
     """Of one source of known size; those of a mixture end at different times."""
-    sizes = [source.num_windows for source in job.batches.batches.sources.values()]
-    num_sequences = num_steps * job.batches.batches.order.phases[-1].sequences_per_step
+    sizes = [source.num_windows for source in trainer.batches.batches.sources.values()]
+    num_sequences = num_steps * trainer.batches.batches.order.phases[-1].sequences_per_step
     return f" = {num_sequences / sizes[0]:.2f} epochs" if len(sizes) == 1 and sizes[0] else ""

@@ -12,10 +12,9 @@ from gpt2x.training.signals import StopRequest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from gpt2x.checkpoints.progress import Progress
-    from gpt2x.evaluation.validation import Validation
     from gpt2x.runs.directory import RunDirectory
-    from gpt2x.training.job import Job
+    from gpt2x.training.evaluators import Metrics
+    from gpt2x.training.trainer import Trainer
 
 
 def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Mapping[str, str]) -> int:
@@ -35,8 +34,7 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
     """
     # 1. What torch is not needed for is checked before it is imported, so that complaints come at once
     from gpt2x.distributed.launch import check_launch, check_launch_of_adapters, num_data_ranks, passed_over
-    from gpt2x.runs.directory import open_run_directory
-    from gpt2x.runs.lock import locked
+    from gpt2x.runs.directory import locked, open_run_directory
     from gpt2x.training.checks import check_before_torch
 
     is_main = environment.get("RANK", "0") == "0"
@@ -62,8 +60,8 @@ def run(recipe: TrainingRecipe, name: str, *, stop: StopRequest, environment: Ma
 
 def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
     """Whether a run has ended and its model is whole, which is said; so it is where it is not whole."""
-    from gpt2x.checkpoints.final_model import damage_of_final
-    from gpt2x.checkpoints.format import named_checkpoints
+    from gpt2x.checkpoints.format import damage_of_final
+    from gpt2x.runs.layout import named_checkpoints
 
     if not directory.is_finished():
         return False
@@ -78,7 +76,7 @@ def _is_finished(directory: "RunDirectory", say: Callable[[str], None]) -> bool:
 
 def _accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> "Accelerator":
     from gpt2x.distributed.devices import make_accelerator
-    from gpt2x.distributed.flags import after_main
+    from gpt2x.distributed.ranks import after_main
 
     rank, num_processes = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     with after_main(rank=rank, num_processes=num_processes):
@@ -91,44 +89,40 @@ def _train(recipe: TrainingRecipe, directory: "RunDirectory", accelerator: "Acce
     from gpt2x.runs.directory import write_config
     from gpt2x.training.finish import finish, push
     from gpt2x.training.loop import train
-    from gpt2x.training.recording import Recorder
-    from gpt2x.training.start import make_job
+    from gpt2x.training.start import make_trainer
 
-    job, progress = make_job(recipe, directory, accelerator)
-    if accelerator.is_main_process and progress.step == 0:
-        for text in previews(job):
+    trainer = make_trainer(recipe, directory, accelerator=accelerator, stop=stop)
+    if accelerator.is_main_process and trainer.progress.step == 0:
+        for text in previews(trainer):
             print(text)
-    accelerator.print(describe(job, progress))
+    accelerator.print(describe(trainer))
     if accelerator.is_main_process:
         write_config(directory, recipe)
-    recorder = Recorder(job)
-    with closing(job.batches), closing(recorder):
-        validation = train(job, progress, recorder, stop)
-    if validation is not None:
-        finish(job, progress, validation)
-        push(job)
-    failures, last_lines = job.failures, _last_lines(job, progress, validation)
+    with closing(trainer.batches), trainer.recorder as recorder:
+        found = train(trainer)
+    if found is not None:
+        finish(trainer, found)
+        push(trainer)
+    last_lines = _last_lines(trainer, found)
     # A model that outlives the talk between the processes ends it with Python's lock held, and may wait for ever.
-    del job
+    del trainer
     accelerator.free_memory()
     recorder.end()
-    for line in (*failures.summary(), *last_lines):
+    for line in (*recorder.failures.summary(), *last_lines):
         accelerator.print(line)
-    return stop.exit_code if validation is None else 0
+    return stop.exit_code if found is None else 0
 
 
-def _last_lines(job: "Job", progress: "Progress", validation: "Validation | None") -> list[str]:
+def _last_lines(trainer: "Trainer", found: "Metrics | None") -> list[str]:
     """What has become of a run, and what to do with it."""
-    if validation is None:
-        return [f"stopped at step {progress.step}; the same command goes on from there."]
+    if found is None:
+        return [f"stopped at step {trainer.progress.step}; the same command goes on from there."]
+    final_dir = trainer.run.final_dir
+    way_on = f"sample from it: {shell_command('generate', final_dir)}"
+    if isinstance(trainer.recipe, FinetuneRecipe) and trainer.tokenizer.chat_template is not None:
+        way_on = f"chat with it:   {shell_command('generate', final_dir, '--chat')}"
     return [
-        f"model:          {job.run.final_dir}",
-        f"bits per byte:  {validation.bits_per_byte:.4f} on the held-out documents",
-        _what_next(job),
+        f"model:          {final_dir}",
+        f"bits per byte:  {found['val/bits_per_byte']:.4f} on the held-out documents",
+        way_on,
     ]
-
-
-def _what_next(job: "Job") -> str:
-    if isinstance(job.recipe, FinetuneRecipe) and job.tokenizer.chat_template is not None:
-        return f"chat with it:   {shell_command('generate', job.run.final_dir, '--chat')}"
-    return f"sample from it: {shell_command('generate', job.run.final_dir)}"

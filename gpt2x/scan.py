@@ -15,8 +15,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -37,8 +36,7 @@ SAMPLE_BYTES = 2**26
 MAX_ANSWER_BYTES = 2**28
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scan:
+class Scan(TypedDict):
     """What one pass over a token file found."""
 
     sha256: str
@@ -49,13 +47,6 @@ class Scan:
     """Of the tokens."""
     blocks: list[str]
     """The beginning of the sha256 of each BLOCK_BYTES of the file, in hexadecimal."""
-
-
-class _ScanAnswer(TypedDict):
-    sha256: str
-    smallest_id: int
-    largest_id: int
-    blocks: list[str]
 
 
 Answer = TypeVar("Answer")
@@ -81,14 +72,15 @@ def scan_all(mapped: Sequence[tuple[Path, np.ndarray]]) -> Iterator[Scan]:
     Raises:
         UserError: for a file that is known, and of which a block is not what it was; see the module.
     """
-    known = {file: found for file, tokens in mapped if (found := _kept("scan", _read_as(file, tokens), _ScanAnswer))}
-    unknown = [file for file, _ in mapped if file not in known]
+    of = {file: {**identity(file), "dtype": str(tokens.dtype), "num_tokens": tokens.size} for file, tokens in mapped}
+    known = {file: found for file in of if (found := _kept("scan", of[file], Scan))}
+    unknown = [file for file in of if file not in known]
     size = sum(file.stat().st_size for file in unknown)
     if size >= LARGE_BYTES:
         print(f"{unknown[0].parent}: checking what is new there, once ({size / 1e9:.1f} GB)", file=sys.stderr)
     _compare_some_blocks({file: found["blocks"] for file, found in known.items()})
     for file, tokens in mapped:
-        yield Scan(**known[file]) if file in known else _remembered_scan(file, tokens)
+        yield known.get(file) or remembered("scan", of[file], partial(_scan, file, tokens), shape=Scan)
 
 
 def remembered(question: str, of: Mapping[str, Any], compute: Callable[[], Answer], *, shape: type[Answer]) -> Answer:
@@ -113,19 +105,6 @@ def remembered(question: str, of: Mapping[str, Any], compute: Callable[[], Answe
             with suppress(UnwritableError):
                 write_file(file, json.dumps({"of": of, "answer": answer}).encode())
     return answer
-
-
-def _remembered_scan(file: Path, tokens: np.ndarray) -> Scan:
-    found = remembered("scan", _read_as(file, tokens), lambda: _answer(_scan(file, tokens)), shape=_ScanAnswer)
-    return Scan(**found)
-
-
-def _answer(scan: Scan) -> _ScanAnswer:
-    return _ScanAnswer(**asdict(scan))  # type: ignore[typeddict-item]
-
-
-def _read_as(file: Path, tokens: np.ndarray) -> dict[str, str | int]:
-    return {**identity(file), "dtype": str(tokens.dtype), "num_tokens": tokens.size}
 
 
 def _place(question: str, of: Mapping[str, Any]) -> Path:

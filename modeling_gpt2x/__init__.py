@@ -9,15 +9,6 @@ from transformers import (
 )
 
 from .configuration_gpt2x import GPT2XConfig
-from .conversion_gpt2x import (
-    from_stock_config,
-    from_stock_state_dict,
-    save_config,
-    stock_model_type,
-    to_stock_config,
-    to_stock_state_dict,
-)
-from .loss_gpt2x import chunked_linear_cross_entropy
 from .modeling_gpt2x import (
     GPT2XForCausalLM,
     GPT2XForSequenceClassification,
@@ -26,17 +17,17 @@ from .modeling_gpt2x import (
     GPT2XPreTrainedModel,
 )
 
+# The second of each pair is what makes save_pretrained copy this code beside the weights.
 AutoConfig.register("gpt2x", GPT2XConfig)
-AutoModel.register(GPT2XConfig, GPT2XModel)
-AutoModelForCausalLM.register(GPT2XConfig, GPT2XForCausalLM)
-AutoModelForSequenceClassification.register(GPT2XConfig, GPT2XForSequenceClassification)
-AutoModelForTokenClassification.register(GPT2XConfig, GPT2XForTokenClassification)
-# What makes save_pretrained copy this code beside the weights.
 GPT2XConfig.register_for_auto_class()
-GPT2XModel.register_for_auto_class("AutoModel")
-GPT2XForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-GPT2XForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-GPT2XForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+for auto_class, model_class in (
+    (AutoModel, GPT2XModel),
+    (AutoModelForCausalLM, GPT2XForCausalLM),
+    (AutoModelForSequenceClassification, GPT2XForSequenceClassification),
+    (AutoModelForTokenClassification, GPT2XForTokenClassification),
+):
+    auto_class.register(GPT2XConfig, model_class)
+    model_class.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
     "GPT2XConfig",
@@ -45,11 +36,4 @@ __all__ = [
     "GPT2XForTokenClassification",
     "GPT2XModel",
     "GPT2XPreTrainedModel",
-    "chunked_linear_cross_entropy",
-    "from_stock_config",
-    "from_stock_state_dict",
-    "save_config",
-    "stock_model_type",
-    "to_stock_config",
-    "to_stock_state_dict",
 ]

@@ -1,6 +1,5 @@
 """The options of a GPT2X model. Defaults are GPT-2 124M exactly; every modern part is one option."""
 
-import dataclasses
 import difflib
 import warnings
 from collections.abc import Iterable
@@ -37,29 +36,18 @@ SIZES = (
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Keys which transformers reads or writes although they are no dataclass fields of PreTrainedConfig.
-TRANSFORMERS_KEYS = {
-    "attn_implementation",
-    "auto_map",
-    "custom_pipelines",
-    "experts_implementation",
-    "is_causal",
-    "model_type",
-    "partial_rotary_factor",
-    "quantization_config",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "tie_last_hidden_states",
-}
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+TRANSFORMERS_KEYS = (
+    *("attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "is_causal", "model_type"),
+    *("quantization_config", "tie_last_hidden_states", *ROPE_KEYS),
+)
 
 
 @strict
 class GPT2XConfig(PreTrainedConfig):
     r"""Configuration of `GPT2XModel` and `GPT2XForCausalLM`.
 
-    Without arguments it describes GPT-2 124M (Radford et al., 2019), dropouts 0. GPT-2's own names (`n_embd`,
-    `n_layer`, `resid_pdrop`, ...) are understood too.
+    Without arguments it is GPT-2 124M (Radford et al., 2019), dropouts 0. GPT-2's own names are understood too.
 
     Args:
         vocab_size: number of tokens; rows of the embedding and of the head.
@@ -67,8 +55,7 @@ class GPT2XConfig(PreTrainedConfig):
         intermediate_size: width of the MLP; `None` means 4 * hidden_size.
         num_hidden_layers: number of decoder layers.
         num_attention_heads: number of query heads.
-        num_key_value_heads: number of key/value heads (grouped-query attention, arXiv:2305.13245); `None` means as
-            many as query heads.
+        num_key_value_heads: number of key/value heads (arXiv:2305.13245); `None` means as many as query heads.
         head_dim: width of one head; `None` means hidden_size / num_attention_heads.
         max_position_embeddings: longest sequence of learned positions; with RoPE the training length.
         position_embedding: `learned` (GPT-2) or `rope` (arXiv:2104.09864).
@@ -76,23 +63,18 @@ class GPT2XConfig(PreTrainedConfig):
         norm_eps: epsilon of every norm.
         hidden_act: a name of transformers' ACT2FN: `gelu_new`, `silu`, `relu2` (arXiv:2109.08668), ...
         gated_mlp: whether the MLP is act(gate(x)) * up(x) (arXiv:2002.05202).
-        attention_bias: whether the four projections of attention have biases.
-        mlp_bias: whether the projections of the MLP have biases.
-        qk_norm: RMSNorm of queries and keys per head, `weight` (Qwen3, arXiv:2505.09388), `weightless` (NanoChat) or
-            `none`.
+        attention_bias, mlp_bias: whether their projections have biases.
+        qk_norm: RMSNorm of queries and keys per head: `none`, `weight` (arXiv:2505.09388) or `weightless` (NanoChat).
         embedding_norm: whether the embeddings are normalized before the first layer.
         final_logit_softcapping: cap c in c * tanh(logits / c) (arXiv:2408.00118); `None` is off.
         tie_word_embeddings: whether the head shares the embedding's weight (arXiv:1608.05859).
         layer_types: `full_attention` or `sliding_attention` per layer; `None` is full attention everywhere.
         sliding_window: positions which a token of a `sliding_attention` layer sees, itself included.
-        rope_parameters: transformers' RoPE dict (`rope_type`, `rope_theta`, ...); exists only when
-            `position_embedding` is `rope`.
-        attention_dropout: dropout of the attention weights.
-        hidden_dropout: dropout of what attention and MLP add to the residual stream.
-        embedding_dropout: dropout of the embeddings.
+        rope_parameters: transformers' RoPE dict (`rope_type`, `rope_theta`, ...); exists only with RoPE.
+        attention_dropout, embedding_dropout: of the attention weights, and of the embeddings.
+        hidden_dropout: of what attention and MLP add to the residual stream.
         initializer_range: standard deviation of the initial weights.
-        residual_init: initial `o_proj` and `down_proj`: `scaled` (GPT-2's 1 / sqrt(2 * num_hidden_layers)) or `zero`
-            (each layer starts as the identity).
+        residual_init: of `o_proj` and `down_proj`: `scaled` by 1 / sqrt(2 * num_hidden_layers) as in GPT-2, or `zero`.
         use_cache: whether the model returns a cache by default.
 
     Raises:
@@ -152,29 +134,34 @@ class GPT2XConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
 
-    def _tensor_parallel_plan(self) -> dict[str, str]:
-        """How tensor parallelism splits the projections which this model has."""
-        attention, mlp = "layers.*.self_attn", "layers.*.mlp"
-        plan = {f"{attention}.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
-        plan |= {f"{mlp}.{name}": "colwise" for name in (("gate_proj", "up_proj") if self.gated_mlp else ("up_proj",))}
-        if self.qk_norm == "weight":
-            plan |= {f"{attention}.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
-        return {**plan, f"{attention}.o_proj": "rowwise", f"{mlp}.down_proj": "rowwise"}
-
     def __post_init__(self, **kwargs: Any) -> None:
         for old_name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, old_name, kwargs.pop(old_name))
-        self._check_choices()
-        self._check_sizes()
+        self._check_values()
         self._fill_defaults()
-        self._check_heads()
-        self._check_windows()
+        self._check_together()
         self._take_rope_parameters(kwargs)
         # of this object, not of its class: transformers adds to it and never saves it
         self.base_model_tp_plan = self._tensor_parallel_plan()
-        _warn_about_unknown_keys(kwargs, known=_known_keys(type(self)))
+        _warn_about_unknown_keys(kwargs, type(self))
         super().__post_init__(**kwargs)
-        self._check_rope_parameters()
+        if self.position_embedding == "rope":
+            factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
+            rule = f"rope_parameters.partial_rotary_factor ({factor}) must be 1, as GPT2X turns whole heads; drop it."
+            _require(factor == 1.0, rule)
+
+    def _check_values(self) -> None:
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        _check_choice("hidden_act", self.hidden_act, ACT2FN, "a name of transformers' ACT2FN")
+        for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} ({value}) must be at least 0 and below 1; use 0.0 to switch it off.")
+        for name in SIZES:
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} ({value}) must be at least 1; set it to a positive number.")
+        cap = self.final_logit_softcapping
+        _require(cap is None or cap > 0, f"final_logit_softcapping ({cap}) must be positive; use None for no cap.")
 
     def _fill_defaults(self) -> None:
         """Replaces each `None` by the value it stands for."""
@@ -186,71 +173,43 @@ class GPT2XConfig(PreTrainedConfig):
             # Not left None: generation with a static cache reads the list wherever the attribute exists.
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads != 0:
-                raise ValueError(
-                    f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
-                    f"({self.num_attention_heads}); set head_dim or change one of them."
-                )
+            _require(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
+                f"({self.num_attention_heads}); set head_dim or change one of them.",
+            )
             self.head_dim = self.hidden_size // self.num_attention_heads
 
-    def _check_choices(self) -> None:
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}{_nearest(value, choices)}")
-
-        if self.hidden_act not in ACT2FN:
-            hint = _nearest(self.hidden_act, ACT2FN)
-            raise ValueError(f"hidden_act ({self.hidden_act!r}) must be a name of transformers' ACT2FN{hint}")
-        for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 0 and below 1; use 0.0 to switch it off.")
-
-    def _check_sizes(self) -> None:
-        for name in SIZES:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1; set it to a positive number.")
-        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
-            raise ValueError(
-                f"final_logit_softcapping ({self.final_logit_softcapping}) must be positive; use None for no cap."
-            )
-
-    def _check_heads(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads != 0:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads}); change one of them, or drop num_key_value_heads."
-            )
-        if self.position_embedding == "rope" and self.head_dim % 2 != 0:
-            raise ValueError(
-                f"head_dim ({self.head_dim}) must be even, as RoPE turns pairs; change head_dim or use "
-                "position_embedding='learned'."
-            )
-
-    def _check_windows(self) -> None:
-        unknown = [name for name in self.layer_types if name not in LAYER_TYPES]
-        if unknown:
-            raise ValueError(
-                f"layer_types contains {unknown[0]!r}; each entry must be one of {', '.join(LAYER_TYPES)}."
-            )
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries but num_hidden_layers is {self.num_hidden_layers}; "
-                "give one entry per layer."
-            )
-        slides = "sliding_attention" in self.layer_types
-        if slides and (self.sliding_window is None or self.sliding_window < 1):
-            raise ValueError(
-                f"sliding_window ({self.sliding_window}) must be at least 1 where layer_types has "
-                "'sliding_attention'; set sliding_window."
-            )
-        if self.sliding_window is not None and not slides:
+    def _check_together(self) -> None:
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+            f"({self.num_key_value_heads}); change one of them, or drop num_key_value_heads.",
+        )
+        _require(
+            self.position_embedding != "rope" or self.head_dim % 2 == 0,
+            f"head_dim ({self.head_dim}) must be even, as RoPE turns pairs; change head_dim or use "
+            "position_embedding='learned'.",
+        )
+        for name in self.layer_types:
+            rule = f"layer_types contains {name!r}; each entry must be one of {', '.join(LAYER_TYPES)}."
+            _require(name in LAYER_TYPES, rule)
+        _require(
+            len(self.layer_types) == self.num_hidden_layers,
+            f"layer_types has {len(self.layer_types)} entries but num_hidden_layers is {self.num_hidden_layers}; "
+            "give one entry per layer.",
+        )
+        window, slides = self.sliding_window, "sliding_attention" in self.layer_types
+        _require(
+            not slides or (window is not None and window >= 1),
+            f"sliding_window ({window}) must be at least 1 where layer_types has 'sliding_attention'; set "
+            "sliding_window.",
+        )
+        if window is not None and not slides:
             # No error, as in Qwen3's configs: transformers sets it on any config that has the field.
             message = (
-                f"sliding_window ({self.sliding_window}) has no effect without a 'sliding_attention' entry in "
-                "layer_types; add one or drop sliding_window."
+                f"sliding_window ({window}) has no effect without a 'sliding_attention' entry in layer_types; add one "
+                "or drop sliding_window."
             )
             warnings.warn(message, UserWarning, stacklevel=4)
 
@@ -258,50 +217,47 @@ class GPT2XConfig(PreTrainedConfig):
         """Sets `rope_parameters` if RoPE is on. transformers fills in a default wherever the attribute exists."""
         if self.position_embedding == "rope":
             self.rope_parameters = dict(kwargs.pop("rope_parameters", None) or {})
-            rope_type, rope_types = self.rope_parameters.get("rope_type", "default"), ("default", *ROPE_INIT_FUNCTIONS)
-            if rope_type not in rope_types:
-                raise ValueError(
-                    f"rope_parameters.rope_type ({rope_type!r}) must be one of {', '.join(rope_types)}"
-                    f"{_nearest(rope_type, rope_types)}"
-                )
+            rope_type = self.rope_parameters.get("rope_type", "default")
+            _check_choice("rope_parameters.rope_type", rope_type, ("default", *ROPE_INIT_FUNCTIONS))
             return
         for name in ROPE_KEYS:
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(
-                    f"{name} needs position_embedding='rope', but position_embedding is "
-                    f"{self.position_embedding!r}; set it, or drop {name}."
-                )
-
-    def _check_rope_parameters(self) -> None:
-        if self.position_embedding != "rope":
-            return
-        factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
-        if factor != 1.0:
-            raise ValueError(
-                f"rope_parameters.partial_rotary_factor ({factor}) must be 1, as GPT2X turns whole heads; drop it."
+            _require(
+                kwargs.pop(name, None) is None,
+                f"{name} needs position_embedding='rope', but position_embedding is {self.position_embedding!r}; set "
+                f"it, or drop {name}.",
             )
 
-    @classmethod
-    def option_names(cls) -> tuple[str, ...]:
-        """Names of all options which a recipe may set, in the order of their definition."""
-        own = [field.name for field in dataclasses.fields(cls) if field.name in GPT2XConfig.__annotations__]
-        return (*own, "rope_parameters")
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the projections which this model has."""
+        attention, mlp = "layers.*.self_attn", "layers.*.mlp"
+        plan = {f"{attention}.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
+        plan |= {f"{mlp}.{name}": "colwise" for name in (("gate_proj", "up_proj") if self.gated_mlp else ("up_proj",))}
+        if self.qk_norm == "weight":
+            plan |= {f"{attention}.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
+        return {**plan, f"{attention}.o_proj": "rowwise", f"{mlp}.down_proj": "rowwise"}
 
 
-def _known_keys(config_class: type[GPT2XConfig]) -> set[str]:
-    """Everything that GPT2XConfig or transformers understands in a config."""
+def _require(is_right: bool, rule: str) -> None:
+    if not is_right:
+        raise ValueError(rule)
+
+
+def _check_choice(name: str, value: Any, choices: Iterable[str], rule: str | None = None) -> None:
+    if value not in choices:
+        rule = rule or f"one of {', '.join(choices)}"
+        raise ValueError(f"{name} ({value!r}) must be {rule}{_nearest(value, choices)}")
+
+
+def _warn_about_unknown_keys(kwargs: dict[str, Any], config_class: type[GPT2XConfig]) -> None:
+    """Warns about keys which neither GPT2XConfig nor transformers understands; it would keep them silently."""
+    fields = config_class.__dataclass_fields__
     # transformers still accepts generation parameters in old configs, and drops them.
-    return {*dir(config_class), *config_class.__dataclass_fields__, *GenerationConfig().to_dict(), *TRANSFORMERS_KEYS}
-
-
-def _warn_about_unknown_keys(kwargs: dict[str, Any], known: set[str]) -> None:
-    """Warns about keys without meaning, which transformers would keep silently."""
+    known = {*dir(config_class), *fields, *GenerationConfig().to_dict(), *TRANSFORMERS_KEYS}
     for name in kwargs:
-        if name.startswith("_") or name in known:
-            continue
-        names = (*GPT2XConfig.option_names(), *GPT2XConfig.attribute_map)
-        message = f"GPT2XConfig has no option {name!r}; it has no effect{_nearest(name, names)}"
-        warnings.warn(message, UserWarning, stacklevel=4)
+        if not name.startswith("_") and name not in known:
+            nearest = _nearest(name, (*GPT2XConfig.__annotations__, *GPT2XConfig.attribute_map, "rope_parameters"))
+            message = f"GPT2XConfig has no option {name!r}; it has no effect{nearest}"
+            warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def _nearest(name: Any, names: Iterable[str]) -> str:
@@ -311,21 +267,13 @@ def _nearest(name: Any, names: Iterable[str]) -> str:
 
 
 def warn_of_untested(version: str) -> None:
-    """Says, once per process, that nobody has tried this version of transformers with GPT2X.
-
-    In the log and not as a Python warning: who turns warnings into errors can still import the model.
-    """
-    if _minor(version) > _minor(NEWEST_TESTED):
+    """Says once that nobody tried this version of transformers; in the log, which nobody turns into errors."""
+    minor, newest = ([int(part) for part in text.split(".")[:2]] for text in (version, NEWEST_TESTED))
+    if minor > newest:
         logging.get_logger("transformers").warning_once(
             f"GPT2X is tested with transformers up to {NEWEST_TESTED}, and this is {version}; "
             f"if a result looks wrong, compare it with that of transformers {NEWEST_TESTED}."
         )
 
 
-def _minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
 warn_of_untested(transformers.__version__)
-
-__all__ = ["GPT2XConfig"]

@@ -1,8 +1,7 @@
 """Checkpoints are read whole: what is damaged, lacks a tensor or holds another is refused, not filled at random."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from json import JSONDecodeError
 from logging import LogRecord
 from os import PathLike
@@ -11,9 +10,13 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
+# Arguments of from_pretrained that say where a checkpoint lies.
+HUB_KWARGS = {
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    *("use_safetensors", "variant", "weights_only"),
+}
 # Buffers that older versions of transformers saved, and that every model computes by itself.
 OLD_BUFFERS = re.compile(r"attn\.(masked_)?bias|rotary_emb\.inv_freq")
 
@@ -26,51 +29,35 @@ def load_strictly(
     heads: tuple[str, ...] = (),
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Calls `from_pretrained` and refuses what transformers only reports: it would go on with random weights.
+    """Calls `from_pretrained` of a model class and refuses what transformers only reports; returns model and report.
 
-    A head of its own in a file whose config says that head and embedding are one is kept, as transformers keeps it,
-    and the config of the model says so from then on.
+    A head that differs from the embedding is kept, as transformers keeps it, and the model's config then says so.
 
     Args:
-        from_pretrained: that of a model class.
-        name_or_path: its first argument; further ones follow.
+        from_pretrained: of a model class; `name_or_path` and further arguments are its own.
         source: what an error calls the checkpoint, where that is not `name_or_path`.
         heads: names of parts that may be missing, or be there for another task; transformers reports those.
-
-    Returns:
-        The model and transformers' report on its loading.
 
     Raises:
         ValueError: in one line, naming the tensor, and for files that are damaged.
     """
     takes_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
     source = source or name_or_path or "the state dict"
+    logger = logging.get_logger("transformers.modeling_utils")
+    if not heads:
+        logger.addFilter(_is_no_report)
     try:
-        with nullcontext() if heads else _report_left_out():
-            model, loading = from_pretrained(
-                name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, loading = from_pretrained(name_or_path, *args, **kwargs)
     except (SafetensorError, UnpicklingError, EOFError, JSONDecodeError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"{source} is damaged ({reason or 'a file ends early'}); get its files again.") from error
     except StrictDataclassError as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}; mend its config.json.") from error
+    finally:
+        logger.removeFilter(_is_no_report)
     if name_or_path is None and not kwargs.get("state_dict"):
         return model, loading  # no checkpoint: whoever gives an empty one asks for random weights
-    _refuse_other_tensors(model, loading, source, heads)
-    if loading["mismatched_keys"] and not takes_other_shapes:
-        name, found, needed = min(loading["mismatched_keys"])
-        raise ValueError(
-            f"{source} holds {name} of the shape {tuple(found)}, and by its config it has {tuple(needed)}; use the "
-            "config.json and the weights of one model."
-        )
-    _untie_config(model)
-    return model, loading
-
-
-def _refuse_other_tensors(
-    model: PreTrainedModel, loading: dict[str, Any], source: str | PathLike | None, heads: tuple[str, ...]
-) -> None:
     kind = f"a {model.config.model_type} model"
     for name in sorted(loading["unexpected_keys"]):
         if not name.startswith(heads) and not OLD_BUFFERS.search(name):
@@ -78,28 +65,16 @@ def _refuse_other_tensors(
     for name in sorted(loading["missing_keys"]):
         if not name.startswith(heads):
             raise ValueError(f"{source} lacks {name}, which {kind} needs; use a complete checkpoint.")
-
-
-def _untie_config(model: PreTrainedModel) -> None:
-    """Lets the config say it where transformers kept a head that differs from the embedding."""
+    if loading["mismatched_keys"] and not takes_other_shapes:
+        name, found, needed = min(loading["mismatched_keys"])
+        shapes = f"of the shape {tuple(found)}, and by its config it has {tuple(needed)}"
+        raise ValueError(f"{source} holds {name} {shapes}; use the config.json and the weights of one model.")
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not table.weight:
         model.config.tie_word_embeddings = False
+    return model, loading
 
 
-@contextmanager
-def _report_left_out() -> Iterator[None]:
+def _is_no_report(record: LogRecord) -> bool:
     """Keeps transformers' table of missing and other tensors out of the log: an error of one line follows."""
-    logger = logging.get_logger("transformers.modeling_utils")
-
-    def is_something_else(record: LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(is_something_else)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_something_else)
-
-
-__all__ = ["load_strictly"]
+    return "LOAD REPORT" not in record.getMessage()

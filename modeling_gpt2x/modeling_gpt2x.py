@@ -12,48 +12,29 @@ Tensors wear their shape as a suffix, so that q_BTHD is a tensor of shape (B, T,
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from os import PathLike
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig, modeling_layers
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_gpt2x import CACHE_NAME, CACHE_NAMES, grow_in_place, take_cache
 from .configuration_gpt2x import GPT2XConfig
-from .conversion_gpt2x import (
-    STOCK_CLASSES,
-    check_model_type,
-    from_stock_config,
-    from_stock_state_dict,
-    save_config,
-    to_stock_config,
-    to_stock_state_dict,
-)
-from .import_gpt2x import read_nanogpt
-from .loading_gpt2x import load_strictly
-from .loss_gpt2x import chunked_linear_cross_entropy, shift_labels_left
-from .masks_gpt2x import make_attention_masks
-from .packed_gpt2x import packed_linears
+from .context_gpt2x import CACHE_NAME, CACHE_NAMES, grow_in_place, make_attention_masks, take_cache
+from .linear_gpt2x import chunked_linear_cross_entropy, is_plain_linear, packed_linears, shift_left, to_matmul_dtype
+from .loading_gpt2x import HUB_KWARGS, load_strictly
 
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2x.GPT2XConfig",
@@ -62,51 +43,36 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_gpt2x.GPT2XForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_gpt2x.GPT2XForTokenClassification",
 }
-# Arguments of from_pretrained that say where a checkpoint lies.
-HUB_KWARGS = (
-    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
-    *("use_safetensors", "variant", "weights_only"),
-)
 
 
 # ---------------------------------------------------------------------------------------------------------- norm
-class GPT2XRMSNorm(nn.Module):
+class GPT2XRMSNorm(nn.RMSNorm):
     """Root mean square norm over the last dimension (arXiv:1910.07467), with or without a learned weight."""
-
-    def __init__(self, size: int, eps: float, has_weight: bool = True):
-        super().__init__()
-        self.size = size
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size)) if has_weight else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
         # Under CUDA's autocast the result is float32, and attention wants queries, keys and values of one dtype.
-        return F.rms_norm(x, (self.size,), weight, self.eps).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.size}, eps={self.eps}, has_weight={self.weight is not None}"
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 def make_norm(config: GPT2XConfig) -> nn.Module:
     """The norm of the residual stream which `config.norm` names."""
     if config.norm == "layer_norm":
         return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-    return GPT2XRMSNorm(config.hidden_size, config.norm_eps, has_weight=config.norm == "rms_norm")
+    return GPT2XRMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=config.norm == "rms_norm")
 
 
-def to_matmul_dtype(x: torch.Tensor) -> torch.Tensor:
-    """Casts once to the autocast dtype, where autocast would cast again for every projection reading `x`."""
-    device_type = x.device.type
-    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
+def make_qk_norm(config: GPT2XConfig) -> GPT2XRMSNorm | None:
+    """The norm of each query's or key's head which `config.qk_norm` names."""
+    has_weight = config.qk_norm == "weight"
+    return None if config.qk_norm == "none" else GPT2XRMSNorm(config.head_dim, config.norm_eps, has_weight)
 
 
 # -------------------------------------------------------------------------------------------------------- rotary
 class GPT2XRotaryEmbedding(nn.Module):
     """Cosines and sines of rotary positions (arXiv:2104.09864), with every scaling that transformers knows.
 
-    The class name, the names of the buffers and the static method are what transformers re-creates the buffers by
-    after a model was built on the meta device.
+    By the names of class, buffers and static method transformers re-creates the buffers of a model made on "meta".
     """
 
     inv_freq: torch.Tensor
@@ -115,8 +81,7 @@ class GPT2XRotaryEmbedding(nn.Module):
     def __init__(self, config: GPT2XConfig):
         super().__init__()
         self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
         compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq_E, self.attention_scaling = compute(config)
@@ -207,49 +172,39 @@ class GPT2XAttention(nn.Module):
         self.k_proj = nn.Linear(C, kv_size, bias=bias)
         self.v_proj = nn.Linear(C, kv_size, bias=bias)
         self.o_proj = nn.Linear(q_size, C, bias=bias)
-        if config.qk_norm != "none":
-            self.q_norm = GPT2XRMSNorm(self.head_dim, config.norm_eps, has_weight=config.qk_norm == "weight")
-            self.k_norm = GPT2XRMSNorm(self.head_dim, config.norm_eps, has_weight=config.qk_norm == "weight")
+        self.q_norm, self.k_norm = make_qk_norm(config), make_qk_norm(config)
 
     def forward(
         self,
         x_BTC: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = x_BTC.shape
         q_BTHD = self.q_proj(x_BTC).view(B, T, -1, self.head_dim)
         k_BTKD = self.k_proj(x_BTC).view(B, T, -1, self.head_dim)
         v_BTKD = self.v_proj(x_BTC).view(B, T, -1, self.head_dim)
-        if self.config.qk_norm != "none":
+        if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         if position_embeddings is not None:
             q_BTHD, k_BTKD = rotate(q_BTHD, *position_embeddings), rotate(k_BTKD, *position_embeddings)
 
         q_BHTD, k_BKSD, v_BKSD = q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
-        cache = kwargs.pop(CACHE_NAME, None)
-        if cache is not None:
-            k_BKSD, v_BKSD = cache.update(k_BKSD, v_BKSD, self.layer_idx, kwargs=kwargs)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        if past_key_values is not None:
+            k_BKSD, v_BKSD = past_key_values.update(k_BKSD, v_BKSD, self.layer_idx, kwargs=kwargs)
+        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window}
+        kwargs["dropout"] = self.attention_dropout if self.training else 0.0
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        out_BTHD, weights_BHTS = attention(
-            self,
-            q_BHTD,
-            k_BKSD,
-            v_BKSD,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        out_BTHD, weights_BHTS = attend(self, q_BHTD, k_BKSD, v_BKSD, attention_mask, **kwargs)
         return self.o_proj(out_BTHD.reshape(B, T, -1)), weights_BHTS
 
 
 # --------------------------------------------------------------------------------------------------------- layer
-class GPT2XDecoderLayer(GradientCheckpointingLayer):
+class GPT2XDecoderLayer(modeling_layers.GradientCheckpointingLayer):
     """Pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: GPT2XConfig, layer_idx: int):
@@ -263,9 +218,17 @@ class GPT2XDecoderLayer(GradientCheckpointingLayer):
         self.self_attn.o_proj.is_residual_projection = True  # type: ignore[assignment]
         self.mlp.down_proj.is_residual_projection = True  # type: ignore[assignment]
 
-    def forward(self, x_BTC: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Keyword arguments, among them mask, cache and positions, go to the attention."""
-        attended_BTC, _ = self.self_attn(to_matmul_dtype(self.input_layernorm(x_BTC)), **kwargs)
+    def forward(
+        self,
+        x_BTC: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Further keyword arguments, position_ids among them, are those of the attention function."""
+        h_BTC = to_matmul_dtype(self.input_layernorm(x_BTC))
+        attended_BTC, _ = self.self_attn(h_BTC, attention_mask, position_embeddings, past_key_values, **kwargs)
         x_BTC = x_BTC + F.dropout(attended_BTC, self.hidden_dropout, self.training)
         mlp_BTC = self.mlp(to_matmul_dtype(self.post_attention_layernorm(x_BTC)))
         return x_BTC + F.dropout(mlp_BTC, self.hidden_dropout, self.training)
@@ -295,15 +258,20 @@ class GPT2XPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's initialization; the projections that write to the residual stream are scaled down, or zero."""
+        """GPT-2's initialization: biases 0, weights of norms 1, all else normal of mean 0 and this standard deviation:
+
+        embed_tokens, embed_positions, lm_head, score   initializer_range
+        q_proj, k_proj, v_proj, gate_proj, up_proj      initializer_range
+        o_proj, down_proj                               initializer_range / sqrt(2 * num_hidden_layers)
+        o_proj, down_proj, where residual_init is zero  0
+        """
         super()._init_weights(module)
-        if not getattr(module, "is_residual_projection", False):
-            return
-        if self.config.residual_init == "zero":
-            init.zeros_(module.weight)
-        else:
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.weight, mean=0.0, std=std)
+        if getattr(module, "is_residual_projection", False):
+            if self.config.residual_init == "zero":
+                init.zeros_(module.weight)
+            else:
+                std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+                init.normal_(module.weight, mean=0.0, std=std)
 
     @classmethod
     def from_pretrained(
@@ -313,53 +281,34 @@ class GPT2XPreTrainedModel(PreTrainedModel):
         config: PreTrainedConfig | str | PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Loads a gpt2x model, or converts a stock one of type gpt2, llama, qwen3 or nanochat.
+        """Loads a gpt2x model; where gpt2x is installed, also a stock one of type gpt2, llama, qwen3 or nanochat.
 
         Arguments are those of transformers; options of GPT2XConfig may be among them.
 
         Raises:
-            ValueError: for any other model type, for options of the stock model which GPT2X lacks, and for checkpoints
-                that are damaged or hold other tensors than the model.
+            ValueError: for other types, stock options which GPT2X lacks, and what is damaged or holds other tensors.
         """
+        name, loaded = pretrained_model_name_or_path, None
         wants_loading = kwargs.pop("output_loading_info", False)
-        if pretrained_model_name_or_path is not None and config is None:
-            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-            config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
-            if config_dict.get("model_type") != cls.config_class.model_type:
-                check_model_type(config_dict.get("model_type"))
-                loaded = cls._from_stock(pretrained_model_name_or_path, hub_kwargs, **kwargs)
-                return loaded if wants_loading else loaded[0]
-        loaded = load_strictly(
-            super().from_pretrained,
-            pretrained_model_name_or_path,
-            *model_args,
-            heads=cls._heads_of_tasks,
-            config=config,
-            **kwargs,
-        )
+        if name is not None and config is None:
+            hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS & kwargs.keys()}
+            model_type = PreTrainedConfig.get_config_dict(name, **hub_kwargs)[0].get("model_type")
+            if model_type != cls.config_class.model_type:
+                try:
+                    from gpt2x.stock_forms import load_stock
+                except ImportError as error:
+                    raise ValueError(
+                        f"{name} is a {model_type} model and no gpt2x one; install the package gpt2x, which converts "
+                        "stock models, or load it with AutoModelForCausalLM."
+                    ) from error
+                loaded = load_stock(cls, name, **kwargs)
+        if loaded is None:
+            kwargs |= {"config": config, "heads": cls._heads_of_tasks}
+            loaded = load_strictly(super().from_pretrained, name, *model_args, **kwargs)
         return loaded if wants_loading else loaded[0]
 
-    @classmethod
-    def _from_stock(
-        cls, name_or_path: str | PathLike, hub_kwargs: dict[str, Any], **kwargs: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """Loads the stock class and hands its converted weights to a GPT2X model, both on the CPU."""
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
-        load = AutoModelForCausalLM.from_pretrained
-        stock, _ = load_strictly(load, name_or_path, dtype=dtype, trust_remote_code=False, **hub_kwargs)
-        rest = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
-        options = from_stock_config(stock.config).to_dict()
-        config, rest = cls.config_class.from_dict(options, return_unused_kwargs=True, **rest)
-        state_dict = from_stock_state_dict(stock.state_dict(), from_stock_config(stock.config))
-        rest |= {"source": name_or_path, "heads": cls._heads_of_tasks, "config": config, "state_dict": state_dict}
-        model, loading = load_strictly(super().from_pretrained, None, dtype=stock.dtype, **rest)
-        model.config.name_or_path = str(name_or_path)
-        if model.can_generate():
-            model.generation_config = stock.generation_config
-        return model, loading
-
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Saves the gpt2x form with its code; arguments are those of transformers. See also `save_stock`."""
+        """Saves the gpt2x form with its code; arguments are those of transformers. See also gpt2x.save_stock."""
         # transformers writes the entry of the saved class only; vLLM and SGLang build through AutoModel.
         self.config.auto_map = {**AUTO_MAP, **(getattr(self.config, "auto_map", None) or {})}
         super().save_pretrained(save_directory, **kwargs)
@@ -371,10 +320,9 @@ class GPT2XModel(GPT2XPreTrainedModel):
     def __init__(self, config: GPT2XConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.position_embedding == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        else:
-            self.rotary_emb = GPT2XRotaryEmbedding(config)
+        has_rope, num_learned = config.position_embedding == "rope", config.max_position_embeddings
+        self.embed_positions = None if has_rope else nn.Embedding(num_learned, config.hidden_size)
+        self.rotary_emb = GPT2XRotaryEmbedding(config) if has_rope else None
         self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.layers = nn.ModuleList([GPT2XDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config)
@@ -398,15 +346,13 @@ class GPT2XModel(GPT2XPreTrainedModel):
         Args:
             input_ids: (B, T) tokens; exactly one of this and `inputs_embeds`.
             attention_mask: (B, S), 1 for tokens and 0 for padding; or a mask already made, (B, 1, T, S).
-            position_ids: (B, T) or (1, T), restarting at each document of a packed row; `None` counts on from the
-                cache.
+            position_ids: (B, T) or (1, T), restarting at each packed document; `None` counts on from the cache.
             past_key_values: the keys and values of the S - T positions before; `cache` is the same by its newer name.
             inputs_embeds: (B, T, C) in place of `input_ids`.
             use_cache: whether to return a cache.
 
         Raises:
-            ValueError: if both or none of `input_ids` and `inputs_embeds` are given, both names of the cache, or fewer
-                learned positions than tokens.
+            ValueError: for both or none of `input_ids` and `inputs_embeds`, or for more tokens than learned positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward takes exactly one of input_ids and inputs_embeds; give one of them.")
@@ -419,14 +365,15 @@ class GPT2XModel(GPT2XPreTrainedModel):
 
         x_BTC, position_embeddings = self._embed_positions(inputs_embeds, position_ids, cache)
         x_BTC = F.dropout(x_BTC, self.config.embedding_dropout, self.training)
+        # Layers which are computed a second time, for their gradients, would write to a cache twice.
+        is_recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, layer_type in zip(self.layers, self.config.layer_types):
             x_BTC = layer(
                 x_BTC,
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
+                past_key_values=None if is_recomputed else cache,
                 position_ids=position_ids,
-                use_cache=use_cache,
-                **{CACHE_NAME: cache},
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTC), **{CACHE_NAME: cache})
@@ -437,21 +384,18 @@ class GPT2XModel(GPT2XPreTrainedModel):
         """Adds learned positions to the embeddings, or computes cosines and sines once for all layers."""
         if position_ids is None:
             T, num_learned = x_BTC.shape[1], self.config.max_position_embeddings
-            if self.config.position_embedding == "learned" and num_learned < T:
+            if self.embed_positions is not None and num_learned < T:
                 raise ValueError(
                     f"The sequence has {T} tokens but max_position_embeddings is {num_learned}; shorten it, or use "
                     "position_embedding='rope'."
                 )
             num_past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(T, device=x_BTC.device) + num_past).unsqueeze(0)
-        position_embeddings = None
-        if self.config.position_embedding == "learned":
+        if self.embed_positions is not None:
             x_BTC = x_BTC + self.embed_positions(position_ids)
-        else:
-            position_embeddings = self.rotary_emb(to_matmul_dtype(x_BTC[:1, :1, :1]), position_ids)
-        if self.embedding_norm is not None:
-            x_BTC = self.embedding_norm(x_BTC)
-        return x_BTC, position_embeddings
+        like = to_matmul_dtype(x_BTC[:1, :1, :1])
+        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(like, position_ids)
+        return x_BTC if self.embedding_norm is None else self.embedding_norm(x_BTC), position_embeddings
 
 
 class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
@@ -466,22 +410,8 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
     def __init__(self, config: GPT2XConfig):
         super().__init__(config)
         self.model = GPT2XModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_nanogpt(
-        cls, path: str | PathLike, *, num_attention_heads: int | None = None, hidden_act: str = "gelu"
-    ) -> "GPT2XForCausalLM":
-        """Loads a nanoGPT `ckpt.pt` or a bare state dict with GPT-2's names; see `read_nanogpt` for the arguments.
-
-        Raises:
-            ValueError: if it is none, holds more than tensors and plain values (nothing is executed), or leaves the
-                number of heads open.
-        """
-        config, state_dict = read_nanogpt(path, num_attention_heads=num_attention_heads, hidden_act=hidden_act)
-        return cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=config.dtype)
 
     @can_return_tuple
     def forward(
@@ -505,14 +435,18 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
             labels: (B, T) *unshifted* token ids, -100 where nothing is predicted; the model shifts them once.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of these indices.
             return_logits: `False` computes the loss without holding the logits, which are then `None`.
-            kwargs: `num_items_in_batch` divides the summed loss; `shift_labels` (B, T) are labels already shifted.
-                The rest goes to the attention.
+            kwargs: `num_items_in_batch` divides the summed loss; `shift_labels` (B, T) are shifted labels.
 
         Raises:
             ValueError: if `return_logits` is `False` and there are no labels.
         """
         past_key_values = take_cache(past_key_values, kwargs)
-        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        shift_labels = kwargs.get("shift_labels")
+        if shift_labels is None and labels is not None:
+            shift_labels = shift_left(labels)
+        has_labels = shift_labels is not None
+        if not (has_labels or return_logits):
+            raise ValueError("return_logits=False leaves nothing to return without labels; give labels.")
         if has_labels and use_cache is None and past_key_values is None:
             use_cache = False
         outputs = self.model(
@@ -524,27 +458,31 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        loss, logits = None, None
-        if not return_logits:
-            loss = self._lean_loss(outputs.last_hidden_state, labels, **kwargs)
-        else:
+        hidden_BTC, softcap, loss, logits = outputs.last_hidden_state, self.config.final_logit_softcapping, None, None
+        if return_logits or not is_plain_linear(self.lm_head) or self.lm_head.bias is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._logits(outputs.last_hidden_state[:, keep])
+            logits = self.lm_head(hidden_BTC[:, keep])[..., : self.config.vocab_size]  # behind it are padding rows
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
             if has_labels:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
+        elif shift_labels is not None:
+            loss = chunked_linear_cross_entropy(
+                hidden_BTC,
+                self.lm_head.weight,
+                shift_labels,
+                softcap=softcap,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                vocab_size=self.config.vocab_size,
+            )
+        recorded = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits if return_logits else None, **recorded)
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        for name in CACHE_NAMES:
-            if name in kwargs:
-                kwargs[CACHE_NAME] = kwargs.pop(name)
+        cache = take_cache(kwargs.pop("past_key_values", None), kwargs)
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         with packed_linears(self):
             return super().generate(*args, **kwargs)
 
@@ -554,79 +492,9 @@ class GPT2XForCausalLM(GPT2XPreTrainedModel, GenerationMixin):
         if given is None and self.device.type == "cpu":
             grow_in_place(model_kwargs.get(CACHE_NAME))
 
-    def save_stock(
-        self,
-        save_directory: str | PathLike,
-        *,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Writes config.json, model.safetensors and generation_config.json of the stock class, free of our code.
-
-        Args:
-            save_directory: where to; created if missing.
-            state_dict: the whole model's weights, for a trainer that gathered them; `None` takes the model's own.
-            dtype: of the weights in the file.
-
-        Raises:
-            ValueError: if no stock class expresses the model; it names the options that prevent it.
-        """
-        stock_config = to_stock_config(self.config)
-        weights = to_stock_state_dict(self.state_dict() if state_dict is None else state_dict, self.config)
-        stock_config.architectures = [STOCK_CLASSES[stock_config.model_type]]
-        stock_config.dtype = dtype
-        save_config(stock_config, save_directory)
-        self.generation_config.save_pretrained(save_directory)
-        weights = {name: weight.detach().to(dtype).contiguous() for name, weight in weights.items()}
-        save_file(weights, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})
-
-    def _logits(self, hidden_BTC: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, V) with the soft cap (arXiv:2408.00118); padding rows of the head are cut off."""
-        logits_BTV = self.lm_head(hidden_BTC)[..., : self.config.vocab_size]
-        softcap = self.config.final_logit_softcapping
-        return logits_BTV if softcap is None else torch.tanh(logits_BTV / softcap) * softcap
-
-    def _lean_loss(
-        self,
-        hidden_BTC: torch.Tensor,
-        labels: torch.Tensor | None,
-        *,
-        shift_labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """The loss without the logits. Heads that are more than a local weight go through their own forward."""
-        if shift_labels is None:
-            if labels is None:
-                raise ValueError("return_logits=False leaves nothing to return without labels; give labels.")
-            shift_labels = shift_labels_left(labels)
-        if not is_plain_linear(self.lm_head):
-            return self.loss_function(
-                logits=self._logits(hidden_BTC),
-                labels=None,
-                vocab_size=self.config.vocab_size,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items_in_batch,
-            )
-        return chunked_linear_cross_entropy(
-            hidden_BTC,
-            self.lm_head.weight,
-            shift_labels,
-            softcap=self.config.final_logit_softcapping,
-            num_items_in_batch=num_items_in_batch,
-            vocab_size=self.config.vocab_size,
-        )
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module` is x @ weight.T and nothing else: no LoRA, quantization, DTensor, bias or hooks."""
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.bias is not None:
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks)
-
 
 # --------------------------------------------------------------------------------------------------- classifiers
-class GPT2XForSequenceClassification(GenericForSequenceClassification, GPT2XPreTrainedModel):
+class GPT2XForSequenceClassification(modeling_layers.GenericForSequenceClassification, GPT2XPreTrainedModel):
     """GPT2X with one score per class, read at the last token that is no padding (`pad_token_id`)."""
 
     def __init__(self, config: GPT2XConfig):
@@ -638,7 +506,7 @@ class GPT2XForSequenceClassification(GenericForSequenceClassification, GPT2XPreT
         self.post_init()
 
 
-class GPT2XForTokenClassification(GenericForTokenClassification, GPT2XPreTrainedModel):
+class GPT2XForTokenClassification(modeling_layers.GenericForTokenClassification, GPT2XPreTrainedModel):
     """GPT2X with one score per class and token, after a dropout of `hidden_dropout`."""
 
     def __init__(self, config: GPT2XConfig):
@@ -648,12 +516,3 @@ class GPT2XForTokenClassification(GenericForTokenClassification, GPT2XPreTrained
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-
-__all__ = [
-    "GPT2XForCausalLM",
-    "GPT2XForSequenceClassification",
-    "GPT2XForTokenClassification",
-    "GPT2XModel",
-    "GPT2XPreTrainedModel",
-]

@@ -24,8 +24,7 @@ def main(recipe: HellaSwagRecipe) -> None:
     from accelerate import Accelerator
     from transformers.utils import logging
 
-    from gpt2x.distributed.accelerators import compute_device
-    from gpt2x.distributed.devices import keep_freed_memory
+    from gpt2x.distributed.devices import compute_device, keep_freed_memory
     from gpt2x.evaluation.hellaswag import HellaSwag, evaluate_hellaswag, print_scores, result_record
     from gpt2x.evaluation.quantization import num_bytes, quantize_int8
     from gpt2x.models import load_for_inference

@@ -8,7 +8,7 @@ import sys
 
 from gpt2x.command_line import parse_recipe
 from gpt2x.config.publishing import ExportRecipe
-from gpt2x.publishing.export_checks import check_export
+from gpt2x.publishing.output import check_export
 from gpt2x.terminal import command
 
 

@@ -30,7 +30,7 @@ def main(recipe: GenerationRecipe) -> None:
     from transformers.utils import logging
 
     from gpt2x.chat import chat
-    from gpt2x.distributed.accelerators import compute_device
+    from gpt2x.distributed.devices import compute_device
     from gpt2x.evaluation.samples import stream_text
     from gpt2x.models import load_for_inference
     from gpt2x.tokenizers.bpe import load_tokenizer

@@ -55,9 +55,8 @@ def main(argv: Sequence[str]) -> None:
     check_preparation(recipe)
     if task is not None:
         check_task(task, recipe)
-    from gpt2x.preparation.chat_preview import preview
     from gpt2x.preparation.prepare import prepare, prepare_task
-    from gpt2x.shards.statistics import longest_document, statistics
+    from gpt2x.shards.statistics import longest_document, preview, statistics
     from gpt2x.tokenizers.bpe import load_tokenizer
 
     # --- 2. Text to token shards; what is finished is left alone ---

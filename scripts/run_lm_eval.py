@@ -23,7 +23,7 @@ def main(recipe: LmEvalRecipe) -> None:
         raise UserError(f"include_path ({recipe.include_path}) must be a directory with tasks; correct it.")
     from transformers.utils import logging  # seconds, which a mistake need not wait for
 
-    from gpt2x.distributed.accelerators import compute_device
+    from gpt2x.distributed.devices import compute_device
     from gpt2x.evaluation.lm_eval import run_lm_eval
     from gpt2x.runs.results import record_results
 

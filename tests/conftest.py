@@ -6,6 +6,7 @@ GPT2X_TEST_DATA names a folder of published data that a few tests are compared w
 import atexit
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from typing import Any
@@ -21,6 +22,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+# Under nohup it is ignored, and would be by every process that a test starts; what is handled is their own again.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 LOOPBACK = ("localhost", "127.", "::1")
 

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2x.distributed.accelerators import compute_device, forked_rng, on_device, without_cudnn_attention
+from gpt2x.distributed.devices import compute_device, forked_rng, on_device, without_cudnn_attention
 
 CUDA = torch.device("cuda")
 

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 HARDWARE_KEYS = {
     "compute_environment",
-    "deepspeed_config",
     "distributed_type",
     "fsdp_config",
     "gpu_ids",

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from gpt2x import save_stock
 from gpt2x.config import DataSection, FinetuneRecipe, TrainSection
 from gpt2x.errors import UserError
 from gpt2x.models import make_model, save_model
@@ -104,5 +105,5 @@ def test_a_run_is_found_by_its_directory(tmp_path):
 
 
 def test_a_model_without_a_tokenizer_is_taken_at_its_word(tmp_path):
-    make().save_stock(tmp_path)
+    save_stock(make(), tmp_path)
     assert make_model(finetuning(tmp_path), chat_tokenizer()).config.vocab_size == 43

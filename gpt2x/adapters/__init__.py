@@ -8,10 +8,8 @@ The stock classes take the batches of the training loop as they are: with ``use_
 they keep packed documents apart by their ``position_ids``.
 """
 
-from gpt2x.adapters.base import load_base
-from gpt2x.adapters.files import load_adapters, merged_weights, save_adapters, save_merged
-from gpt2x.adapters.layers import adapter_weights, add_adapters
-from gpt2x.adapters.merging import whole_model
+from gpt2x.adapters.files import load_adapters, merged_weights, save_adapters, save_merged, whole_model
+from gpt2x.adapters.lora import adapter_weights, add_adapters, load_base
 
 __all__ = [
     "adapter_weights",

@@ -1,8 +1,10 @@
-"""Adapters as files: by themselves, and merged into the stock model."""
+"""Adapters as files: by themselves, merged into the stock model, and as a whole model for what reads those only."""
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -13,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gpt2x.adapters.layers import adapter_weights
+from gpt2x.adapters.lora import adapter_weights, peft_warnings_ignored
 from gpt2x.errors import UserError
-from gpt2x.tokenizers.bpe import write_tokenizer
-from modeling_gpt2x import save_config
+from gpt2x.locate import base_of
+from gpt2x.models import load_for_inference
+from gpt2x.prerequisites import check_installed
+from gpt2x.stock_forms import save_config
+from gpt2x.tokenizers.bpe import load_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -169,3 +174,24 @@ def merged_weights(model: "PeftModel") -> dict[str, Tensor]:
                 is_adapted = part == "weight"
                 tensors[f"{name}.{part}"] = tensor + layer.get_delta_weight(_NAME) if is_adapted else tensor
     return tensors
+
+
+@contextmanager
+def whole_model(directory: str) -> Iterator[str]:
+    """Yields a model's directory or Hub id as it is, and of adapters a temporary one with the model they make.
+
+    Raises:
+        UserError: where the base of adapters is not there, or peft is not installed.
+    """
+    adapter_config = Path(directory) / ADAPTER_CONFIG
+    if not adapter_config.is_file():
+        yield directory
+        return
+    check_installed("peft", what=f"{directory} holds adapters, and reading them")
+    from peft import PeftModel
+
+    base = base_of(Path(directory))
+    with tempfile.TemporaryDirectory() as merged_dir, peft_warnings_ignored():
+        model = PeftModel.from_pretrained(load_for_inference(base, dtype=torch.float32), directory)
+        save_merged(model, Path(merged_dir), load_tokenizer(directory))
+        yield merged_dir

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gpt2x.batches.loader import StepBatch, TrainingBatches
-from gpt2x.distributed.accelerators import map_distinct
+from gpt2x.distributed.devices import map_distinct
 
 
 class ReadAhead:

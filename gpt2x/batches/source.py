@@ -10,9 +10,8 @@ from gpt2x.batches.order import epoch_windows
 from gpt2x.batches.sequences import IGNORED, Sequences
 from gpt2x.config import SourceSection
 from gpt2x.errors import UserError
-from gpt2x.shards.files import Shard
+from gpt2x.shards.files import Shard, count_learned, document_begins, learned_flags
 from gpt2x.shards.index import combined_sha256
-from gpt2x.shards.learned import count_learned, document_begins, learned_flags
 from gpt2x.shards.token_sets import TokenSet, open_tokens
 
 

@@ -7,8 +7,7 @@ import numpy as np
 
 from gpt2x.batches.packing import document_positions
 from gpt2x.batches.sequences import IGNORED, Sequences
-from gpt2x.shards.files import Shard
-from gpt2x.shards.learned import count_learned, document_begins, learned_flags
+from gpt2x.shards.files import Shard, count_learned, document_begins, learned_flags
 
 
 class StridedWindows:

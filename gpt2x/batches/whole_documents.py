@@ -12,9 +12,8 @@ from gpt2x.batches.sequences import IGNORED, Sequences
 from gpt2x.batches.source import ShardSource, Source, nothing_learned
 from gpt2x.config import DataSection
 from gpt2x.errors import UserError
-from gpt2x.shards.files import Shard
+from gpt2x.shards.files import Shard, count_learned, learned_flags
 from gpt2x.shards.index import combined_sha256
-from gpt2x.shards.learned import count_learned, learned_flags
 from gpt2x.shards.token_sets import TokenSet
 
 

@@ -10,6 +10,7 @@ directory without a manifest that fits is never resumed from. Nothing here is ev
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Required
@@ -23,16 +24,18 @@ from gpt2x.files import (
     remove_leftovers,
     retire,
     set_aside,
+    tell_once,
     unwritable,
     whole_directory,
 )
-from gpt2x.manifest import damage_of, missing_or_cut, named_checkpoints, write_manifest
+from gpt2x.manifest import MANIFEST, damage_of, damage_of_model, strangers_in, write_manifest
+from gpt2x.runs.layout import MODEL, OPTIMIZER, TRAINER, RunLayout, named_checkpoints
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Trainer(TypedDict, total=False):
+class TrainerState(TypedDict, total=False):
     """trainer.json: what a resumed run needs beside tensors. What older versions did not write is absent."""
 
     step: Required[int]
@@ -51,11 +54,6 @@ class Trainer(TypedDict, total=False):
     data: dict[str, Any]
     environment: dict[str, Any]
     recipe: dict[str, Any]
-
-
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -86,11 +84,11 @@ def write_checkpoint(
     if target.is_symlink():  # somebody's, to a disk that is not there
         set_aside(target)
     with whole_directory(target, replaces=True) as temporary:
-        (temporary / "state").mkdir()
-        write_model(temporary / "model")
-        save_file(optimizer, temporary / "state" / "optimizer.safetensors")
+        (temporary / TRAINER).parent.mkdir()
+        write_model(temporary / MODEL)
+        save_file(optimizer, temporary / OPTIMIZER)
         content = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
-        (temporary / "state" / "trainer.json").write_text(content, encoding="utf-8")
+        (temporary / TRAINER).write_text(content, encoding="utf-8")
         write_manifest(temporary)
 
 
@@ -100,7 +98,7 @@ def remove_checkpoints(run_dir: Path, checkpoints: Iterable[Path]) -> None:
     for checkpoint in checkpoints:
         if not checkpoint.is_symlink():
             retire(checkpoint)
-    remove_leftovers(run_dir / "checkpoints", "step-*")
+    remove_leftovers(RunLayout(run_dir).checkpoints_dir, "step-*")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -112,11 +110,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     Raises:
         UserError: where the directory of checkpoints cannot be read.
     """
-    return [path for path in named_checkpoints(run_dir) if missing_or_cut(path) is None]
+    return [path for path in named_checkpoints(run_dir) if damage_of(path, by_size=True) is None]
 
 
 def newest_checkpoint(
-    run_dir: Path, *, is_wanted: Callable[[Trainer], bool] = lambda _trainer: True
+    run_dir: Path, *, is_wanted: Callable[[TrainerState], bool] = lambda _trainer: True
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is as it was written.
 
@@ -144,19 +142,61 @@ def newest_checkpoint(
     return None, passed_over
 
 
-def read_trainer(checkpoint: Path) -> Trainer:
+def read_trainer(checkpoint: Path) -> TrainerState:
     """What a checkpoint holds beside tensors.
 
     Raises:
         DamagedError: where it is not as it was written.
     """
-    file = checkpoint / "state" / "trainer.json"
+    file = checkpoint / TRAINER
     # An older version wrote a best validation loss that was none.
-    return parse_json(read_bytes(file).replace(b": NaN", b": null"), Trainer, where=str(file))
+    return parse_json(read_bytes(file).replace(b": NaN", b": null"), TrainerState, where=str(file))
 
 
-def read_state(checkpoint: Path) -> tuple[dict[str, "Tensor"], Trainer]:
+def read_state(checkpoint: Path) -> tuple[dict[str, "Tensor"], TrainerState]:
     """The optimizer's tensors and the trainer's JSON of a whole checkpoint."""
     from safetensors.torch import load_file
 
-    return load_file(checkpoint / "state" / "optimizer.safetensors"), read_trainer(checkpoint)
+    return load_file(checkpoint / OPTIMIZER), read_trainer(checkpoint)
+
+
+# --- the final model -------------------------------------------------------------------------------------------------
+
+
+def damage_of_final(final: Path) -> str | None:
+    """What is wrong with a final model, every byte of it read; None where nothing is."""
+    if not final.is_dir():
+        return "it is missing"
+    if (final / MANIFEST).exists():
+        return damage_of(final)
+    # an older version wrote none
+    has_config = any((final / name).is_file() for name in ("config.json", "adapter_config.json"))
+    is_model = has_config and any(final.glob("*.safetensors"))
+    return damage_of_model(final) if is_model else "it holds no model"
+
+
+def write_final(final: Path, write: Callable[[Path], str]) -> str:
+    """Writes final/ with its manifest. One that is there gives way once this is whole on the disk; where it is not as
+    it was written, or holds what others have put there, it is kept under another name.
+
+    Args:
+        final: where to.
+        write: writes model and tokenizer into the directory it is given, and returns the model_type.
+
+    Raises:
+        UnwritableError: where it cannot be written.
+    """
+    with whole_directory(final, replaces=True) as partial:
+        model_type = write(partial)
+        write_manifest(partial)
+        if os.path.lexists(final) and not _is_as_written(final):
+            kept = set_aside(final)
+            tell_once(f"{final} was not as the run left it; it is kept as {kept}.")
+    return model_type
+
+
+def _is_as_written(final: Path) -> bool:
+    try:
+        return not final.is_symlink() and damage_of(final) is None and not strangers_in(final)
+    except DamagedError:
+        return False

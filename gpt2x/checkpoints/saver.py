@@ -6,43 +6,32 @@ Older checkpoints are deleted once the newest has proved sound: by a finite loss
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from gpt2x.checkpoints.format import Trainer, checkpoint_dir, write_checkpoint
-from gpt2x.checkpoints.host_copies import HostCopies, NamedTensors
-from gpt2x.checkpoints.retention import Retention
-from gpt2x.checkpoints.soundness import first_not_finite, not_saved
+from gpt2x.checkpoints.format import TrainerState, write_checkpoint
+from gpt2x.checkpoints.retention import prune
+from gpt2x.checkpoints.state import NamedTensors, State, first_not_finite, not_saved
+from gpt2x.config import TrainSection
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError
+from gpt2x.runs.layout import checkpoint_dir
 
 WriteModel = Callable[[Path, Mapping[str, Tensor]], object]
+# Where a tensor begins, and its shape: of tensors that are alive, those of one place are one.
+Place = tuple[int, torch.Size]
 
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What a checkpoint is made of.
-
-    Attributes:
-        model: the weights by name, of the whole model.
-        optimizer: tensors of the optimizer's state by name.
-        trainer: what else a resumed run needs, as JSON; its ``step`` names the checkpoint.
-    """
-
-    model: NamedTensors
-    optimizer: NamedTensors
-    trainer: Trainer
-
-    def tensors(self) -> NamedTensors:
-        """All of them, under ``model:`` and ``optimizer:``."""
-        yield from ((f"model:{name}", tensor) for name, tensor in self.model)
-        yield from ((f"optimizer:{name}", tensor) for name, tensor in self.optimizer)
+# What each copy begins at a multiple of: a line of a processor's cache.
+_ALIGNMENT = 64
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU
 
 
 class Run(Protocol):
@@ -68,21 +57,21 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, run: Run, write_model: WriteModel, *, retention: Retention, last_step: int | None = None
+        self, run: Run, write_model: WriteModel, *, rules: TrainSection, last_step: int | None = None
     ) -> None:
         """Starts no thread yet.
 
         Args:
             run: where the checkpoints go.
             write_model: writes model and tokenizer into a directory, from the weights it is given.
-            retention: which checkpoints are kept.
+            rules: by which checkpoints are kept; see gpt2x.checkpoints.retention.
             last_step: the step of the checkpoint that the run goes on from.
         """
-        self.run, self.retention, self.last_step = run, retention, last_step
+        self.run, self.rules, self.last_step = run, rules, last_step
         self._write_model, self._copies = write_model, HostCopies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._unconfirmed: Trainer | None = None
+        self._unconfirmed: TrainerState | None = None
         self._is_copied = Event()
         self._is_copied.set()
         self.is_reserved = False
@@ -156,7 +145,7 @@ class CheckpointSaver:
             self._is_copied.set()
         self._write(copies, json.loads(trainer_json))
 
-    def _write(self, copies: Mapping[str, Tensor], trainer: Trainer) -> None:
+    def _write(self, copies: Mapping[str, Tensor], trainer: TrainerState) -> None:
         target = checkpoint_dir(self.run.path, trainer["step"])
         weights, optimizer = _untagged("model", copies), _untagged("optimizer", copies)
         self.run.check()
@@ -175,9 +164,9 @@ class CheckpointSaver:
             self.run.check()  # which says more where the directory has gone in the meantime
             raise UserError(_failure(target, error, copies)) from error
 
-    def _prune(self, trainer: Trainer) -> None:
+    def _prune(self, trainer: TrainerState) -> None:
         self.run.check()
-        self.retention.prune(self.run.path, trainer)
+        prune(self.run.path, trainer, self.rules)
 
 
 def _untagged(tag: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,3 +189,80 @@ def _free_bytes(directory: Path) -> int:
         return shutil.disk_usage(directory).free
     except OSError:  # the directory has vanished
         return 0
+
+
+# --- the copies -----------------------------------------------------------------------------------------------------
+
+
+class HostCopies:
+    """Buffers in host memory that are kept from one save to the next.
+
+    They take as much memory as what is copied, once: fresh memory costs ten times what copying into used one does.
+    Those for tensors of a GPU are page-locked, so that the GPU fills them by itself. They are cut from one block:
+    torch's own page-locked memory comes in powers of two, which for GPT-2 and AdamW is 1.8 times as much.
+    """
+
+    def __init__(self) -> None:
+        self._layout: list[tuple[torch.dtype, torch.Size, bool]] = []
+        self._buffers: list[Tensor] = []
+
+    def reserve(self, tensors: NamedTensors) -> None:
+        """Makes the buffers and touches every page of them; reads nothing but shapes, so any thread may do it."""
+        for buffer in self._buffers_for(_distinct(list(tensors))).values():
+            buffer.zero_()
+
+    def take(self, tensors: NamedTensors) -> dict[str, Tensor]:
+        """Copies the tensors as they are now, and returns when that is done.
+
+        Args:
+            tensors: named; those that share memory, as tied weights do, are copied once and share it again.
+
+        Returns:
+            The copies, valid until the next take.
+        """
+        named = list(tensors)  # all alive until the end, so that no memory becomes another tensor's on the way
+        distinct = _distinct(named)
+        buffers = self._buffers_for(distinct)
+        for place, tensor in distinct.items():
+            buffers[place].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        for device in {tensor.device for tensor in distinct.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).record_event().synchronize()
+        return {name: buffers[_place(tensor)] for name, tensor in named}
+
+    def _buffers_for(self, distinct: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
+        layout = [(tensor.dtype, tensor.shape, tensor.is_cuda) for tensor in distinct.values()]
+        if layout != self._layout:
+            self._layout, self._buffers = [], []  # freed before others are made
+            self._buffers = _cut(list(distinct.values()))
+            self._layout = layout
+        return dict(zip(distinct, self._buffers, strict=True))
+
+
+def _place(tensor: Tensor) -> Place:
+    return tensor.data_ptr(), tensor.shape
+
+
+def _distinct(named: list[tuple[str, Tensor]]) -> dict[Place, Tensor]:
+    return {_place(tensor): tensor for _, tensor in named}
+
+
+def _cut(tensors: list[Tensor]) -> list[Tensor]:
+    """A buffer for each tensor, one behind the other in one block, and to everybody else tensors of their own."""
+    starts = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)]).tolist()
+    memory = _memory(starts[-1], is_page_locked=any(tensor.is_cuda for tensor in tensors))
+    return [
+        torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+        if tensor.numel()
+        else torch.empty(tensor.shape, dtype=tensor.dtype)
+        for tensor, start in zip(tensors, starts, strict=False)
+    ]
+
+
+def _memory(num_bytes: int, *, is_page_locked: bool) -> np.ndarray:
+    memory = np.empty(num_bytes, np.uint8)
+    if is_page_locked:
+        cudart, address = torch.cuda.cudart(), memory.ctypes.data
+        if failure := int(cudart.cudaHostRegister(address, num_bytes, _PORTABLE)):
+            raise torch.cuda.CudaError(failure)
+        weakref.finalize(memory, cudart.cudaHostUnregister, address)
+    return memory

@@ -1,26 +1,30 @@
-"""What the run computes on: the accelerator, its threads and its peak."""
+"""The accelerator that a process computes on: chosen, prepared, described, and what is not the same on all of them."""
 
 import ctypes
-import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator, ParallelismConfig, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin, set_seed
-from torch import nn
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    set_seed,
+    str_to_bool,
+)
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from gpt2x import __version__
 from gpt2x.config import TrainingRecipe
-from gpt2x.distributed.accelerators import compute_device
-from gpt2x.distributed.deepspeed import check_zero, prepare_zero, uses_zero
-from gpt2x.distributed.launch import asks_for_sharding, asks_for_zero
+from gpt2x.distributed.launch import asks_for_sharding, usable_cores
 from gpt2x.distributed.ranks import data_rank
 from gpt2x.distributed.tensor_parallel import TensorParallelism, separate_meshes
 from gpt2x.errors import UserError
@@ -39,8 +43,18 @@ _PEAK_FLOPS = {
     "B200": 2250e12,
 }
 
-
 _FSDP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compute_device(environment: Mapping[str, str]) -> torch.device:
+    """The accelerator that torch finds; the CPU where it finds none, or a launcher asks for it (``use_cpu: true``).
+
+    Args:
+        environment: of this process, as the launcher left it.
+    """
+    if str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> Accelerator:
@@ -52,10 +66,10 @@ def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> 
             processes share this machine's cores.
 
     Raises:
-        UserError: for fp16, or shards in host memory, without a GPU; for what DeepSpeed cannot do.
+        UserError: for fp16, or shards in host memory, without a GPU.
     """
     on_cpu = compute_device(environment).type == "cpu"
-    is_sharded, is_zero = asks_for_sharding(environment), asks_for_zero(environment)
+    is_sharded = asks_for_sharding(environment)
     if on_cpu and recipe.train.mixed_precision == "fp16":
         raise UserError("train.mixed_precision (fp16) needs a GPU, and this run is on the CPU; use bf16 or no.")
     if on_cpu:
@@ -66,18 +80,17 @@ def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> 
     plugin = make_fsdp_plugin(recipe.train.mixed_precision) if is_sharded else None
     if on_cpu and plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise UserError("fsdp_offload_params (true) needs a GPU, and this run is on the CPU; set it to false.")
-    if is_zero:
-        check_zero(recipe)
-    if on_cpu and (is_sharded or is_zero):
+    if on_cpu and is_sharded:
         let_accelerate_shard_on_cpu()
     accelerator = Accelerator(
-        cpu=on_cpu and not is_zero,  # else accelerate leaves DeepSpeed out
-        mixed_precision="no" if is_zero else recipe.train.mixed_precision,
+        cpu=on_cpu,
+        mixed_precision=recipe.train.mixed_precision,
         fsdp_plugin=plugin,
         # What a launch configuration says of these is the recipe's to decide; see launch.passed_over.
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        parallelism_config=make_parallelism() if is_sharded else None,
+        # Both read the sizes of the launch configuration; where this is None, accelerate does.
+        parallelism_config=TensorParallelism() if is_sharded and ParallelismConfig().tp_size > 1 else None,
         log_with=recipe.run.report_to or None,
         project_dir=recipe.run.dir,
     )
@@ -86,18 +99,16 @@ def make_accelerator(recipe: TrainingRecipe, environment: Mapping[str, str]) -> 
 
 
 def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizers: Sequence[Optimizer], recipe: TrainingRecipe
+    accelerator: Accelerator, model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> tuple[nn.Module, list[Optimizer]]:
     """The model and its optimizers as the launch configuration has them."""
-    if uses_zero(accelerator):
-        return prepare_zero(accelerator, model, optimizers, recipe)
     prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
     separate_meshes(prepared_optimizers)
     return prepared, prepared_optimizers
 
 
 def let_accelerate_shard_on_cpu() -> None:
-    """Makes accelerate's FSDP2, and DeepSpeed, work on processes that talk by gloo, as it does on GPUs.
+    """Makes accelerate's FSDP2 work on processes that talk by gloo, as it does on GPUs.
 
     The type of the processes is all that it asks before it turns them on; nothing of what follows needs a GPU.
     """
@@ -115,23 +126,12 @@ def make_fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
 
 
-def make_parallelism() -> ParallelismConfig | None:
-    """The sizes of the launch configuration; None where it has no tensor parallelism, and accelerate reads them."""
-    return TensorParallelism() if ParallelismConfig().tp_size > 1 else None
-
-
 def keep_freed_memory() -> None:
     """Lets glibc keep what a step frees, since the next step wants the same: fresh pages cost a tenth of a step."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for option, value in _GLIBC_OPTIONS.items():
             libc.mallopt(option, value)
-
-
-def usable_cores(local_world_size: int) -> int:
-    """Cores this process may use, when the machine's are shared fairly among its processes."""
-    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(available // local_world_size, 1)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -187,3 +187,40 @@ def describe_device(accelerator: Accelerator) -> str:
     else:
         what = f"{accelerator.device.type} with {torch.get_num_threads()} threads"
     return f"{accelerator.num_processes} x {what}"
+
+
+# --- what differs between accelerators ------------------------------------------------------------------------------
+
+
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies a batch there; CUDA goes on meanwhile, where others may still read what is no longer there (Apple's)."""
+    return map_distinct(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"), tensors)
+
+
+def map_distinct(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a function makes of each; a tensor that has two names, as ids and labels are one, goes through it once."""
+    distinct = {id(tensor): tensor for tensor in tensors.values()}
+    made = {key: function(tensor) for key, tensor in distinct.items()}
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Attention by torch's other kernels, where the number of keys changes all the time.
+
+    cuDNN, the first choice on Hopper, plans anew for every number, which takes longer than the rest of a token.
+    Training has one length and keeps it.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Leaves the random state of the CPU and of one device as it was; other devices may be other people's."""
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        yield

@@ -1,5 +1,7 @@
 """What a launcher has made of its configuration, told before torch is imported."""
 
+import os
+import sys
 from collections.abc import Mapping
 
 from gpt2x.config import TrainingRecipe
@@ -14,11 +16,6 @@ def asks_for_sharding(environment: Mapping[str, str]) -> bool:
     return environment.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def asks_for_zero(environment: Mapping[str, str]) -> bool:
-    """Whether the launch configuration asks for DeepSpeed."""
-    return environment.get("ACCELERATE_USE_DEEPSPEED") == "true"
-
-
 def check_launch(environment: Mapping[str, str]) -> None:
     """Refuses what would run, but not as it was meant.
 
@@ -31,12 +28,14 @@ def check_launch(environment: Mapping[str, str]) -> None:
     """
     if "RANK" not in environment:
         _check_alone(environment)
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "distributed_type (DEEPSPEED) must be FSDP; use accelerate_configs/fsdp2.yaml, which does more."
+        )
     if environment.get("ACCELERATE_USE_MEGATRON_LM") == "true":
         raise UserError("distributed_type (MEGATRON_LM) must be FSDP or MULTI_GPU; use fsdp2_tp.yaml, or fsdp2.yaml.")
     if asks_for_sharding(environment) and environment.get("FSDP_VERSION", "1") != "2":
         raise UserError("fsdp_version (1) must be 2; set it in the launch configuration, as in fsdp2.yaml.")
-    if asks_for_zero(environment):
-        _check_zero(environment)
     if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
         _check_sizes(environment)
 
@@ -44,33 +43,19 @@ def check_launch(environment: Mapping[str, str]) -> None:
 def passed_over(environment: Mapping[str, str], recipe: TrainingRecipe) -> list[str]:
     """A line for each thing that a launch configuration says and the recipe decides, where they differ."""
     train = recipe.train
-    compiled, clipped = str(train.torch_compile).lower(), f"{train.max_grad_norm}".lower()
     decided = (
-        ("dynamo_backend", "ACCELERATE_DYNAMO_BACKEND", ("no",), f"train.torch_compile ({compiled})"),
-        (
-            "mixed_precision",
-            "ACCELERATE_MIXED_PRECISION",
-            ("no", train.mixed_precision),  # the launcher says no where nobody has said anything
-            f"train.mixed_precision ({train.mixed_precision})",
-        ),
-        (
-            "gradient_accumulation_steps",
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-            ("1", "auto"),
-            f"train.tokens_per_step ({train.tokens_per_step})",
-        ),
-        (
-            "gradient_clipping",
-            "ACCELERATE_GRADIENT_CLIPPING",
-            ("none", "auto", clipped),
-            f"train.max_grad_norm ({clipped})",
-        ),
+        ("dynamo_backend", ("no",), f"train.torch_compile ({str(train.torch_compile).lower()})"),
+        # the launcher says no where nobody has said anything
+        ("mixed_precision", ("no", train.mixed_precision), f"train.mixed_precision ({train.mixed_precision})"),
+        ("gradient_accumulation_steps", ("1",), f"train.tokens_per_step ({train.tokens_per_step})"),
     )
-    given = [(name, environment.get(variable, same[0]).lower(), same, ours) for name, variable, same, ours in decided]
+    given = [
+        (name, environment.get(f"ACCELERATE_{name.upper()}", same[0]), same, ours) for name, same, ours in decided
+    ]
     return [
-        f"{name} ({value}) of the launch configuration is passed over: the recipe's {ours} counts."
+        f"{name} ({value.lower()}) of the launch configuration is passed over: the recipe's {ours} counts."
         for name, value, same, ours in given
-        if value not in same
+        if value.lower() not in same
     ]
 
 
@@ -80,7 +65,7 @@ def check_launch_of_adapters(environment: Mapping[str, str]) -> None:
     Raises:
         UserError: where the launch configuration asks for shards.
     """
-    if asks_for_sharding(environment) or asks_for_zero(environment):
+    if asks_for_sharding(environment):
         raise UserError(
             "lora needs the whole model on every device, and the launch configuration cuts it; use ddp.yaml, or leave "
             "lora out."
@@ -92,16 +77,10 @@ def num_data_ranks(environment: Mapping[str, str]) -> int:
     return int(environment.get("WORLD_SIZE", "1")) // _size(environment, "tp")
 
 
-def _check_zero(environment: Mapping[str, str]) -> None:
-    """Of DeepSpeed's many forms the one that gpt2x knows."""
-    given = {
-        "zero_stage": environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
-        "offload_optimizer_device": environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
-        "deepspeed_config_file": environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"),
-    }
-    for (name, value), expected in zip(given.items(), ("2", "none", "none"), strict=True):
-        if value != expected:
-            raise UserError(f"{name} ({value}) must be {expected}, as in deepspeed_zero2.yaml; fsdp2.yaml does more.")
+def usable_cores(num_processes: int = 1) -> int:
+    """Cores for each process, where those of this machine are shared fairly among so many."""
+    available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(available // num_processes, 1)
 
 
 def _size(environment: Mapping[str, str], kind: str) -> int:

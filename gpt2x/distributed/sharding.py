@@ -27,6 +27,8 @@ def whole_weights(model: nn.Module, *, is_writer: bool) -> dict[str, Tensor]:
     return gather(model.state_dict(keep_vars=True), is_writer=is_writer)
 
 
+# Not by torch's get_model_state_dict and get_optimizer_state_dict (full_state_dict, cpu_offload): they gather a tied
+# weight once for each of its names, hand on step counts that are no copies, and let an optimizer without state step.
 def gather(tensors: Mapping[str, Tensor], *, is_writer: bool) -> dict[str, Tensor]:
     """Puts shards together, one tensor after the other, so that no device ever holds more than one of them whole.
 

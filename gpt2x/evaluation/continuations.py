@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt2x.distributed.accelerators import on_device, without_cudnn_attention
+from gpt2x.distributed.devices import on_device, without_cudnn_attention
 from gpt2x.distributed.ranks import data_rank, sum_over_ranks
 from gpt2x.errors import UserError
 

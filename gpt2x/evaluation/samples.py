@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from gpt2x.config import GenerationRecipe
-from gpt2x.distributed.accelerators import forked_rng, without_cudnn_attention
+from gpt2x.distributed.devices import forked_rng, without_cudnn_attention
 
 
 def sample_texts(

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2x.distributed.accelerators import on_device
+from gpt2x.distributed.devices import on_device
 from gpt2x.distributed.ranks import sum_over_ranks
 
 

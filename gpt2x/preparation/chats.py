@@ -14,7 +14,7 @@ from gpt2x.corpus.documents import Reading, is_validation
 from gpt2x.corpus.rows import Row, text_of
 from gpt2x.errors import UserError
 from gpt2x.preparation.plan import Plan
-from gpt2x.preparation.writer import ShardWriter
+from gpt2x.shards.writer import ShardWriter
 from gpt2x.tokenizers.bpe import text_encoder
 from gpt2x.tokenizers.chat_template import ChatEncoder, EncodedChat
 

@@ -1,24 +1,26 @@
 """Token files of any project to token shards, document by document."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from gpt2x.config.importing import ImportRecipe
 from gpt2x.corpus.sources import date_of
 from gpt2x.errors import UserError
-from gpt2x.files import discard, make_directory
-from gpt2x.locate import local_path
-from gpt2x.preparation.plan import alone_in
-from gpt2x.shards.files import Shard, token_dtype, write_shard
-from gpt2x.shards.foreign.byte_counts import byte_counter
-from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index, split_directory, write_index
+from gpt2x.preparation.prepare import finish
+from gpt2x.preparation.records import alone_in
+from gpt2x.shards.files import Shard
+from gpt2x.shards.foreign.token_set import byte_counter
+from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, load_index, split_directory
 from gpt2x.shards.token_sets import TokenSet, open_tokens
-from gpt2x.tokenizers.bpe import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
+from gpt2x.shards.writer import ShardWriter, Vocabulary
+from gpt2x.tokenizers.bpe import load_tokenizer
 
 
 def import_tokens(recipe: ImportRecipe) -> Index:
@@ -27,8 +29,8 @@ def import_tokens(recipe: ImportRecipe) -> Index:
     What is finished is left alone, which one line says. Of two processes that import into a directory, the second
     waits.
 
-    The tokens stay the same, but for an end of text after a last document that lacks one. Memory: one shard of each
-    split and the longest document, which is everything in files without an end of text.
+    The tokens stay the same, but for an end of text after a last document that lacks one. Memory: the longest
+    document, which is everything in files without an end of text.
 
     Raises:
         UserError: for files that cannot be read, an output_dir with other data, and a split that gets no document.
@@ -41,74 +43,30 @@ def import_tokens(recipe: ImportRecipe) -> Index:
 
 def _import(recipe: ImportRecipe, source: TokenSet, made_of: dict[str, Any]) -> Index:
     tokenizer = load_tokenizer(recipe.tokenizer)
-    writers = {split: _SplitWriter(recipe, tokenizer, split) for split in SPLITS}
-    for split, ids in _assigned_documents(recipe, source):
-        writers[split].add(ids)
-    splits = {split: writer.close() for split, writer in writers.items()}
+    vocabulary, count_bytes, file = Vocabulary.of(tokenizer), byte_counter(tokenizer), Path(recipe.path)
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(_writer(recipe, vocabulary, split)) for split in SPLITS}
+        for split, ids in _assigned_documents(recipe, source):
+            document = Shard(file=file, tokens=ids, bounds=np.array([0, ids.size]))
+            writers[split].add(recipe.path, ids, count_bytes(document))
+            writers[split].end_document()
+        splits = {split: tuple(writer.finish()) for split, writer in writers.items()}
     _check_splits(recipe, splits)
     index = Index(
         directory=recipe.output_dir,
         splits=splits,
-        tokenizer_fingerprint=made_of["tokenizer_fingerprint"],
-        vocab_size=vocabulary_size(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
+        tokenizer_fingerprint=vocabulary.fingerprint,
+        vocab_size=vocabulary.size,
+        eos_token_id=vocabulary.eos_token_id,
         recipe=made_of,
     )
-    if local_path(recipe.tokenizer).resolve() != index.tokenizer_dir.resolve():
-        save_tokenizer(tokenizer, index.tokenizer_dir, replaces=True)
-    write_index(index)
+    finish(index, tokenizer, path=recipe.tokenizer)
     return index
 
 
-class _SplitWriter:
-    """Collects a split's documents, as views of where they lie, and writes a shard when one is full."""
-
-    def __init__(self, recipe: ImportRecipe, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
-        self.directory, self.tokens_per_shard = split_directory(recipe.output_dir, split), recipe.tokens_per_shard
-        self.vocab_size, self.eos_token_id = vocabulary_size(tokenizer), tokenizer.eos_token_id
-        self.metadata = {
-            "format": "gpt2x.tokens.1",
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "vocab_size": str(self.vocab_size),
-            "eos_token_id": str(self.eos_token_id),
-        }
-        self.count_bytes: Callable[[Shard], int] = byte_counter(tokenizer)
-        self.documents: list[np.ndarray] = []
-        self.num_tokens, self.entries = 0, list[ShardEntry]()
-        make_directory(self.directory)
-        for file in self.directory.glob("tokens_part_*.safetensors*"):  # of an import that was killed
-            discard(file)
-
-    def add(self, ids: np.ndarray) -> None:
-        """Takes a document, its end of text included."""
-        if self.documents and self.num_tokens + ids.size > self.tokens_per_shard:
-            self._write()
-        self.documents.append(ids)
-        self.num_tokens += ids.size
-
-    def close(self) -> tuple[ShardEntry, ...]:
-        """Writes what is left and returns the entries of all shards."""
-        if self.documents:
-            self._write()
-        return tuple(self.entries)
-
-    def _write(self) -> None:
-        shard = Shard(
-            file=self.directory / f"tokens_part_{len(self.entries):05d}.safetensors",
-            tokens=np.concatenate(self.documents, dtype=token_dtype(self.vocab_size), casting="unsafe"),
-            bounds=np.cumsum([0, *(ids.size for ids in self.documents)], dtype=np.int64),
-            eos_token_id=self.eos_token_id,
-        )
-        sha256 = write_shard(shard.file, tokens=shard.tokens, documents=shard.documents, metadata=self.metadata)
-        entry = ShardEntry(
-            file=shard.file.name,
-            num_tokens=self.num_tokens,
-            num_documents=len(self.documents),
-            num_bytes=self.count_bytes(shard),
-            sha256=sha256,
-        )
-        self.entries.append(entry)
-        self.documents, self.num_tokens = [], 0
+def _writer(recipe: ImportRecipe, vocabulary: Vocabulary, split: str) -> ShardWriter:
+    directory = split_directory(recipe.output_dir, split)
+    return ShardWriter(directory, vocabulary, tokens_per_shard=recipe.tokens_per_shard, numbers=count())
 
 
 def _assigned_documents(recipe: ImportRecipe, source: TokenSet) -> Iterator[tuple[str, np.ndarray]]:
@@ -117,28 +75,25 @@ def _assigned_documents(recipe: ImportRecipe, source: TokenSet) -> Iterator[tupl
     for split in SPLITS if is_split else ("train",):
         shards = tqdm(source.open_split(split), desc=f"importing {split}", unit=" files", disable=None)
         for ids in _documents(shards, source.eos_token_id):
-            held_out = not is_split and _is_validation(ids[:-1], recipe)
+            held_out = not is_split and _is_validation(ids, recipe)
             yield ("validation" if held_out else split), ids
 
 
 def _documents(shards: Iterable[Shard], eos_token_id: int) -> Iterator[np.ndarray]:
-    """The documents of files one after the other, each with its end of text.
+    """The documents of files one after the other, without their ends of text.
 
     Where a file does not list its documents, one without its end goes on in the next file, as in those of llm.c.
     """
-    beginning: list[np.ndarray] = []
-    end_of_text = np.array([eos_token_id])
+    parts: list[np.ndarray] = []
     for shard in shards:
         for start, end in zip(shard.documents[:-1], shard.documents[1:]):
-            ids = shard.tokens[start:end]
-            if ids[-1] != eos_token_id and shard.bounds is None:
-                beginning.append(ids)
-                continue
-            parts = [*beginning, ids] if ids[-1] == eos_token_id else [ids, end_of_text]
-            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
-            beginning = []
-    if beginning:
-        yield np.concatenate([*beginning, end_of_text])
+            is_ended = shard.tokens[end - 1] == eos_token_id
+            parts.append(shard.tokens[start : end - 1 if is_ended else end])
+            if is_ended or shard.bounds is not None:
+                yield np.concatenate(parts)
+                parts = []
+    if parts:
+        yield np.concatenate(parts)
 
 
 def _is_validation(ids: np.ndarray, recipe: ImportRecipe) -> bool:

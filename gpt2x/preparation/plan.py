@@ -1,17 +1,13 @@
-"""What the tasks of a preparation have finished, on disk."""
+"""What a preparation is: recipe, tokenizer and texts, and whether what lies in its directory was made of them."""
 
 import dataclasses
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
-from typing_extensions import TypedDict
 
 from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection, PreparationRecipe
@@ -31,9 +27,10 @@ from gpt2x.corpus.sources import (
 )
 from gpt2x.corpus.values import listed
 from gpt2x.errors import UserError
-from gpt2x.files import DamagedError, locked, make_directory, read_json, write_file
-from gpt2x.shards.index import INDEX_FILE, Index, ShardEntryContent, load_index
-from gpt2x.tokenizers.bpe import tokenizer_fingerprint, vocabulary_size
+from gpt2x.files import locked, make_directory
+from gpt2x.preparation.records import TaskRecord, recorded, tasks_dir
+from gpt2x.shards.index import INDEX_FILE, Index, load_index
+from gpt2x.shards.writer import Vocabulary
 from gpt2x.tokenizers.chat_template import chat_tokenizer
 
 
@@ -43,8 +40,7 @@ class Plan:
 
     recipe: PreparationRecipe
     tokenizer: PreTrainedTokenizerFast
-    vocab_size: int
-    """Every id is below it."""
+    vocabulary: Vocabulary
     made_of: dict[str, Any]
     """What determines the shards, as JSON gives it back."""
 
@@ -52,21 +48,6 @@ class Plan:
     def output_dir(self) -> Path:
         """Where the shards go."""
         return self.recipe.output_dir
-
-    @property
-    def fingerprint(self) -> str:
-        """The tokenizer's."""
-        return self.made_of["tokenizer_fingerprint"]
-
-
-class TaskRecord(TypedDict):
-    """What a finished task made, and of what."""
-
-    made_of: dict[str, Any]
-    plan: str
-    splits: dict[str, list[ShardEntryContent]]
-    dropped: dict[str, int]
-    sha256: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +72,17 @@ def plan_of(recipe: PreparationRecipe, tokenizer: PreTrainedTokenizerFast) -> Pl
     """
     if recipe.chat is not None:
         tokenizer = chat_tokenizer(tokenizer, recipe.chat)
+    vocabulary = Vocabulary.of(tokenizer)
     made_of = {
         **without_secrets(dataclasses.asdict(recipe.corpus)),
         "tokens_per_shard": recipe.tokens_per_shard,
         "num_tasks": recipe.num_tasks,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "tokenizer_fingerprint": vocabulary.fingerprint,
     }
     if recipe.chat is not None:
         # What the template says, not where it lies.
         made_of["chat"] = {**dataclasses.asdict(recipe.chat), "template": tokenizer.chat_template}
-    return Plan(recipe=recipe, tokenizer=tokenizer, vocab_size=vocabulary_size(tokenizer), made_of=made_of)
+    return Plan(recipe=recipe, tokenizer=tokenizer, vocabulary=vocabulary, made_of=made_of)
 
 
 def finished_index(plan: Plan) -> Index | None:
@@ -170,14 +152,19 @@ def planned_sources(plan: Plan) -> Sources:
     """
     files = source_files(plan.recipe.corpus)
     found = look_at(files)
-    now = (plan.made_of, found)
     make_directory(tasks_dir(plan.output_dir))
     with locked(tasks_dir(plan.output_dir) / "plan.lock", waits=True):
         record = read_record(plan.output_dir)
-        if record is None or not (_is_begun(plan, record) or (record["made_of"], record["files"]) == now):
+        if (
+            record is None
+            or record["made_of"] != plan.made_of
+            or not (record["files"] == found or any(_finished_tasks(plan, record)))
+        ):
             record = record_of(plan, found, revision=dataset_revision(plan.recipe.corpus))
             write_record(plan.output_dir, record)
-    known = _known_sha256(plan, record) if record["files"] != found else {}
+    known: dict[str, str] = {}
+    for task in _finished_tasks(plan, record) if record["files"] != found else ():
+        known |= task["sha256"]
     then = [with_sha256(file, known) for file in record["files"]]
     # Where files are dealt out to the tasks, one that no finished task has read is in no shard.
     if changed := changes(then, found, files, is_partly_read=len(files) >= plan.recipe.num_tasks):
@@ -188,23 +175,15 @@ def planned_sources(plan: Plan) -> Sources:
     return Sources(files=files, found=found, revision=record.get("revision"), plan=identity_of(record))
 
 
+def _finished_tasks(plan: Plan, record: SourceRecord) -> Iterator[TaskRecord]:
+    identity = identity_of(record)
+    records = (recorded(plan.output_dir, task, plan=identity) for task in range(plan.recipe.num_tasks))
+    return (one for one in records if one is not None)
+
+
 def record_of(plan: Plan, files: list[SourceFile], *, revision: str | None) -> SourceRecord:
     """What is recorded of a preparation's sources."""
     return SourceRecord(made_of=plan.made_of, tokenizer=plan.recipe.tokenizer.path, files=files, revision=revision)
-
-
-def _is_begun(plan: Plan, record: SourceRecord) -> bool:
-    """Whether a task of this very record is finished."""
-    if record["made_of"] != plan.made_of:
-        return False
-    wanted = identity_of(record)
-    return any(_read(plan, task, wanted) is not None for task in range(plan.recipe.num_tasks))
-
-
-def _known_sha256(plan: Plan, record: SourceRecord) -> dict[str, str]:
-    wanted = identity_of(record)
-    records = (_read(plan, task, wanted) for task in range(plan.recipe.num_tasks))
-    return {name: value for found in records if found for name, value in found["sha256"].items()}
 
 
 def _flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,94 +202,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) and "\n" in value:
         return f"a text of sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]}"
     return shown(value)
-
-
-def tasks_dir(output_dir: Path) -> Path:
-    """Where the records are until the index is written."""
-    return output_dir / "tasks"
-
-
-def _record_file(output_dir: Path, task: int) -> Path:
-    return tasks_dir(output_dir) / f"task_{task:05d}.json"
-
-
-def task_lock_file(output_dir: Path, task: int) -> Path:
-    """Who has this lock works on the task."""
-    return tasks_dir(output_dir) / f"task_{task:05d}.lock"
-
-
-@contextmanager
-def alone_in(output_dir: Path) -> Iterator[None]:
-    """Has a directory of token shards to itself, as long as something is to be done there; who comes second waits."""
-    lock_file = output_dir / "preparation.lock"
-    is_complete = (output_dir / INDEX_FILE).is_file() and not tasks_dir(output_dir).exists()
-    if is_complete and not os.path.lexists(lock_file):
-        yield
-        return
-    make_directory(output_dir)
-    with locked(lock_file, waits=True):
-        yield
-
-
-def recorded(plan: Plan, sources: Sources, task: int) -> TaskRecord | None:
-    """What a finished task made, or None where it is not finished or was another preparation's."""
-    return _read(plan, task, sources.plan)
-
-
-def _read(plan: Plan, task: int, sources: str) -> TaskRecord | None:
-    try:
-        content = read_json(_record_file(plan.output_dir, task), _RecordContent)
-    except DamagedError:
-        return None
-    record = content["record"]
-    if content["sha256"] != _sha256(record):  # a bit has flipped, and would be in the index for ever
-        return None
-    return record if (record["made_of"], record["plan"]) == (plan.made_of, sources) else None
-
-
-def record_task(plan: Plan, task: int, record: TaskRecord) -> None:
-    """Records a finished task, whose shards are on the disk."""
-    content = _RecordContent(record=record, sha256=_sha256(record))
-    write_file(_record_file(plan.output_dir, task), json.dumps(content).encode())
-
-
-def _sha256(record: TaskRecord) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-class _RecordContent(TypedDict):
-    record: TaskRecord
-    sha256: str
-
-
-class _MadeBy(TypedDict):
-    tokenizer_fingerprint: str
-
-
-class _MadeOf(TypedDict):
-    made_of: _MadeBy
-
-
-class _AnyRecordContent(TypedDict):
-    record: _MadeOf
-
-
-def forget_other_preparations(plan: Plan) -> None:
-    """A preparation that was changed half-way must not be finished with the shards of before.
-
-    Raises:
-        UserError: where it was the tokenizer that changed, which nobody asks for and every part would be lost by.
-    """
-    for file in sorted(tasks_dir(plan.output_dir).glob("task_*.json")):
-        try:
-            found = read_json(file, _AnyRecordContent)["record"]["made_of"]
-        except DamagedError:  # another task has just forgotten it; or it counts for nothing and is written again
-            continue
-        before, now = found["tokenizer_fingerprint"], plan.fingerprint
-        if before != now:
-            raise UserError(
-                f"'{plan.output_dir}' holds parts made with another tokenizer ({before[:8]}, now {now[:8]}); restore "
-                f"the tokenizer, or delete that directory."
-            )
-        if found != plan.made_of:
-            file.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from gpt2x.corpus.documents import Reading, open_corpus, read_pieces, size_to_re
 from gpt2x.corpus.paths import passed_over
 from gpt2x.corpus.sources import read_record, with_sha256, write_record
 from gpt2x.corpus.values import listed
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError, discard, locked, make_directory, remove_leftovers
 from gpt2x.locate import holds_tokenizer, local_path, place_to_write, say
@@ -27,19 +28,15 @@ from gpt2x.preparation.chats import read_chats, spoken_text
 from gpt2x.preparation.plan import (
     Plan,
     Sources,
-    TaskRecord,
-    alone_in,
     describe_finished,
     finished_index,
     plan_of,
     planned_sources,
     record_of,
-    recorded,
-    tasks_dir,
 )
-from gpt2x.preparation.progress_bar import ProgressBar, Report
+from gpt2x.preparation.records import alone_in, recorded, tasks_dir
 from gpt2x.preparation.tasks import prepare_task, run_task
-from gpt2x.preparation.workers import run_parts, usable_cores
+from gpt2x.preparation.workers import progress_bar, run_parts
 from gpt2x.scan import cache_dir
 from gpt2x.shards.index import INDEX_FILE, SPLITS, Index, ShardEntry, entry_of, split_directory, write_index
 from gpt2x.tokenizers.bpe import (
@@ -77,18 +74,26 @@ def prepare(recipe: PreparationRecipe, *, is_quiet: bool = False) -> Index:
         sources = planned_sources(plan)
         if recipe.corpus.kind == "files" and (others := passed_over(recipe.corpus.paths)):
             print(others, file=sys.stderr)
-        missing = [task for task in range(recipe.num_tasks) if not recorded(plan, sources, task)]
-        num_workers = min(recipe.num_workers or usable_cores(), len(missing))
-        with _progress(recipe, missing, sources) as progress:
-            if num_workers > 1:
-                # The tokenizer lies on this machine by now: no worker asks the Hub for it.
-                tokenizer = dataclasses.replace(recipe.tokenizer, path=plan.tokenizer.name_or_path)
-                recipe = dataclasses.replace(recipe, tokenizer=tokenizer)
-                run_parts(_work, recipe, missing, num_workers=num_workers, report=progress.report)
-            else:
-                for task in missing:
-                    run_task(plan, task, progress.report)
+        _run_missing_tasks(plan, sources)
         return _finalize(plan)
+
+
+def _run_missing_tasks(plan: Plan, sources: Sources) -> None:
+    recipe, as_chat = plan.recipe, plan.recipe.chat is not None
+    missing = [task for task in range(recipe.num_tasks) if not recorded(plan.output_dir, task, plan=sources.plan)]
+    if not missing:
+        return
+    num_workers = min(recipe.num_workers or usable_cores(), len(missing))
+    size, unit = size_to_read(recipe.corpus, missing, num_tasks=recipe.num_tasks, files=sources.files, as_chat=as_chat)
+    with progress_bar("tokenizing", total=size, unit=unit) as report:
+        if num_workers > 1:
+            # The tokenizer lies on this machine by now: no worker asks the Hub for it.
+            tokenizer = dataclasses.replace(recipe.tokenizer, path=plan.tokenizer.name_or_path)
+            recipe = dataclasses.replace(recipe, tokenizer=tokenizer)
+            run_parts(prepare_task, recipe, missing, num_workers=num_workers, report=report)
+        else:
+            for task in missing:
+                run_task(plan, task, report)
 
 
 def _tokenizer_of(recipe: PreparationRecipe) -> PreTrainedTokenizerFast:
@@ -101,18 +106,6 @@ def _tokenizer_of(recipe: PreparationRecipe) -> PreTrainedTokenizerFast:
     if has_own and not (holds_tokenizer(local_path(section.path)) or is_another):
         section = dataclasses.replace(section, path=str(own))
     return prepare_tokenizer(section, recipe.corpus, as_chat=recipe.chat is not None)
-
-
-def _progress(recipe: PreparationRecipe, tasks: list[int], sources: Sources) -> ProgressBar:
-    if not tasks:
-        return ProgressBar("tokenizing", total=0, unit="B")
-    as_chat = recipe.chat is not None
-    size, unit = size_to_read(recipe.corpus, tasks, num_tasks=recipe.num_tasks, files=sources.files, as_chat=as_chat)
-    return ProgressBar("tokenizing", total=size, unit=unit)
-
-
-def _work(recipe: PreparationRecipe, task: int, report: Report) -> None:
-    prepare_task(recipe, task, report=report)
 
 
 def prepare_tokenizer(
@@ -128,24 +121,8 @@ def prepare_tokenizer(
     Raises:
         UserError: where the saved one has another vocabulary size; and what training and loading raise.
     """
-    with ExitStack() as stack:
-        if section.vocab_size is not None and not holds_tokenizer(local_path(section.path)):
-            key = hashlib.sha256(str(local_path(section.path).resolve()).encode()).hexdigest()[:32]
-            with suppress(UnwritableError):  # then two would train the same, and one would complain
-                make_directory(cache_dir())
-                stack.enter_context(locked(cache_dir() / f"tokenizer-{key}.lock", waits=True))
-        return _prepare_tokenizer(section, corpus, as_chat=as_chat)
-
-
-def _prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool) -> PreTrainedTokenizerFast:
     if section.vocab_size is not None and not holds_tokenizer(local_path(section.path)):
-        directory = place_to_write(section.path, field="tokenizer.path")
-        reading = open_corpus(corpus, lambda read: progress.report(read, 0), as_chat=as_chat)
-        say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
-        with ProgressBar("training the tokenizer", total=reading.size, unit=reading.unit) as progress:
-            texts = _training_texts(reading, corpus, as_chat=as_chat)
-            made_of = training_of(section, corpus, as_chat=as_chat)
-            save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
+        _train_tokenizer(section, corpus, as_chat=as_chat)
     tokenizer = load_tokenizer(section.path)
     if section.vocab_size not in (None, vocabulary_size(tokenizer)):
         raise UserError(
@@ -153,6 +130,24 @@ def _prepare_tokenizer(section: TokenizerSection, corpus: CorpusSection, *, as_c
             f"{vocabulary_size(tokenizer)}; set another tokenizer.path, or delete that directory."
         )
     return tokenizer
+
+
+def _train_tokenizer(section: TokenizerSection, corpus: CorpusSection, *, as_chat: bool) -> None:
+    """Trains and saves it, unless another process just has."""
+    key = hashlib.sha256(str(local_path(section.path).resolve()).encode()).hexdigest()[:32]
+    with ExitStack() as stack:
+        with suppress(UnwritableError):  # then two would train the same, and one would complain
+            make_directory(cache_dir())
+            stack.enter_context(locked(cache_dir() / f"tokenizer-{key}.lock", waits=True))
+        if holds_tokenizer(local_path(section.path)):
+            return
+        directory = place_to_write(section.path, field="tokenizer.path")
+        reading = open_corpus(corpus, lambda read: report(read, 0), as_chat=as_chat)
+        say(f"training a tokenizer of {section.vocab_size:,} tokens into {directory}")
+        with progress_bar("training the tokenizer", total=reading.size, unit=reading.unit) as report:
+            texts = _training_texts(reading, corpus, as_chat=as_chat)
+            made_of = training_of(section, corpus, as_chat=as_chat)
+            save_tokenizer(train_tokenizer(texts, section), directory, trained_on=made_of)
 
 
 def _training_texts(reading: Reading, corpus: CorpusSection, *, as_chat: bool) -> Iterator[str]:
@@ -177,49 +172,52 @@ def finalize(recipe: PreparationRecipe) -> Index:
 
 def _finalize(plan: Plan) -> Index:
     """Writes what the records come to, the index last: where it is, the rest is on the disk."""
-    sources = planned_sources(plan)
-    records = _all_records(plan, sources)
+    sources, num_tasks = planned_sources(plan), plan.recipe.num_tasks
+    found = {task: recorded(plan.output_dir, task, plan=sources.plan) for task in range(num_tasks)}
+    records = [record for record in found.values() if record is not None]
+    if len(records) < num_tasks:
+        missing = [task for task, record in found.items() if record is None]
+        raise UserError(f"tasks {missing} of {num_tasks} are not finished in '{plan.output_dir}'; run them first.")
     splits = {split: _in_order(entry_of(e) for r in records for e in r["splits"][split]) for split in SPLITS}
     dropped = dict(sum((Counter(record["dropped"]) for record in records), Counter()))
     num_documents = {split: sum(entry.num_documents for entry in splits[split]) for split in SPLITS}
     _check_split(plan.recipe, num_documents, dropped)
-    index = Index(
-        directory=plan.output_dir,
-        splits=splits,
-        tokenizer_fingerprint=plan.fingerprint,
-        vocab_size=plan.vocab_size,
-        eos_token_id=plan.tokenizer.eos_token_id,
-        recipe=plan.made_of,
-        dropped=dropped,
-    )
-    if local_path(plan.recipe.tokenizer.path).resolve() != index.tokenizer_dir.resolve():
-        save_tokenizer(plan.tokenizer, index.tokenizer_dir, replaces=True)
-    _remove_unlisted_shards(index)
     sha256 = {name: value for record in records for name, value in record["sha256"].items()}
     files = [with_sha256(file, sha256) for file in sources.found]
     write_record(plan.output_dir, record_of(plan, files, revision=sources.revision))
-    write_index(index)
+    index = Index(
+        directory=plan.output_dir,
+        splits=splits,
+        tokenizer_fingerprint=plan.vocabulary.fingerprint,
+        vocab_size=plan.vocabulary.size,
+        eos_token_id=plan.vocabulary.eos_token_id,
+        recipe=plan.made_of,
+        dropped=dropped,
+    )
+    finish(index, plan.tokenizer, path=plan.recipe.tokenizer.path)
     discard(tasks_dir(plan.output_dir))
     return index
 
 
-def _all_records(plan: Plan, sources: Sources) -> list[TaskRecord]:
-    num_tasks = plan.recipe.num_tasks
-    found = {task: recorded(plan, sources, task) for task in range(num_tasks)}
-    missing = [task for task, record in found.items() if record is None]
-    if missing:
-        raise UserError(f"tasks {missing} of {num_tasks} are not finished in '{plan.output_dir}'; run them first.")
-    return [record for record in found.values() if record is not None]
+def finish(index: Index, tokenizer: PreTrainedTokenizerFast, *, path: str) -> None:
+    """The last step of every preparation, an import included: the tokenizer beside the shards, nothing that is not
+    listed, and the index last: where it is, the rest is on the disk.
 
-
-def _remove_unlisted_shards(index: Index) -> None:
-    """What preparations that never came to an end have left."""
+    Args:
+        index: of shards that are written.
+        tokenizer: that made them.
+        path: where the tokenizer is from; what lies in the directory already is left there.
+    """
+    if local_path(path).resolve() != index.tokenizer_dir.resolve():
+        save_tokenizer(tokenizer, index.tokenizer_dir, replaces=True)
+    # What preparations that never came to an end have left.
     remove_leftovers(index.directory, "*.json")
     for split in SPLITS:
         listed = {entry.file for entry in index.splits[split]}
         for file in split_directory(index.directory, split).glob("tokens_part_*.safetensors*"):
             if file.name not in listed:
                 discard(file)
+    write_index(index)
 
 
 def _in_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:

@@ -6,31 +6,24 @@ from contextlib import ExitStack
 from itertools import count
 
 import numpy as np
-from tokenizers import Encoding
 
 from gpt2x.config import PreparationRecipe
 from gpt2x.corpus.cutting import can_be_cut
-from gpt2x.corpus.documents import Piece, Reading, Share, open_corpus, read_pieces
+from gpt2x.corpus.documents import Reading, Share, open_corpus, read_pieces
 from gpt2x.corpus.sources import ReadingWatch
-from gpt2x.files import locked, make_directory
 from gpt2x.preparation.chats import write_chats
 from gpt2x.preparation.checks import check_task
-from gpt2x.preparation.plan import (
-    Plan,
-    Sources,
+from gpt2x.preparation.plan import Plan, Sources, finished_index, plan_of, planned_sources
+from gpt2x.preparation.records import (
     TaskRecord,
-    finished_index,
+    alone_with_task,
     forget_other_preparations,
-    plan_of,
-    planned_sources,
     record_task,
     recorded,
-    task_lock_file,
-    tasks_dir,
 )
-from gpt2x.preparation.progress_bar import Report
-from gpt2x.preparation.writer import ShardWriter
-from gpt2x.shards.index import SPLITS, content_of
+from gpt2x.preparation.workers import Report
+from gpt2x.shards.index import SPLITS, content_of, split_directory
+from gpt2x.shards.writer import ShardWriter
 from gpt2x.tokenizers.bpe import check_trained_on, load_tokenizer, text_encoder
 from gpt2x.tokenizers.encoding import encoded
 
@@ -58,27 +51,33 @@ def prepare_task(recipe: PreparationRecipe, task: int, *, report: Report | None 
 
 def run_task(plan: Plan, task: int, report: Report) -> None:
     """Makes a task's shards, as the only process; what another one has finished in the meantime is left alone."""
-    make_directory(tasks_dir(plan.output_dir))
-    with locked(task_lock_file(plan.output_dir, task), waits=True):
+    recipe, directory = plan.recipe, plan.output_dir
+    with alone_with_task(directory, task):
         if finished_index(plan):
             return
-        forget_other_preparations(plan)
+        forget_other_preparations(directory, plan.made_of)
         sources = planned_sources(plan)
-        if recorded(plan, sources, task):
+        if recorded(directory, task, plan=sources.plan):
             return
-        watch = ReadingWatch(sources.files, sources.found, task=task, num_tasks=plan.recipe.num_tasks)
+        watch = ReadingWatch(sources.files, sources.found, task=task, num_tasks=recipe.num_tasks)
         with ExitStack() as stack:
-            numbers = {split: count(task, plan.recipe.num_tasks) for split in SPLITS}
-            writers = {split: stack.enter_context(ShardWriter(plan, split, numbers[split])) for split in SPLITS}
+            writers = {split: stack.enter_context(_writer(plan, task, split)) for split in SPLITS}
             dropped = _tokenize(plan, task, writers, report=report, sources=sources, watch=watch)
             splits = {split: [content_of(entry) for entry in writers[split].finish()] for split in SPLITS}
-        record_task(
-            plan,
-            task,
-            TaskRecord(
-                made_of=plan.made_of, plan=sources.plan, splits=splits, dropped=dict(dropped), sha256=watch.sha256
-            ),
+        record = TaskRecord(
+            made_of=plan.made_of, plan=sources.plan, splits=splits, dropped=dict(dropped), sha256=watch.sha256
         )
+        record_task(directory, task, record)
+
+
+def _writer(plan: Plan, task: int, split: str) -> ShardWriter:
+    return ShardWriter(
+        split_directory(plan.output_dir, split),
+        plan.vocabulary,
+        tokens_per_shard=plan.recipe.tokens_per_shard,
+        numbers=count(task, plan.recipe.num_tasks),
+        has_targets=plan.recipe.chat is not None,
+    )
 
 
 def _tokenize(
@@ -110,13 +109,11 @@ def _write_documents(
     encoder = text_encoder(plan.tokenizer)
     pieces = read_pieces(reading, plan.recipe.corpus, dropped=dropped, cuts=can_be_cut(encoder))
     for batch, encodings in encoded(pieces, encoder):
-        yield sum(_write(piece, encoding, writers) for piece, encoding in zip(batch, encodings, strict=True))
-
-
-def _write(piece: Piece, encoding: Encoding, writers: dict[str, ShardWriter]) -> int:
-    writer = writers["validation" if piece.is_validation else "train"]
-    ids = np.array(encoding.ids, np.uint32)
-    writer.add(piece.name, ids, len(piece.text.encode()))
-    if piece.is_last:
-        writer.end_document()
-    return ids.size + piece.is_last
+        num_tokens = 0
+        for piece, encoding in zip(batch, encodings, strict=True):
+            writer = writers["validation" if piece.is_validation else "train"]
+            writer.add(piece.name, np.array(encoding.ids, np.uint32), len(piece.text.encode()))
+            if piece.is_last:
+                writer.end_document()
+            num_tokens += len(encoding.ids) + piece.is_last
+        yield num_tokens

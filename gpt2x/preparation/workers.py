@@ -1,4 +1,4 @@
-"""Processes that work on the parts of a preparation.
+"""Processes that work on the parts of a preparation, and the bar that shows how far they are.
 
 They are spawned, not forked: a fork copies the tokenizer's thread pool in the middle of whatever it does. Each has
 one pipe to the parent, through which it gets its next part and tells how far it is; a closed pipe is a dead worker.
@@ -7,24 +7,23 @@ one pipe to the parent, through which it gets its next part and tells how far it
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from time import monotonic
 from typing import Any
 
+from tqdm import tqdm
+
+from gpt2x.distributed.launch import usable_cores
 from gpt2x.errors import UserError
-from gpt2x.preparation.progress_bar import Report
 
-Work = Callable[[Any, int, Report], None]
-"""What to do with (recipe, part, report)."""
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+Report = Callable[[int, int], None]
+"""Told by how much the reading and the tokens have grown: (read, tokens)."""
+Work = Callable[..., None]
+"""What to do with (recipe, part, report=a Report)."""
 
 
 def run_parts(work: Work, recipe: Any, parts: Sequence[int], *, num_workers: int, report: Report) -> None:
@@ -40,7 +39,7 @@ def run_parts(work: Work, recipe: Any, parts: Sequence[int], *, num_workers: int
     Raises:
         UserError: what the work raises, and for a worker that died; the others are ended before.
     """
-    num_threads = max(usable_cores() // num_workers, 1)
+    num_threads = usable_cores(num_workers)
     waiting = list(parts)[::-1]
     workers: dict[Connection, tuple[BaseProcess, int]] = {}
     try:
@@ -54,7 +53,10 @@ def run_parts(work: Work, recipe: Any, parts: Sequence[int], *, num_workers: int
                 assert isinstance(connection, Connection)
                 _receive(connection, workers, waiting, report)
     finally:
-        _end([process for process, _ in workers.values()])
+        for process, _ in workers.values():
+            process.terminate()
+        for process, _ in workers.values():
+            process.join()
 
 
 def _start(work: Work, recipe: Any, num_threads: int) -> tuple[Connection, BaseProcess]:
@@ -109,13 +111,6 @@ def _obituary(process: BaseProcess, part: int) -> str:
     )
 
 
-def _end(processes: Sequence[BaseProcess]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join()
-
-
 def _worker(work: Work, recipe: Any, num_threads: int, connection: Connection) -> None:
     """The whole life of a worker."""
     # Read when the tokenizer's threads start, which is at its first batch.
@@ -123,9 +118,29 @@ def _worker(work: Work, recipe: Any, num_threads: int, connection: Connection) -
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_threads > 1 else "false"
     try:
         while True:
-            work(recipe, connection.recv(), lambda read, tokens: connection.send((read, tokens)))
+            work(recipe, connection.recv(), report=lambda read, tokens: connection.send((read, tokens)))
             connection.send(None)
     except UserError as error:
         connection.send(str(error))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is done, or gone
+
+
+@contextmanager
+def progress_bar(description: str, *, total: int | None, unit: str) -> Iterator[Report]:
+    """A bar of what has been read, with tokens per second and the time left; silent where nobody watches.
+
+    Yields:
+        What moves it on.
+    """
+    sum_tokens, started = 0, monotonic()
+
+    def report(read: int, tokens: int) -> None:
+        nonlocal sum_tokens
+        sum_tokens += tokens
+        rate = sum_tokens / max(monotonic() - started, 1e-9)
+        bar.set_postfix_str(f"{sum_tokens / 1e6:,.1f}M tokens, {rate / 1e3:,.0f}k tokens/s", refresh=False)
+        bar.update(read)
+
+    with tqdm(total=total, desc=description, unit=unit, unit_scale=True, disable=None, smoothing=0.05) as bar:
+        yield report

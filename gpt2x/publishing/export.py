@@ -7,13 +7,13 @@ import torch
 
 from gpt2x.adapters import whole_model
 from gpt2x.config.publishing import ExportRecipe
-from gpt2x.locate import local_path
+from gpt2x.locate import from_pretrained, local_path
 from gpt2x.models import load_for_inference
-from gpt2x.publishing.comparison import Difference
-from gpt2x.publishing.export_checks import check_export
-from gpt2x.publishing.files import size_bytes, whole_or_nothing
-from gpt2x.publishing.reference import Reference
+from gpt2x.publishing.comparison import Difference, Reference, compare, model_logits
+from gpt2x.publishing.output import check_export, size_bytes, whole_or_nothing
+from gpt2x.runs.layout import name_of
 from gpt2x.tokenizers.bpe import load_tokenizer, write_tokenizer
+from modeling_gpt2x import GPT2XForCausalLM
 
 # Model types that transformers.js loads by name.
 _JAVASCRIPT_TYPES = ("gpt2", "llama", "qwen3", "nanochat")
@@ -46,8 +46,6 @@ def export_model(recipe: ExportRecipe) -> Export:
 
 
 def _export_native(recipe: ExportRecipe, directory: str) -> Export:
-    from gpt2x.publishing.native import check_native, load_native, write_native
-
     reference = Reference.read(directory)
     with whole_or_nothing(recipe.output_dir) as partial:
         write_tokenizer(load_tokenizer(directory), partial)
@@ -93,6 +91,29 @@ def _export_gguf(recipe: ExportRecipe, directory: str) -> Export:
 def model_name(model: str) -> str:
     """What to call a model: a run's name for its directory and those inside it, else the last part of the path."""
     path = local_path(model).resolve() if local_path(model).exists() else Path(model)
-    while path.name in ("final", "model", "checkpoints") or path.parent.name == "checkpoints":
-        path = path.parent
-    return path.name
+    return name_of(path)
+
+
+def load_native(name_or_path: str) -> GPT2XForCausalLM:
+    """A model of gpt2x's form or of one of the stock forms that it converts, in float32.
+
+    Raises:
+        UserError: where it is neither.
+    """
+    return from_pretrained(GPT2XForCausalLM, name_or_path, dtype=torch.float32).eval()
+
+
+def write_native(model: GPT2XForCausalLM, directory: Path, *, dtype: str) -> None:
+    """Writes weights, config and code; the tokenizer is the caller's."""
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+
+
+def check_native(directory: Path, reference: Reference, *, dtype: str) -> Difference:
+    """Loads what was written, in float32, and compares it with what the model's own files say.
+
+    Raises:
+        UserError: where the logits differ by more than rounding.
+    """
+    loaded = from_pretrained(GPT2XForCausalLM, directory, dtype=torch.float32).eval()
+    logits_BTV = model_logits(loaded, reference.ids, reference.mask)
+    return compare(logits_BTV, reference.logits, reference.mask, dtype=dtype)

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gpt2x.errors import UserError
 from gpt2x.locate import from_pretrained
-from gpt2x.publishing.comparison import Difference, compare, model_logits
-from gpt2x.publishing.export_checks import check_gguf_type
+from gpt2x.publishing.comparison import Difference, Reference, compare, model_logits
 from gpt2x.publishing.gguf_tokenizer import add_tokenizer
-from gpt2x.publishing.reference import Reference
+from gpt2x.publishing.output import check_gguf_type
 
 TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),

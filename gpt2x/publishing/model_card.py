@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gpt2x.locate import is_hub_id
 from gpt2x.publishing.published_model import PublishedModel
-from gpt2x.runs.files_of import RunFiles
+from gpt2x.runs.results import RunFiles
 
 _ARCHITECTURE = {
     "model_type": "model type",

@@ -22,10 +22,9 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from gpt2x.errors import UserError
-from gpt2x.publishing.comparison import Difference, compare, sample_batch
+from gpt2x.publishing.comparison import Difference, Reference, compare, sample_batch
 from gpt2x.publishing.onnx_generation import FILES, OnnxDecoder
 from gpt2x.publishing.onnx_readers import write_configs
-from gpt2x.publishing.reference import Reference
 
 # LayerNormalization came with 17; what came later helps none of these models and shuts out older runtimes.
 OPSET = 18

@@ -8,7 +8,7 @@ import onnx_ir
 from transformers import PreTrainedModel
 
 from gpt2x.publishing.onnx_generation import FILES
-from modeling_gpt2x import save_config
+from gpt2x.stock_forms import save_config
 
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, read_records
+from gpt2x.runs.layout import RunLayout
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: where the run has no readable metrics.jsonl.
     """
-    file = run_dir / "metrics.jsonl"
+    file = RunLayout(run_dir).metrics_file
     if not file.exists():
         raise UserError(f"{file} does not exist; give the directory of a run, runs/NAME.")
     damaged: list[str] = []

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gpt2x.files import make_directory, write_file
 from gpt2x.reporting.metrics import column, read_metrics
+from gpt2x.runs.layout import RunLayout
 
 BLUE, ORANGE, GREY = "#2f6db3", "#d9662b", "#5f6b76"
 # Of the sources of a mixture: told apart also by those who see no red and green (Okabe & Ito's palette).
@@ -111,7 +112,7 @@ def write_plots(run_dir: Path) -> list[Path]:
         UserError: where the run has no readable metrics.jsonl, or the plots cannot be written.
     """
     metrics = read_metrics(run_dir)
-    plots_dir = run_dir / "plots"
+    plots_dir = RunLayout(run_dir).plots_dir
     make_directory(plots_dir)
     drawn = [plot for plot in PLOTS if any(len(column(metrics, curve.key)[0]) for curve in plot.curves)]
     return [_write(draw(plot, metrics, run_dir.resolve().name), plots_dir / f"{plot.name}.png") for plot in drawn]

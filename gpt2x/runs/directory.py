@@ -1,19 +1,23 @@
-"""A run's directory: what it holds, and whether to start, to go on, or to refuse."""
+"""A run's directory: its one writer, and whether to start, to go on, or to refuse."""
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gpt2x.checkpoints.format import list_checkpoints, named_checkpoints, read_trainer
+from filelock import SoftFileLease
+
+from gpt2x import files
+from gpt2x.checkpoints.format import list_checkpoints, read_trainer
 from gpt2x.config import TrainingRecipe, to_yaml
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, append_line, make_directory, read_json, read_yaml, set_aside, sync, write_file
 from gpt2x.runs.changes import Changes, as_table, changes_between, changes_of_shape, is_larger_budget
-from gpt2x.runs.lock import LOCK_NAMES, Hold
+from gpt2x.runs.layout import LOCK_NAMES, RunLayout, named_checkpoints
 
 # Every recipe of a run has these, by which its config.yaml is told from other people's.
 _SECTIONS = ("run", "data", "train", "optimizer")
@@ -21,9 +25,41 @@ _PASSING = re.compile(rf"({'|'.join(map(re.escape, LOCK_NAMES))}).*|.+\.tmp-[0-9
 _UNKNOWN: Changes = {"recipe": ("unknown", "this one")}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """A run directory that this process has to itself.
+
+    Attributes:
+        path: the directory.
+        identity: device and number of its inode, by which it is known whatever its name.
+        lease: what other machines see of the lock.
+    """
+
+    path: Path
+    identity: tuple[int, int]
+    lease: SoftFileLease
+
+    def check(self) -> None:
+        """Raises UserError where the directory is no longer there, or no longer this process's."""
+        try:
+            is_there = _identity(self.path) == self.identity
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise UserError(
+                f"{self.path} was moved or removed while the run was writing to it, and nothing is made anew there; "
+                f"bring it back, or set run.dir and run.name to where it is, and the same command goes on."
+            )
+        if self.lease.compromise is not None:
+            raise UserError(
+                f"{self.path} was taken over by another process, since this one gave no sign of life for "
+                f"{files.LEASE_S:.0f} s; see that only one of them runs."
+            )
+
+
 @dataclass(frozen=True)
-class RunDirectory:
-    """The files of one run.
+class RunDirectory(RunLayout):
+    """The files of one run, and what this process may do there.
 
     Attributes:
         path: ``runs/NAME``.
@@ -32,50 +68,9 @@ class RunDirectory:
         hold: by which this process has it to itself; None where it only looks.
     """
 
-    path: Path
     changes: Changes = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     hold: Hold | None = None
-
-    @property
-    def config_file(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON object per record."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples_file(self) -> Path:
-        """One JSON object per sampled text."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def spikes_file(self) -> Path:
-        """One JSON object per step whose loss was out of the ordinary."""
-        return self.path / "spikes.jsonl"
-
-    @property
-    def record_files(self) -> tuple[Path, ...]:
-        """What is appended to while the run goes on."""
-        return self.metrics_file, self.samples_file, self.spikes_file
-
-    @property
-    def stats_file(self) -> Path:
-        """The run in numbers; written when it is finished, after everything else."""
-        return self.path / "stats.json"
-
-    @property
-    def losses_file(self) -> Path:
-        """The recorded training losses in order; written when it is finished."""
-        return self.path / "losses.npy"
-
-    @property
-    def final_dir(self) -> Path:
-        """The trained model."""
-        return self.path / "final"
 
     def is_finished(self) -> bool:
         """Whether the budget of the recipe that it was opened with was spent here; a larger one is not."""
@@ -104,6 +99,37 @@ class RunDirectory:
             if file.exists():
                 sync(file)
         sync(self.path)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[Hold]:
+    """Has a run directory to itself while the block runs.
+
+    Args:
+        run_dir: made where it is missing.
+
+    Raises:
+        UserError: where another process has it, and where the directory cannot be written to.
+    """
+    with ExitStack() as stack:
+        try:
+            files.make_directory(run_dir)
+            lease = stack.enter_context(files.locked(run_dir / LOCK_NAMES[0]))
+            hold = Hold(path=run_dir, identity=_identity(run_dir), lease=lease)
+        except files.BusyError as error:
+            raise UserError(
+                f"{run_dir} is being written by {error}; wait for it, or start another run with --run.name NAME."
+            ) from error
+        except files.UnwritableError as error:
+            raise UserError(
+                f"{run_dir} cannot be written to ({error.reason}); make it writable, or set run.dir."
+            ) from error
+        yield hold
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def open_run_directory(recipe: TrainingRecipe, *, name: str) -> RunDirectory:
@@ -201,4 +227,4 @@ def write_config(run: RunDirectory, recipe: TrainingRecipe) -> None:
         if os.path.lexists(run.config_file):
             set_aside(run.config_file)
     write_file(run.config_file, to_yaml(recipe).encode())
-    make_directory(run.path / "checkpoints")
+    make_directory(run.checkpoints_dir)

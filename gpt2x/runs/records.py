@@ -76,7 +76,7 @@ def sweep(run: RunDirectory) -> None:
     run.check()
     for file in (run.config_file, run.final_dir, run.stats_file, run.losses_file, *run.record_files):
         remove_leftovers(run.path, file.name)
-    remove_leftovers(run.path / "plots")
+    remove_leftovers(run.plots_dir)
 
 
 def refuse_to_start_over(run: RunDirectory, *, damaged: list[str], damage_of_final: str | None) -> None:
@@ -89,7 +89,7 @@ def refuse_to_start_over(run: RunDirectory, *, damaged: list[str], damage_of_fin
     """
     recorded = [file.name for file in run.record_files if _content(file)]
     lost = [path.name for path in (run.final_dir, run.stats_file) if os.path.lexists(path)]
-    were_removed = bool(recorded) and not os.path.lexists(run.path / "checkpoints")
+    were_removed = bool(recorded) and not os.path.lexists(run.checkpoints_dir)
     if not (lost or damaged or were_removed):
         return
     there = ", ".join([*lost, *recorded, *(["damaged checkpoints"] if damaged else [])])

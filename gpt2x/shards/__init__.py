@@ -1,1 +1,1 @@
-"""Text to token shards: corpora, tokenizers, shard files and their index, preparation."""
+"""Token shards: their files, index, statistics and writer, and the token sets that a data.path may hold."""

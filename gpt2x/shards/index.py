@@ -93,12 +93,6 @@ class Index:
         return self.directory / "tokenizer"
 
     @property
-    def fingerprint(self) -> str:
-        """A sha256 over every shard's and the tokenizer's: the same wherever the same data lies."""
-        hashes = [entry.sha256 for split in SPLITS for entry in self.splits[split]]
-        return combined_sha256([self.tokenizer_fingerprint, *hashes])
-
-    @property
     def location(self) -> str:
         """The directory, for messages."""
         return str(self.directory)
@@ -150,12 +144,12 @@ class Index:
 
     def _checked(self, shard: Shard, entry: ShardEntry, found: Scan) -> Shard:
         """Compares the content with the entry and the vocabulary."""
-        if found.sha256 != entry.sha256:
+        if found["sha256"] != entry.sha256:
             raise UserError(
                 f"{shard.file}: its content has changed ({INDEX_FILE} lists sha256 {entry.sha256[:12]}, the file has "
-                f"{found.sha256[:12]}); {REMEDY}."
+                f"{found['sha256'][:12]}); {REMEDY}."
             )
-        shard = dataclasses.replace(shard, id_range=(found.smallest_id, found.largest_id))
+        shard = dataclasses.replace(shard, id_range=(found["smallest_id"], found["largest_id"]))
         shard.check_token_ids(self.vocab_size)
         return shard
 

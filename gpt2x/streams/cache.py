@@ -15,7 +15,7 @@ from gpt2x.config.streaming import FillerRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, discard, opened
 from gpt2x.shards.files import Shard, open_shard
-from gpt2x.streams.cutting import Vocabulary
+from gpt2x.shards.writer import Vocabulary
 from gpt2x.streams.ledger import (
     Beginning,
     Ledger,
@@ -28,7 +28,7 @@ from gpt2x.streams.ledger import (
     validation_file,
 )
 from gpt2x.streams.process import FillerProcess
-from gpt2x.tokenizers.bpe import is_saved, load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
+from gpt2x.tokenizers.bpe import is_saved, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
 POLL_S = 0.02
 # How long a failure that was there before this reader counts as that of an earlier run, whose successor removes it.
@@ -54,11 +54,7 @@ class StreamCache:
             UserError: for a cache of another stream, or in use by another run.
         """
         self.section, self.name, self.ledger, self.directory = section, name, ledger, section.cache_dir
-        self.vocabulary = Vocabulary(
-            size=vocabulary_size(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            fingerprint=tokenizer_fingerprint(tokenizer),
-        )
+        self.vocabulary = Vocabulary.of(tokenizer)
         self.lock, self.waited_s = threading.RLock(), 0.0
         self._closing, self._created_at = threading.Event(), time.monotonic()
         self._old_failure = _identity(failure_file(self.directory))

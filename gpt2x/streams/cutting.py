@@ -20,18 +20,10 @@ from gpt2x.corpus.documents import is_validation
 from gpt2x.corpus.rows import text_of
 from gpt2x.errors import UserError
 from gpt2x.shards.files import token_dtype
+from gpt2x.shards.writer import Vocabulary
 from gpt2x.streams.ledger import Position
 from gpt2x.streams.reading import Row
 from gpt2x.tokenizers.encoding import batches
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """What a shard says of the tokenizer that made it."""
-
-    size: int
-    eos_token_id: int
-    fingerprint: str
 
 
 class Document(NamedTuple):

@@ -27,9 +27,9 @@ from gpt2x.config import CorpusSection
 from gpt2x.config.streaming import FillerRecipe
 from gpt2x.errors import UserError
 from gpt2x.files import discard, locked, make_directory
-from gpt2x.shards.files import write_shard
 from gpt2x.shards.index import ShardEntry, split_directory
-from gpt2x.streams.cutting import Cutter, Documents, Piece, Vocabulary
+from gpt2x.shards.writer import Vocabulary, write_documents
+from gpt2x.streams.cutting import Cutter, Documents, Piece
 from gpt2x.streams.ledger import (
     Beginning,
     Ledger,
@@ -223,22 +223,10 @@ class Filler:
 
     def _write(self, file: Path, documents: Documents) -> ShardEntry:
         """Writes a shard; none for no documents."""
-        starts, sha256 = documents.starts(), ""
-        if documents.ids:
-            metadata = {
-                "format": "gpt2x.tokens.1",
-                "tokenizer_fingerprint": self.vocabulary.fingerprint,
-                "vocab_size": str(self.vocabulary.size),
-                "eos_token_id": str(self.vocabulary.eos_token_id),
-            }
-            sha256 = write_shard(file, tokens=np.concatenate(documents.ids), documents=starts, metadata=metadata)
-        return ShardEntry(
-            file=file.name,
-            num_tokens=documents.num_tokens,
-            num_documents=len(documents.ids),
-            num_bytes=documents.num_bytes,
-            sha256=sha256,
-        )
+        if not documents.ids:
+            return ShardEntry(file=file.name, num_tokens=0, num_documents=0, num_bytes=0, sha256="")
+        tokens, starts = np.concatenate(documents.ids), documents.starts()
+        return write_documents(file, self.vocabulary, tokens=tokens, starts=starts, num_bytes=documents.num_bytes)
 
     def _changed(self, what: str) -> UserError:
         return UserError(

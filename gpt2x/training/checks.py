@@ -17,6 +17,7 @@ from gpt2x.prerequisites import (
     refuse_adapters,
 )
 from gpt2x.publishing.hub import check_push
+from gpt2x.runs.layout import RunLayout, named_checkpoints
 from gpt2x.shards.index import INDEX_FILE
 
 
@@ -41,7 +42,7 @@ def check_before_torch(recipe: TrainingRecipe, *, num_processes: int, run_dir: P
     _check_origin(recipe)
     if recipe.evaluation.hellaswag is not None:
         load_run_items(recipe.evaluation)
-    has_begun = any((run_dir / "checkpoints").glob("step-*")) or (run_dir / "stats.json").exists()
+    has_begun = bool(named_checkpoints(run_dir)) or RunLayout(run_dir).stats_file.exists()
     for preparation in _preparations(recipe):
         check_preparation(preparation, section="data.preparation.")
         _prepare_or_compare(preparation, has_begun=has_begun)

@@ -13,8 +13,7 @@ from gpt2x.batches.order import GlobalOrder, Phase, phases_of_json
 from gpt2x.batches.read_ahead import ReadAhead
 from gpt2x.batches.validation import ValidationBatches
 from gpt2x.config import TrainingRecipe
-from gpt2x.distributed.flags import wait_for_main
-from gpt2x.distributed.ranks import data_rank
+from gpt2x.distributed.ranks import data_rank, wait_for_main
 from gpt2x.errors import UserError
 from gpt2x.tokenizers.bpe import load_tokenizer, tokenizer_fingerprint
 from gpt2x.training.checks import check_batch, prepare_missing_shards

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2x.errors import UserError
-from gpt2x.training.job import Job
+from gpt2x.training.trainer import Trainer
 
 _BYTES_PER_NUMBER = 4  # weights and optimizer state are float32
 # What the estimate leaves out: headers, the tokenizer, records, plots.
@@ -39,16 +39,16 @@ class Room:
         return self.num_kept * self.checkpoint_bytes + self.model_bytes + _ALLOWANCE
 
 
-def measure_room(job: Job) -> Room:
+def measure_room(trainer: Trainer) -> Room:
     """What a run needs and what there is."""
-    num_kept, num_for_ever = _counts(job)
-    saved, final = job.trainee.num_saved(job.plain_model)
+    num_kept, num_for_ever = _counts(trainer)
+    saved, final = trainer.trainee.num_saved(trainer.plain_model)
     return Room(
-        checkpoint_bytes=_BYTES_PER_NUMBER * saved + _optimizer_bytes(job),
+        checkpoint_bytes=_BYTES_PER_NUMBER * saved + _optimizer_bytes(trainer),
         model_bytes=_BYTES_PER_NUMBER * final,
         num_kept=num_kept,
         num_for_ever=num_for_ever,
-        free_bytes=shutil.disk_usage(_existing(job.run.path)).free + _used_bytes(job.run.path / "checkpoints"),
+        free_bytes=shutil.disk_usage(_existing(trainer.run.path)).free + _used_bytes(trainer.run.checkpoints_dir),
     )
 
 
@@ -78,10 +78,10 @@ def check_room(room: Room, run_dir: Path) -> str | None:
     return None
 
 
-def _counts(job: Job) -> tuple[int, int | None]:
+def _counts(trainer: Trainer) -> tuple[int, int | None]:
     """(checkpoints there at a time, those that gather beside them or None)."""
-    train, max_steps = job.recipe.train, job.budget.max_steps
-    num_special = int(train.save_best) + int(job.recipe.optimizer.lr_scheduler_type == "wsd")
+    train, max_steps = trainer.recipe.train, trainer.budget.max_steps
+    num_special = int(train.save_best) + int(trainer.recipe.optimizer.lr_scheduler_type == "wsd")
     if train.save_steps is None:
         return 2 + num_special, 0
     num_made = None if max_steps is None else max_steps // train.save_steps + 1
@@ -94,9 +94,9 @@ def _counts(job: Job) -> tuple[int, int | None]:
     return limit + 1 + num_special, num_for_ever
 
 
-def _optimizer_bytes(job: Job) -> int:
+def _optimizer_bytes(trainer: Trainer) -> int:
     """AdamW keeps two numbers per parameter, Muon one."""
-    groups = (group for optimizer in job.optimizers for group in optimizer.param_groups)
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
     numbers = ((2 if "betas" in group else 1) * parameter.numel() for group in groups for parameter in group["params"])
     return _BYTES_PER_NUMBER * sum(numbers)
 

@@ -1,11 +1,13 @@
-"""Optimizers: AdamW with decay groups, and Muon for the matrices of the layers."""
+"""Optimizers: AdamW with decay groups, Muon for the matrices of the layers, and the scale of their fp16 gradients."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
@@ -14,7 +16,7 @@ from gpt2x.distributed.sharding import in_shards_like, whole_matrices
 
 
 def make_optimizers(
-    model: PreTrainedModel, section: OptimizerSection, *, mixed_precision: str = "bf16", fused: bool = True
+    model: PreTrainedModel, section: OptimizerSection, *, mixed_precision: str = "bf16"
 ) -> list[Optimizer]:
     """The optimizers of a recipe, every trainable parameter in exactly one of them.
 
@@ -22,7 +24,6 @@ def make_optimizers(
         model: any causal language model of transformers.
         section: which optimizer, and its hyper-parameters.
         mixed_precision: of the recipe, which Muon's matrix products follow: float32 with ``no``, else bfloat16.
-        fused: whether AdamW runs as one kernel.
 
     Returns:
         AdamW alone, or Muon and the AdamW for what Muon does not take. Each group carries its peak learning rate as
@@ -33,7 +34,7 @@ def make_optimizers(
         "lr": section.learning_rate,
         "betas": (section.adam_beta1, section.adam_beta2),
         "eps": section.adam_epsilon,
-        "fused": fused,
+        "fused": True,
     }
     undecayed = {"params": vectors, "weight_decay": 0.0}
     if section.name == "adamw":
@@ -58,23 +59,20 @@ def make_optimizers(
 
 def split_parameters(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters as (matrices of the layers, embeddings and head, vectors); a tied one counts once."""
-    tables = {id(parameter) for module in _tables(model) for parameter in module.parameters() if parameter.ndim == 2}
+    head = model.get_output_embeddings()
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or module is head
+        for parameter in module.parameters()
+    }
     matrices: list[nn.Parameter] = []
     embeddings: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
-        if parameter.ndim < 2:
-            vectors.append(parameter)
-        else:
-            (embeddings if id(parameter) in tables else matrices).append(parameter)
+        kind = vectors if parameter.ndim < 2 else embeddings if id(parameter) in tables else matrices
+        kind.append(parameter)
     return matrices, embeddings, vectors
-
-
-def _tables(model: PreTrainedModel) -> Iterator[nn.Module]:
-    yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
-    head = model.get_output_embeddings()
-    if head is not None:
-        yield head
 
 
 def _filled(*groups: dict) -> list[dict]:
@@ -170,3 +168,32 @@ def orthogonalize(matrices_NRC: Tensor, *, steps: int = 5, dtype: torch.dtype = 
         gram = x_NRC @ x_NRC.mT
         x_NRC = torch.baddbmm(x_NRC, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x_NRC, beta=a)
     return (x_NRC.mT if tall else x_NRC).to(matrices_NRC.dtype)
+
+
+# --- scaled gradients (fp16) under several optimizers: one decision and one change of the scale per step -------------
+#
+# accelerate's wrapper of an optimizer changes the scale itself: of Muon and its AdamW the second would divide
+# gradients by the scale once more, leave its step out or not without regard to the first, and count every step twice.
+
+# Gradients that overflow without being scaled up would overflow at any scale (Megatron-LM stops there as well).
+MIN_SCALE = 1.0
+
+
+def settle_scale(scaler: GradScaler, *, is_kept: bool) -> None:
+    """Ends a step whose gradients have been unscaled: lowers the scale where one was not finite, else counts it.
+
+    Args:
+        scaler: of the accelerator, whose clipping has unscaled the gradients of all optimizers.
+        is_kept: whether the scale stays as it is, of a step that the scale has nothing to do with.
+    """
+    before = scaler.state_dict() if is_kept else None
+    scaler.update()  # in any case, since it forgets that the gradients are unscaled
+    if before is not None:
+        scaler.load_state_dict(before)
+
+
+def without_scaler(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside accelerate's wrapper where that has a scaler, else the one that was given."""
+    if isinstance(optimizer, AcceleratedOptimizer) and optimizer.scaler is not None:
+        return optimizer.optimizer
+    return optimizer

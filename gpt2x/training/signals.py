@@ -96,11 +96,10 @@ class StopRequest:
 
     def is_asked(self) -> bool:
         """Whether this process was asked to stop, or its launcher has died."""
-        self._look_for_parent()
         return self.signal_number is not None
 
-    def takes_save_request(self) -> bool:
-        """Whether SIGUSR1 asked to save since this was last called."""
+    def take_save_request(self) -> bool:
+        """Takes back the request to save that SIGUSR1 made; False where there was none."""
         wants_save, self._wants_save = self._wants_save, False
         return wants_save
 

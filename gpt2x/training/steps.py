@@ -3,44 +3,71 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gpt2x.checkpoints.progress import Progress, seed_step
-from gpt2x.distributed.accelerators import on_device
-from gpt2x.distributed.deepspeed import backward, uses_zero, zero_grad_norm
+from gpt2x.checkpoints.progress import seed_step
+from gpt2x.distributed.devices import on_device
 from gpt2x.distributed.ranks import data_rank
-from gpt2x.training.job import Job
-from gpt2x.training.obstacles import StepOutcome, find_obstacle
-from gpt2x.training.optimizers import set_learning_rates
-from gpt2x.training.scaler import settle_scale, without_scaler
+from gpt2x.training.optimizers import MIN_SCALE, set_learning_rates, settle_scale, without_scaler
 from gpt2x.training.schedules import learning_rate_factor
-from gpt2x.training.spikes import StepLosses
+from gpt2x.training.trainer import Trainer
+
+NO_TARGETS = "no token to predict"
 
 MicroBatch = Mapping[str, Tensor]
 
 
-def optimizer_step(job: Job, progress: Progress, micro_batches: Sequence[MicroBatch]) -> StepOutcome:
+class StepLosses(NamedTuple):
+    """What one rank's micro-batches say of the loss of a step."""
+
+    shares: Tensor
+    """Each micro-batch's share of the step's loss, times the number of ranks, (A,) float32 on the device."""
+    targets: Tensor
+    """Predicted tokens of each micro-batch, (A,) int64 on the CPU."""
+    targets_per_rank: Tensor
+    """Predicted tokens of the step over all ranks, divided by the number of ranks."""
+
+    def means(self) -> Tensor:
+        """Each micro-batch's own mean loss, (A,); -inf where it predicts nothing."""
+        targets = self.targets.to(self.shares.device)
+        means = self.shares * self.targets_per_rank / targets
+        return means.masked_fill(targets == 0, -math.inf)
+
+
+class StepOutcome(NamedTuple):
+    """What became of an optimizer step, the same on all ranks but for the losses."""
+
+    metrics: dict[str, float]
+    losses: StepLosses
+    obstacle: str | None
+    """Why the weights were left as they were; None where they were updated, or will be at a lower scale."""
+    has_overflowed: bool = False
+    """Whether the weights were left as they were because the gradient, scaled for fp16, was not finite."""
+
+
+def optimizer_step(trainer: Trainer, micro_batches: Sequence[MicroBatch]) -> StepOutcome:
     """One update of the weights from all micro-batches of a step.
 
     The loss is the sum of the cross-entropies of the whole step, over micro-batches and ranks, divided by the step's
     valid tokens, so that the gradient does not depend on how the step is cut. Where loss or gradient are not finite,
     which all ranks see alike, the weights are left as they are, by all optimizers.
     """
-    accelerator, model = job.accelerator, job.model
-    seed_step(job.recipe.run.seed, step=progress.step, rank=data_rank(accelerator).rank)
+    accelerator, model, recipe, progress = trainer.accelerator, trainer.model, trainer.recipe, trainer.progress
+    seed_step(recipe.run.seed, step=progress.step, rank=data_rank(accelerator).rank)
     factor = learning_rate_factor(
-        job.recipe.optimizer, warmup=job.budget.warmup(progress), progress=job.budget.decay(progress)
+        recipe.optimizer, warmup=trainer.budget.warmup(progress), progress=trainer.budget.decay(progress)
     )
-    set_learning_rates(job.optimizers, factor)
+    set_learning_rates(trainer.optimizers, factor)
     losses = accumulate_losses(accelerator, model, micro_batches)
     loss = accelerator.reduce(losses.shares.sum(), reduction="mean")
-    grad_norm = clip_gradients(accelerator, model, job.recipe.train.max_grad_norm)
+    grad_norm = clip_gradients(accelerator, model, recipe.train.max_grad_norm)
     metrics = {
         "train/loss": loss.item(),
-        "learning_rate": job.optimizers[0].param_groups[0]["lr"],
+        "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
         "grad_norm": grad_norm,
     }
     scaler, num_targets = accelerator.scaler, losses.targets_per_rank.item()
@@ -48,20 +75,30 @@ def optimizer_step(job: Job, progress: Progress, micro_batches: Sequence[MicroBa
         metrics["train/loss_scale"] = scaler.get_scale()
     obstacle = find_obstacle(metrics, num_targets=num_targets)
     has_overflowed = obstacle is None and not math.isfinite(grad_norm)
-    job.saver.wait_for_copy()
+    trainer.saver.wait_for_copy()
     if scaler is not None:
         settle_scale(scaler, is_kept=obstacle is not None)
-    for optimizer in job.optimizers:
+    for optimizer in trainer.optimizers:
         if obstacle is None and not has_overflowed:
             without_scaler(optimizer).step()
         optimizer.zero_grad(set_to_none=True)
     return StepOutcome(metrics, losses, obstacle, has_overflowed)
 
 
-def accumulate_gradients(accelerator: Accelerator, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """Adds up the gradients of a step's micro-batches, and returns the step's loss over all ranks, a scalar."""
-    losses = accumulate_losses(accelerator, model, micro_batches)
-    return accelerator.reduce(losses.shares.sum(), reduction="mean")
+def find_obstacle(metrics: Mapping[str, float], *, num_targets: float) -> str | None:
+    """Why a step must not move the weights, from numbers that are the same on all ranks.
+
+    Args:
+        metrics: the step's loss, the norm of its gradient before clipping, and, where gradients are scaled for fp16,
+            by how much. Scaled gradients overflow as a matter of course, until the scale has come down.
+        num_targets: predicted tokens over all ranks.
+    """
+    loss, grad_norm, scale = metrics["train/loss"], metrics["grad_norm"], metrics.get("train/loss_scale", MIN_SCALE)
+    if num_targets == 0:
+        return NO_TARGETS
+    if not math.isfinite(loss):
+        return f"loss is {loss}"
+    return None if math.isfinite(grad_norm) or scale > MIN_SCALE else f"gradient norm is {grad_norm}"
 
 
 def accumulate_losses(accelerator: Accelerator, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> StepLosses:
@@ -87,7 +124,7 @@ def accumulate_losses(accelerator: Accelerator, model: nn.Module, micro_batches:
                 use_cache=False,
             ).loss
             loss = loss_sum / divisor
-            backward(accelerator, model, loss, is_last=is_last)
+            accelerator.backward(loss)
         shares.append(loss.detach())
     return StepLosses(torch.stack(shares), targets, targets_per_rank)
 
@@ -99,6 +136,4 @@ def count_targets(labels_BT: Tensor) -> Tensor:
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> float:
     """Scales the gradients down to ``max_norm`` and returns their norm before that."""
-    if uses_zero(accelerator):
-        return zero_grad_norm(model)  # the engine clips when it steps
     return float(accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm))

@@ -37,7 +37,7 @@ from gpt2x.adapters import (
     save_adapters,
     save_merged,
 )
-from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
+from gpt2x.checkpoints.state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.config import LoraSection, OptimizerSection
 from gpt2x.errors import UserError
 from gpt2x.training.optimizers import make_optimizers

@@ -15,7 +15,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, from_stock_config, from_stock_state_dict
+from gpt2x import from_stock_config, from_stock_state_dict
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 VOCAB_SIZE = 61
 TOKENS: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": None}

@@ -15,12 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modeling_gpt2x import (
-    GPT2XForCausalLM,
-    GPT2XForSequenceClassification,
-    GPT2XForTokenClassification,
-    from_stock_config,
-)
+from gpt2x import from_stock_config
+from modeling_gpt2x import GPT2XForCausalLM, GPT2XForSequenceClassification, GPT2XForTokenClassification
 
 AUTO_CLASSES = {
     GPT2XForSequenceClassification: AutoModelForSequenceClassification,

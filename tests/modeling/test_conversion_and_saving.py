@@ -21,15 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modeling_gpt2x import (
-    GPT2XConfig,
-    GPT2XForCausalLM,
-    GPT2XModel,
-    from_stock_config,
-    stock_model_type,
-    to_stock_config,
-    to_stock_state_dict,
-)
+import gpt2x
+from gpt2x import from_stock_config, save_stock, stock_model_type, to_stock_config, to_stock_state_dict
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, GPT2XModel
 
 SAVED_NOT_COMPUTED = {"_name_or_path", "architectures", "transformers_version", "dtype"}
 
@@ -39,7 +33,7 @@ def test_stock_to_gpt2x_to_stock_is_bit_exact(name: str, tmp_path: Path) -> None
     stock = STOCK_MODELS[name]()
     stock.save_pretrained(tmp_path / "stock", max_shard_size="20KB")
     model = GPT2XForCausalLM.from_pretrained(tmp_path / "stock")
-    model.save_stock(tmp_path / "again")
+    save_stock(model, tmp_path / "again")
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -69,7 +63,7 @@ def test_stock_to_gpt2x_to_stock_is_bit_exact(name: str, tmp_path: Path) -> None
 def test_rope_is_also_where_transformers_4_and_mistral_rs_look_for_it(
     model: Callable[[], PreTrainedModel], theta: float | None, scaling: dict | None, tmp_path: Path
 ) -> None:
-    gpt2x_like(model()).save_stock(tmp_path)
+    save_stock(gpt2x_like(model()), tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert (fields.get("rope_theta"), fields.get("rope_scaling")) == (theta, scaling)
 
@@ -103,7 +97,7 @@ def test_gpt2x_to_stock_to_gpt2x_keeps_every_option(name: str) -> None:
 def test_saving_stock_names_the_option_that_prevents_it(options: dict, field: str, tmp_path: Path) -> None:
     model = GPT2XForCausalLM(small_config(**options))
     with pytest.raises(ValueError, match=rf"No stock class expresses this model.*{field}.*save_pretrained") as error:
-        model.save_stock(tmp_path)
+        save_stock(model, tmp_path)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -159,12 +153,12 @@ def test_the_headless_model_converts_too(tmp_path: Path) -> None:
 def test_save_stock_takes_gathered_weights_and_writes_float32(tmp_path: Path) -> None:
     model = gpt2x_like(gpt2()).to(torch.bfloat16)
     gathered = {name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()}
-    model.save_stock(tmp_path, state_dict=gathered)
+    save_stock(model, tmp_path, state_dict=gathered)
     weights = load_file(tmp_path / "model.safetensors")
     assert all(w.dtype == torch.float32 and torch.all(w == 0.5) for w in weights.values())
     assert "lm_head.weight" not in weights
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
-    model.save_stock(tmp_path, dtype=torch.bfloat16)
+    save_stock(model, tmp_path, dtype=torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -208,10 +202,13 @@ def test_resized_embeddings_are_saved() -> None:
 
 
 # ------------------------------------------------------------------------------- processes that know no gpt2x
-def run_clean(code: str, directory: Path) -> str:
+WITHOUT_GPT2X = "import sys; sys.modules.update(dict.fromkeys(['gpt2x', 'modeling_gpt2x']))\n"
+
+
+def run_clean(code: str, directory: Path, guard: str = WITHOUT_GPT2X) -> str:
     """Runs `code` in a process that cannot import our packages; returns what it prints."""
-    guard = "import sys; sys.modules.update(dict.fromkeys(['gpt2x', 'modeling_gpt2x']))\n"
     environment = {"HF_HOME": str(directory / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(gpt2x.__file__).parents[1])
     command = [sys.executable, "-c", guard + textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=directory, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -222,7 +219,7 @@ def run_clean(code: str, directory: Path) -> str:
 def test_a_process_without_gpt2x_loads_the_model_and_generates_the_same(form: str, tmp_path: Path) -> None:
     model = gpt2x_like(gpt2())
     if form == "stock":
-        model.save_stock(tmp_path / "model")
+        save_stock(model, tmp_path / "model")
     else:
         model.save_pretrained(tmp_path / "model")
     output = run_clean(
@@ -239,6 +236,73 @@ def test_a_process_without_gpt2x_loads_the_model_and_generates_the_same(form: st
     names = {"stock": "GPT2LMHeadModel GPT2Model", "gpt2x": "GPT2XForCausalLM GPT2XModel"}[form]
     tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False, pad_token_id=0).tolist()
     assert output.splitlines()[-2:] == [names, str(tokens)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_process_without_gpt2x_refuses_a_stock_model_in_one_line(name: str, tmp_path: Path) -> None:
+    gpt2x_like(gpt2()).save_pretrained(tmp_path / "model")
+    STOCK_MODELS[name]().save_pretrained(tmp_path / "stock")
+    output = run_clean(
+        """
+        from transformers import AutoModelForCausalLM
+        model_class = type(AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True))
+        try:
+            model_class.from_pretrained("stock")
+        except ValueError as error:
+            print(error)
+        """,
+        tmp_path,
+    )
+    assert output.splitlines()[-1] == (
+        f"stock is a {name} model and no gpt2x one; install the package gpt2x, which converts stock models, or load "
+        "it with AutoModelForCausalLM."
+    )
+
+
+def test_a_process_without_gpt2x_refuses_weights_that_are_not_whole(tmp_path: Path) -> None:
+    model = gpt2x_like(llama())
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "model.norm.weight"}
+    model.save_pretrained(tmp_path / "model", state_dict=weights)
+    output = run_clean(
+        """
+        from transformers import AutoModelForCausalLM
+        try:
+            AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
+        except ValueError as error:
+            print(error)
+        """,
+        tmp_path,
+    )
+    assert output.splitlines()[-1] == (
+        "model lacks model.norm.weight, which a gpt2x model needs; use a complete checkpoint."
+    )
+
+
+def test_the_code_beside_a_model_converts_a_stock_one_where_gpt2x_is_installed(tmp_path: Path) -> None:
+    stock = llama()
+    gpt2x_like(gpt2()).save_pretrained(tmp_path / "model")
+    stock.save_pretrained(tmp_path / "stock")
+    output = run_clean(
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+        model_class = type(AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True))
+        model = model_class.from_pretrained("stock")
+        print(model_class.__module__.split(".")[0], model(torch.tensor([[5, 6, 7]])).logits.argmax(-1).tolist())
+        """,
+        tmp_path,
+        guard="",
+    )
+    tokens = stock(torch.tensor([[5, 6, 7]])).logits.argmax(-1).tolist()
+    assert output.splitlines()[-1] == f"transformers_modules {tokens}"
+
+
+def test_gpt2x_loads_its_stock_forms_when_they_are_asked_for() -> None:
+    code = "import sys, gpt2x; print('torch' in sys.modules, gpt2x.save_stock.__module__, 'torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "False gpt2x.stock_forms.pretrained True\n"
+    with pytest.raises(AttributeError, match="module 'gpt2x' has no attribute 'save_stok'"):
+        gpt2x.save_stok  # noqa: B018
 
 
 def test_the_stock_class_of_the_default_is_gpt2() -> None:

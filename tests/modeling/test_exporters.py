@@ -8,7 +8,7 @@ from stock_models import STOCK_MODELS, gpt2x_like, random_tokens
 from transformers import DynamicCache
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 
-from modeling_gpt2x.cache_gpt2x import CACHE_NAME
+from modeling_gpt2x.context_gpt2x import CACHE_NAME
 
 pytest.importorskip("transformers.exporters.runners", reason="what transformers exported before 5.23 does not run")
 PROMPT = 6

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
-from modeling_gpt2x.cache_gpt2x import MIN_ROOM, GrowingLayer, grow_in_place
+from modeling_gpt2x.context_gpt2x import MIN_ROOM, GrowingLayer, grow_in_place
 
 LAYERS, ROWS, HEADS, WIDTH = 2, 3, 2, 4
 

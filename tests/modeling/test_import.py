@@ -12,7 +12,7 @@ from stock_models import gpt2, random_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from modeling_gpt2x import GPT2XForCausalLM
+from gpt2x import from_nanogpt, save_stock
 
 VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH = 61, 32, 4, 2, 24
 MODEL_ARGS = {
@@ -86,7 +86,7 @@ def save_checkpoint(path: Path, weights: dict[str, torch.Tensor], **model_args: 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_nanogpt_checkpoint_gives_nanogpts_logits(bias: bool, tmp_path: Path) -> None:
     weights, tokens = nanogpt_weights(bias=bias), random_tokens(1, 20, VOCABULARY)
-    model = GPT2XForCausalLM.from_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", weights, bias=bias))
+    model = from_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", weights, bias=bias))
     torch.testing.assert_close(model(tokens).logits[0], nanogpt_logits(weights, tokens), rtol=1e-5, atol=1e-5)
     assert not model.training
     assert model.config.hidden_dropout == model.config.attention_dropout == model.config.embedding_dropout == 0.1
@@ -96,7 +96,7 @@ def test_a_nanogpt_checkpoint_gives_nanogpts_logits(bias: bool, tmp_path: Path) 
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_imported_checkpoint_is_a_stock_gpt2(bias: bool, tmp_path: Path) -> None:
     weights, tokens = nanogpt_weights(bias=bias), random_tokens(1, 20, VOCABULARY)
-    GPT2XForCausalLM.from_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", weights)).save_stock(tmp_path / "stock")
+    save_stock(from_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", weights)), tmp_path / "stock")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
     torch.testing.assert_close(stock(tokens).logits[0], nanogpt_logits(weights, tokens), rtol=1e-5, atol=1e-5)
 
@@ -108,7 +108,7 @@ def test_a_bare_state_dict_is_understood_in_every_wrapper(key: str | None, prefi
     saved = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
     saved[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, LENGTH, LENGTH).tril()
     torch.save(saved if key is None else {key: saved, "epoch": 3}, tmp_path / "model.pth")
-    model = GPT2XForCausalLM.from_nanogpt(tmp_path / "model.pth", num_attention_heads=HEADS)
+    model = from_nanogpt(tmp_path / "model.pth", num_attention_heads=HEADS)
     torch.testing.assert_close(model(tokens).logits[0], nanogpt_logits(weights, tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -117,20 +117,20 @@ def test_the_transposed_matrices_of_transformers_are_recognized(has_prefix: bool
     stock, tokens = gpt2(tie_word_embeddings=False), random_tokens(1, 9)
     saved = {name if has_prefix else name.removeprefix("transformer."): w for name, w in stock.state_dict().items()}
     torch.save(saved, tmp_path / "pytorch_model.bin")
-    model = GPT2XForCausalLM.from_nanogpt(tmp_path / "pytorch_model.bin", num_attention_heads=4, hidden_act="gelu_new")
+    model = from_nanogpt(tmp_path / "pytorch_model.bin", num_attention_heads=4, hidden_act="gelu_new")
     torch.testing.assert_close(model(tokens).logits, stock(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_bare_state_dict_needs_the_number_of_heads(tmp_path: Path) -> None:
     torch.save(nanogpt_weights(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"model\.pth does not say how many heads .*; give num_attention_heads"):
-        GPT2XForCausalLM.from_nanogpt(tmp_path / "model.pth")
+        from_nanogpt(tmp_path / "model.pth")
 
 
 def test_a_contradicting_number_of_heads_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "ckpt.pt", nanogpt_weights())
     with pytest.raises(ValueError, match=r"num_attention_heads \(8\) must be 4, as .* says n_head; leave it out"):
-        GPT2XForCausalLM.from_nanogpt(path, num_attention_heads=8)
+        from_nanogpt(path, num_attention_heads=8)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_contradicting_number_of_heads_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_whole_gpt2_is_refused_by_name(change: dict, message: str, tmp_path: Path) -> None:
     weights = {name: w for name, w in {**nanogpt_weights(), **change}.items() if w is not None}
     with pytest.raises(ValueError, match=message) as error:
-        GPT2XForCausalLM.from_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", weights))
+        from_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", weights))
     assert "\n" not in str(error.value)
 
 
@@ -170,7 +170,7 @@ def test_a_payload_is_refused_and_never_executed(is_zip: bool, tmp_path: Path) -
     else:
         (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(checkpoint, protocol=2))
     with pytest.raises(ValueError, match=r"ckpt\.pt holds more than tensors and plain values.*nothing in it was exec"):
-        GPT2XForCausalLM.from_nanogpt(tmp_path / "ckpt.pt")
+        from_nanogpt(tmp_path / "ckpt.pt")
     assert not (tmp_path / "executed").exists()
 
 
@@ -178,12 +178,12 @@ def test_a_payload_is_refused_and_never_executed(is_zip: bool, tmp_path: Path) -
 def test_a_file_that_torch_did_not_save_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "ckpt.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"ckpt\.pt .*no file of torch\.save"):
-        GPT2XForCausalLM.from_nanogpt(tmp_path / "ckpt.pt")
+        from_nanogpt(tmp_path / "ckpt.pt")
 
 
 def test_a_missing_file_and_a_list_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent\.pt is no file; give the path of a ckpt\.pt"):
-        GPT2XForCausalLM.from_nanogpt(tmp_path / "absent.pt")
+        from_nanogpt(tmp_path / "absent.pt")
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt holds a list but must hold a dict"):
-        GPT2XForCausalLM.from_nanogpt(tmp_path / "list.pt")
+        from_nanogpt(tmp_path / "list.pt")

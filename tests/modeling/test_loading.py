@@ -10,14 +10,8 @@ from safetensors.torch import load_file, save_file
 from stock_models import gpt2, gpt2x_like, llama, nanochat, qwen3, random_tokens, small_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modeling_gpt2x import (
-    GPT2XForCausalLM,
-    GPT2XForSequenceClassification,
-    GPT2XModel,
-    from_stock_config,
-    from_stock_state_dict,
-    to_stock_state_dict,
-)
+from gpt2x import from_stock_config, from_stock_state_dict, save_stock, to_stock_state_dict
+from modeling_gpt2x import GPT2XForCausalLM, GPT2XForSequenceClassification, GPT2XModel
 
 STOCK: dict[str, Callable[..., PreTrainedModel]] = {"gpt2": gpt2, "llama": llama, "qwen3": qwen3, "nanochat": nanochat}
 HEADS = [*((name, "true") for name in STOCK), ("gpt2", "absent")]
@@ -61,7 +55,7 @@ def test_a_head_that_contradicts_the_config_is_kept_as_the_stock_class_keeps_it(
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
     assert model.config.tie_word_embeddings is False
     # Whatever is written says so: another process needs no such luck.
-    model.save_stock(tmp_path / "again")
+    save_stock(model, tmp_path / "again")
     model.save_pretrained(tmp_path / "own")
     for written, model_class in (("again", AutoModelForCausalLM), ("own", GPT2XForCausalLM)):
         assert json.loads((tmp_path / written / "config.json").read_text())["tie_word_embeddings"] is False

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from stock_models import MODERN, VOCAB_SIZE, random_tokens, relative_error, small_config
 from torch import nn
 
-from modeling_gpt2x import GPT2XForCausalLM, chunked_linear_cross_entropy
+from modeling_gpt2x import GPT2XForCausalLM
+from modeling_gpt2x.linear_gpt2x import chunked_linear_cross_entropy
 
 
 def naive(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from stock_models import MODERN, gpt2, gpt2x_like, random_tokens, small_config
 from torch import nn
 
 from modeling_gpt2x import GPT2XForCausalLM
-from modeling_gpt2x.packed_gpt2x import MAX_ROWS, STEPS_BEFORE_PACKING, is_packable, packed_linears
+from modeling_gpt2x.linear_gpt2x import MAX_ROWS, STEPS_BEFORE_PACKING, is_packable, packed_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

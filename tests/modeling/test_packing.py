@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from gpt2x.training.cpu_attention import register_chunked_causal
 from modeling_gpt2x import GPT2XForCausalLM
-from modeling_gpt2x.masks_gpt2x import document_starts
+from modeling_gpt2x.context_gpt2x import document_starts
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {},

@@ -5,7 +5,8 @@ import torch
 from stock_models import GPT2_SIZES, STOCK_MODELS, gpt2, gpt2x_like, llama, random_tokens, relative_error
 from transformers import PreTrainedModel
 
-from modeling_gpt2x import GPT2XForCausalLM, to_stock_state_dict
+from gpt2x import to_stock_state_dict
+from modeling_gpt2x import GPT2XForCausalLM
 
 TOLERANCE = 1e-5
 

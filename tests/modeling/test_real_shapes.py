@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from stock_models import TOKENS, gpt2, llama, nanochat, qwen3, random_tokens, small_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gpt2x import save_stock
 from modeling_gpt2x import GPT2XForCausalLM
 
 VOCABULARY = 211
@@ -81,7 +82,7 @@ def test_real_shapes_convert_bit_for_bit_and_compute_the_same(name: str, tmp_pat
     model = GPT2XForCausalLM.from_pretrained(tmp_path / "stock")
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, stock(tokens).logits, rtol=1e-5, atol=1e-5)
-    model.save_stock(tmp_path / "again")
+    save_stock(model, tmp_path / "again")
     again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
     assert type(again) is type(stock)
     assert not any(loading.values())
@@ -125,7 +126,7 @@ def test_a_process_without_gpt2x_reads_every_stock_form_alike(tmp_path: Path) ->
     for number, name in enumerate(names):
         REAL_SHAPES[name]().save_pretrained(tmp_path / "stock")
         model = GPT2XForCausalLM.from_pretrained(tmp_path / "stock")
-        model.save_stock(tmp_path / str(number))
+        save_stock(model, tmp_path / str(number))
         options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         with torch.no_grad():
             expected[f"logits {number}"] = model(tokens).logits

@@ -11,8 +11,8 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 from transformers.utils import logging
 
 from modeling_gpt2x import GPT2XForCausalLM, GPT2XForTokenClassification
-from modeling_gpt2x.cache_gpt2x import CACHE_NAME, CACHE_NAMES
 from modeling_gpt2x.configuration_gpt2x import NEWEST_TESTED, warn_of_untested
+from modeling_gpt2x.context_gpt2x import CACHE_NAME, CACHE_NAMES
 
 ROOT = Path(__file__).parents[2]
 STOCK = {"gpt2": gpt2, "llama": llama}

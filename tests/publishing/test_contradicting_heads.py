@@ -51,7 +51,7 @@ def test_a_native_export_is_compared_with_what_the_stock_class_reads(
 ) -> None:
     """Were the head dropped on the way, the comparison would see it."""
     from gpt2x.errors import UserError
-    from gpt2x.publishing import native
+    from gpt2x.publishing import export as native
 
     def load_tied(directory: str) -> GPT2XForCausalLM:
         model = GPT2XForCausalLM.from_pretrained(directory)

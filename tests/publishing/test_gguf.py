@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from gpt2x.errors import UserError
-from gpt2x.publishing.reference import Reference
+from gpt2x.publishing.comparison import Reference
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 

@@ -22,11 +22,10 @@ from transformers import LlamaForCausalLM
 from gpt2x.config import HubSection
 from gpt2x.errors import UserError
 from gpt2x.manifest import write_manifest
-from gpt2x.publishing.hub import COMMAND, Push, push_run
-from gpt2x.publishing.pushed_files import files_to_push
+from gpt2x.publishing.hub import COMMAND, Push, files_to_push, push_run
 from gpt2x.tokenizers.bpe import load_tokenizer
-from gpt2x.training.failures import Failures
 from gpt2x.training.finish import push
+from gpt2x.training.recording import Failures
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_PlantedTokenThatNobodyMaySee"
@@ -227,6 +226,7 @@ def test_a_repository_must_be_named_by_user_and_name(run_dir, repo_id):
 
 def test_what_is_no_part_of_a_model_is_not_pushed_and_named(saved, capsys):
     directory = saved("gpt2x")
+    (directory / "conversion_gpt2x.py").touch()  # as of a model that an older gpt2x saved
     model_files = {file.name for file in directory.iterdir()}
     write_manifest(directory)
     shutil.copy(directory / "model.safetensors", directory / "optimizer.safetensors")
@@ -386,11 +386,12 @@ def test_a_message_of_the_client_that_quotes_the_token_is_cut(monkeypatch, run_d
 
 @pytest.fixture
 def finished_job(run_dir):
-    """As much of a finished run's job as its push looks at."""
+    """As much of a finished run's trainer as its push looks at."""
     hub_section = HubSection(push=True, repo_id="user/tiny")
     accelerator = SimpleNamespace(is_main_process=True, print=print)
     recipe, run = SimpleNamespace(hub=hub_section), SimpleNamespace(path=run_dir)
-    return SimpleNamespace(recipe=recipe, run=run, accelerator=accelerator, failures=Failures())
+    recorder = SimpleNamespace(failures=Failures(print))
+    return SimpleNamespace(recipe=recipe, run=run, accelerator=accelerator, recorder=recorder)
 
 
 def test_a_run_that_is_to_be_pushed_is_pushed_at_its_end(hub, finished_job, capsys):
@@ -410,4 +411,4 @@ def test_a_push_that_is_refused_leaves_the_run_alive_with_one_line_that_says_how
     )
     assert f"scripts/push_to_hub.py {run_dir} --repo_id user/tiny` tries again" in line
     assert TOKEN not in line
-    assert finished_job.failures.summary()[0].startswith("push failed 1 x")
+    assert finished_job.recorder.failures.summary()[0].startswith("push failed 1 x")

@@ -13,16 +13,16 @@ from published_models import random_model
 
 from gpt2x.config.publishing import ExportRecipe
 from gpt2x.errors import UserError
-from gpt2x.publishing.reference import Reference
+from gpt2x.publishing.comparison import Reference
 from gpt2x.tokenizers.bpe import write_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 
 from gpt2x.publishing.export import export_model  # noqa: E402
+from gpt2x.publishing.hub import files_to_push  # noqa: E402
 from gpt2x.publishing.onnx import check_onnx, write_onnx  # noqa: E402
 from gpt2x.publishing.onnx_generation import OnnxDecoder, Sampling, generate, generate_text, sample  # noqa: E402
-from gpt2x.publishing.pushed_files import files_to_push  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = {"one": [[5, 60, 7, 99, 280]], "three, padded": [[9, 17, 250], [4] * 3 + [77] * 6, list(range(40, 60))]}

@@ -13,10 +13,9 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, NanoChatForCausalLM,
 from gpt2x.config.publishing import ExportRecipe
 from gpt2x.errors import UserError
 from gpt2x.publishing import export as export_module
-from gpt2x.publishing import native
-from gpt2x.publishing.comparison import model_logits
+from gpt2x.publishing import export as native
+from gpt2x.publishing.comparison import Reference, model_logits
 from gpt2x.publishing.export import export_model
-from gpt2x.publishing.reference import Reference
 from modeling_gpt2x import GPT2XForCausalLM
 
 STOCK = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt2x.errors import UserError
-from gpt2x.publishing.files import check_output, size_bytes, whole_or_nothing
+from gpt2x.publishing.output import check_output, size_bytes, whole_or_nothing
 
 ROOT = Path(__file__).parents[2]
 CONFIG = '{"model_type": "llama", "hidden_size": 32, "dtype": "float32"}'
@@ -44,7 +44,7 @@ def test_a_failed_export_leaves_nothing(tmp_path):
 
 def test_a_killed_export_leaves_no_model_and_the_next_one_succeeds(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from gpt2x.publishing.files import whole_or_nothing\n"
+        "import os, signal, sys; from pathlib import Path; from gpt2x.publishing.output import whole_or_nothing\n"
         "with whole_or_nothing(Path(sys.argv[1])) as partial:\n"
         "    (partial / 'half').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"

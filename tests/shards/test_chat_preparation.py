@@ -79,7 +79,7 @@ def test_special_tokens_are_added_once_also_to_a_tokenizer_that_has_them(recipe,
     again = TokenizerSection(path=str(index.tokenizer_dir))
     other = prepare(dataclasses.replace(recipe, tokenizer=again, output_dir=tmp_path / "other"))
     assert other.vocab_size == 282
-    assert other.fingerprint == index.fingerprint
+    assert other.splits == index.splits
 
 
 def test_a_conversation_ends_as_its_template_ends_it_and_a_text_with_the_end_of_text(recipe, chats_file):
@@ -224,7 +224,7 @@ def test_the_same_conversation_is_on_one_side_of_the_split(recipe, chats_file):
         )
         for number, path in enumerate(paths)
     ]
-    assert indices[0].fingerprint == indices[1].fingerprint
+    assert indices[0].splits == indices[1].splits
 
 
 def test_a_tokenizer_is_trained_on_what_is_said_in_training_conversations(recipe, chats_file, tmp_path):

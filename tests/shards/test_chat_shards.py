@@ -11,11 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from gpt2x.config import CorpusSection, DataSection, PreparationRecipe, TokenizerSection
 from gpt2x.errors import UserError
-from gpt2x.preparation.chat_preview import preview
 from gpt2x.preparation.prepare import prepare
 from gpt2x.shards.files import open_shard, write_shard
 from gpt2x.shards.index import SPLITS, load_index
-from gpt2x.shards.statistics import longest_document, statistics
+from gpt2x.shards.statistics import longest_document, preview, statistics
 from gpt2x.tokenizers.bpe import load_tokenizer
 
 

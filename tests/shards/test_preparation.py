@@ -27,9 +27,9 @@ from gpt2x.preparation.prepare import (
     prepare_task,
     prepare_tokenizer,
 )
-from gpt2x.preparation.writer import ShardWriter
 from gpt2x.shards.index import load_index
 from gpt2x.shards.statistics import statistics
+from gpt2x.shards.writer import ShardWriter, Vocabulary
 
 
 def texts(index, split):
@@ -174,7 +174,7 @@ def test_a_finished_task_is_not_run_again(recipe, monkeypatch):
     prepare_tokenizer(recipe.tokenizer, recipe.corpus)
     prepare_task(recipe, 0)
     before = hashes(recipe.output_dir)
-    monkeypatch.setattr("gpt2x.preparation.prepare.open_corpus", None)
+    monkeypatch.setattr("gpt2x.preparation.tasks.open_corpus", None)
     prepare_task(recipe, 0)
     assert hashes(recipe.output_dir) == before
 
@@ -304,7 +304,7 @@ def test_a_tokenizer_without_vocab_size_is_used_as_it_is(recipe, tmp_path):
     expected = prepare(recipe)
     tokenizer = TokenizerSection(path=recipe.tokenizer.path)
     index = prepare(dataclasses.replace(recipe, tokenizer=tokenizer, output_dir=tmp_path / "other"))
-    assert index.fingerprint == expected.fingerprint
+    assert index.splits == expected.splits
 
 
 def test_a_tokenizer_that_changed_between_two_starts_is_refused(recipe, corpus):
@@ -335,7 +335,7 @@ def test_finished_data_counts_whatever_the_number_of_tasks_and_fields_that_came_
     for later in ("dataset", "streaming", "data_files", "document_separator", "num_tasks"):
         del content["recipe"][later]
     (recipe.output_dir / "index.json").write_text(json.dumps(content))
-    assert prepare(dataclasses.replace(recipe, num_tasks=5)).fingerprint == index.fingerprint
+    assert prepare(dataclasses.replace(recipe, num_tasks=5)).splits == index.splits
 
 
 @pytest.mark.trial
@@ -347,9 +347,9 @@ def test_every_task_counts_what_it_leaves_out_once(recipe, corpus_dir):
         assert prepare(again).dropped == {"empty": 2, "not UTF-8": 2}
 
 
-def test_an_id_outside_the_vocabulary_is_refused_before_it_wraps(recipe):
+def test_an_id_outside_the_vocabulary_is_refused_before_it_wraps(recipe, tmp_path):
     tokenizer = prepare_tokenizer(recipe.tokenizer, recipe.corpus)
-    with ShardWriter(plan_of(recipe, tokenizer), "train", range(9)) as writer:
+    with ShardWriter(tmp_path, Vocabulary.of(tokenizer), tokens_per_shard=9, numbers=range(9)) as writer:
         for outside in (300, 70_000, -1):
             complaint = rf"a.txt: the tokenizer gives id {outside}, outside its vocabulary of 300"
             with pytest.raises(UserError, match=complaint):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +53,8 @@ def mapped(file: Path) -> np.ndarray:
 def test_a_scan_finds_the_sha256_and_the_range_of_the_ids(file, chunk_bytes, monkeypatch):
     monkeypatch.setattr(scanning, "CHUNK_BYTES", chunk_bytes)
     found = scan(file, mapped(file))
-    assert found.sha256 == hashlib.sha256(TOKENS.tobytes()).hexdigest()
-    assert (found.smallest_id, found.largest_id) == (min(TOKENS), max(TOKENS))
+    assert found["sha256"] == hashlib.sha256(TOKENS.tobytes()).hexdigest()
+    assert (found["smallest_id"], found["largest_id"]) == (min(TOKENS), max(TOKENS))
 
 
 def test_extreme_ids_are_seen_wherever_they_stand(tmp_path, monkeypatch):
@@ -65,7 +64,7 @@ def test_extreme_ids_are_seen_wherever_they_stand(tmp_path, monkeypatch):
         ids[position], ids[-1 - position] = 5, 700
         ids.tofile(file)
         found = scan(file, mapped(file))
-        assert (found.smallest_id, found.largest_id) == (min(ids), max(ids))
+        assert (found["smallest_id"], found["largest_id"]) == (min(ids), max(ids))
 
 
 def test_a_file_that_is_known_is_not_read_again(file, never_again):
@@ -82,7 +81,7 @@ def test_a_file_that_has_changed_is_read_again(file, change):
     tokens[: 9000 if change == "size" else None].tofile(file)
     os.utime(file, ns=(0, file.stat().st_mtime_ns + (change == "content")))
     now = mapped(file).view(np.uint8) if change == "dtype" else mapped(file)
-    assert scan(file, now).smallest_id == now.min()
+    assert scan(file, now)["smallest_id"] == now.min()
     assert scan(file, now) != first
 
 
@@ -90,8 +89,8 @@ def test_an_answer_of_a_broken_cache_is_not_believed(file, cache_dir):
     first = scan(file, mapped(file))
     (kept,) = cache_dir.glob("scan-*.json")
     of = json.loads(kept.read_text())["of"]
-    answers = [{}, {"sha256": "0"}, {**asdict(first), "blocks": 3}, {**asdict(first), "smallest_id": "1"}, [], None]
-    contents = ["", "{", "[]", "{}", "[" * 100_000, json.dumps({"of": {}, "answer": asdict(first)})]
+    answers = [{}, {"sha256": "0"}, {**first, "blocks": 3}, {**first, "smallest_id": "1"}, [], None]
+    contents = ["", "{", "[]", "{}", "[" * 100_000, json.dumps({"of": {}, "answer": first})]
     for content in [*contents, *(json.dumps({"of": of, "answer": answer}) for answer in answers)]:
         kept.write_text(content)
         assert scan(file, mapped(file)) == first
@@ -109,7 +108,7 @@ def test_a_pipe_in_the_cache_is_replaced_and_not_waited_for(file, cache_dir):
 def test_a_cache_that_cannot_be_written_is_no_error(file, tmp_path, monkeypatch):
     (tmp_path / "a file").touch()
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "a file"))
-    assert scan(file, mapped(file)).sha256 == hashlib.sha256(TOKENS.tobytes()).hexdigest()
+    assert scan(file, mapped(file))["sha256"] == hashlib.sha256(TOKENS.tobytes()).hexdigest()
 
 
 def test_many_processes_look_once(tmp_path, cache_dir):
@@ -154,7 +153,7 @@ def changed_on_the_disk(file, position):
 def test_a_small_file_is_compared_whole_at_every_start(file, monkeypatch, position):
     monkeypatch.setattr(scanning, "BLOCK_BYTES", 4096)
     first = scan(file, mapped(file))
-    assert first.blocks == [
+    assert first["blocks"] == [
         hashlib.sha256(TOKENS.tobytes()[at : at + 4096]).hexdigest()[:16] for at in range(0, 20_000, 4096)
     ]
     changed_on_the_disk(file, position)
@@ -215,7 +214,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         "file = Path(sys.argv[1])\n"
         "used = int(Path('/proc/self/statm').read_text().split()[5]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (used + 2**25, -1))\n"
-        "print(_scan(file, np.memmap(file, np.uint16, mode='r')).sha256)\n"
+        "print(_scan(file, np.memmap(file, np.uint16, mode='r'))['sha256'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
     assert done.stdout.strip() == hashlib.sha256(bytes(2**28)).hexdigest(), done.stderr

@@ -8,7 +8,8 @@ from naive_stream import NaiveStream
 
 from gpt2x.corpus.documents import is_validation
 from gpt2x.errors import UserError
-from gpt2x.streams.cutting import Cutter, Vocabulary
+from gpt2x.shards.writer import Vocabulary
+from gpt2x.streams.cutting import Cutter
 from gpt2x.streams.ledger import Position
 from gpt2x.streams.reading import Row
 from gpt2x.tokenizers.bpe import load_tokenizer, text_encoder, tokenizer_fingerprint

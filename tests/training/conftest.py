@@ -32,12 +32,12 @@ from gpt2x.distributed.devices import make_accelerator
 from gpt2x.evaluation.validation import Validation
 from gpt2x.preparation.prepare import prepare
 from gpt2x.runs.directory import open_run_directory, write_config
+from gpt2x.training.evaluators import HeldOutLoss, Metrics
 from gpt2x.training.finish import finish
-from gpt2x.training.job import Job
 from gpt2x.training.loop import train
-from gpt2x.training.recording import Recorder
 from gpt2x.training.signals import StopRequest
-from gpt2x.training.start import make_job
+from gpt2x.training.start import make_trainer
+from gpt2x.training.trainer import Trainer
 
 WORDS = ["def", "return", "(", ")", ":", "\n", "    ", "self", "value", "=", "1", "for", "in", "été", "naïve", "if"]
 CLOCK = ("elapsed_s", "tokens_per_s", "data/waited_s")
@@ -133,13 +133,13 @@ def changed() -> Changer:
 class StopAfter(StopRequest):
     """A request to stop that comes while a step runs."""
 
-    def __init__(self, progress: Progress, step: int | None) -> None:
+    def __init__(self, progress: Progress, step: int) -> None:
         super().__init__()
         self.progress, self.step = progress, step
 
     @property
     def signal_number(self) -> int | None:  # type: ignore[override]
-        return 2 if self.step is not None and self.progress.step + 1 >= self.step else None
+        return 2 if self.progress.step + 1 >= self.step else None
 
     @signal_number.setter
     def signal_number(self, _number: int | None) -> None:
@@ -150,9 +150,19 @@ class StopAfter(StopRequest):
 class Run:
     """What became of a run."""
 
-    job: Job
-    progress: Progress
-    validation: Validation | None
+    job: Trainer
+    found: Metrics | None
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.job.progress
+
+    @property
+    def validation(self) -> Validation | None:
+        """The one at its end; None where it was stopped before."""
+        (validation,) = [evaluator for evaluator in self.job.evaluators if isinstance(evaluator, HeldOutLoss)]
+        return None if self.found is None else validation.latest
 
     @property
     def path(self) -> Path:
@@ -181,28 +191,28 @@ def read_tensors(run_dir: Path) -> dict[str, Tensor]:
     return {f"{file.stem}/{name}": tensor.clone() for file in files for name, tensor in load_file(file).items()}
 
 
-def start_job(recipe: Recipe) -> tuple[Job, Progress]:
+def start_job(recipe: Recipe) -> tuple[Trainer, Progress]:
     AcceleratorState._reset_state(reset_partial_state=True)
     run = open_run_directory(recipe, name="recipe")
-    job, progress = make_job(recipe, run, make_accelerator(recipe, {}))
+    job = make_trainer(recipe, run, accelerator=make_accelerator(recipe, {}), stop=StopRequest())
     write_config(run, recipe)
-    return job, progress
+    return job, job.progress
 
 
 def run_recipe(recipe: Recipe, *, stop_after: int | None = None, finishes: bool = False) -> Run:
     job, progress = start_job(recipe)
-    recorder = Recorder(job)
-    with closing(job.batches.batches):  # not the threads that read ahead, which tests go on asking
-        validation = train(job, progress, recorder, StopAfter(progress, stop_after))
-    recorder.close()
-    if validation is not None and finishes:
-        finish(job, progress, validation)
-    return Run(job, progress, validation)
+    if stop_after is not None:
+        job = dataclasses.replace(job, stop=StopAfter(progress, stop_after))
+    with closing(job.batches.batches), job.recorder:  # not the threads that read ahead, which tests go on asking
+        found = train(job)
+    if found is not None and finishes:
+        finish(job, found)
+    return Run(job, found)
 
 
 @pytest.fixture
-def start() -> Callable[[Recipe], tuple[Job, Progress]]:
-    """Makes the job of a recipe, as scripts/pretrain.py does."""
+def start() -> Callable[[Recipe], tuple[Trainer, Progress]]:
+    """Makes the trainer of a recipe, as scripts/pretrain.py does."""
     return start_job
 
 

@@ -26,7 +26,7 @@ def have_little_patience():
     """A group of processes waits for three seconds."""
     from torch.distributed import distributed_c10d, rendezvous
 
-    from gpt2x.distributed import flags as agreement
+    from gpt2x.distributed import ranks as agreement
 
     distributed_c10d.default_pg_timeout = rendezvous.default_pg_timeout = agreement.LIMIT = timedelta(seconds=3)
 
@@ -34,7 +34,7 @@ def have_little_patience():
 def have_a_slow_main_process():
     """The main process takes five seconds for its data and for each checkpoint; a group waits for three."""
     from gpt2x.checkpoints import saver as saving
-    from gpt2x.distributed import flags as agreement
+    from gpt2x.distributed import ranks as agreement
     from gpt2x.training import checks
 
     have_little_patience()

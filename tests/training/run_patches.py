@@ -55,25 +55,25 @@ def limit_files():
     """After the first checkpoint no file grows beyond some kilobytes, as on a full disk."""
     import resource
 
-    from gpt2x.checkpoints.retention import Retention
+    from gpt2x.checkpoints import saver as saving
 
-    original = Retention.prune
+    original = saving.prune
 
-    def limiting(self, run_dir, trainer):
-        original(self, run_dir, trainer)
+    def limiting(run_dir, trainer, rules):
+        original(run_dir, trainer, rules)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    Retention.prune = limiting
+    saving.prune = limiting
 
 
 def fill_the_disk():
     """After the first checkpoint another program fills the file system of the run."""
-    from gpt2x.checkpoints.retention import Retention
+    from gpt2x.checkpoints import saver as saving
 
-    original = Retention.prune
+    original = saving.prune
 
-    def filling(self, run_dir, trainer):
-        original(self, run_dir, trainer)
+    def filling(run_dir, trainer, rules):
+        original(run_dir, trainer, rules)
         with open(run_dir.parents[1] / "filler", "ab", buffering=0) as filler:
             try:
                 while filler.write(bytes(4096)):
@@ -81,4 +81,4 @@ def fill_the_disk():
             except OSError:
                 filler.truncate(filler.tell() - 60_000)
 
-    Retention.prune = filling
+    saving.prune = filling

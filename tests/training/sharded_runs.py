@@ -38,23 +38,21 @@ def run_recipe(recipe, name):
     from gpt2x.runs.directory import open_run_directory, write_config
     from gpt2x.training import finish as at_the_end
     from gpt2x.training.loop import train
-    from gpt2x.training.recording import Recorder
     from gpt2x.training.signals import StopRequest
-    from gpt2x.training.start import make_job
+    from gpt2x.training.start import make_trainer
 
     run = open_run_directory(recipe, name=name)
     accelerator = make_accelerator(recipe, {"ACCELERATE_USE_FSDP": "true", "LOCAL_WORLD_SIZE": "2"})
-    job, progress = make_job(recipe, run, accelerator)
+    job = make_trainer(recipe, run, accelerator=accelerator, stop=StopRequest())
     assert is_sharded(job.plain_model)
     assert accelerator.num_processes == 2
     if accelerator.is_main_process:
         write_config(run, recipe)
-    recorder = Recorder(job)
-    with closing(job.batches), closing(recorder):
-        validation = train(job, progress, recorder, StopRequest())
+    with closing(job.batches), job.recorder:
+        found = train(job)
     at_the_end.write_plots = lambda directory: None  # takes longer than the run
-    at_the_end.finish(job, progress, validation)
-    assert job.failures.summary() == []
+    at_the_end.finish(job, found)
+    assert job.recorder.failures.summary() == []
     check_soundness(job)
 
 
@@ -62,7 +60,7 @@ def check_soundness(job):
     """All processes know it where one's shard holds a number that is none, or no loss is finite."""
     import torch
 
-    from gpt2x.training.giving_up import find_unsound
+    from gpt2x.training.anomalies import find_unsound
 
     assert find_unsound(job) is None
     weights = [getattr(weight, "_local_tensor", weight) for weight in job.plain_model.parameters()]

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from gpt2x.checkpoints.format import (
-    checkpoint_dir,
     list_checkpoints,
     newest_checkpoint,
     write_checkpoint,
 )
-from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
+from gpt2x.checkpoints.state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.errors import UserError
 from gpt2x.files import UnwritableError
+from gpt2x.runs.layout import checkpoint_dir
 
 STATE = {"weight/exp_avg": torch.ones(2)}
 

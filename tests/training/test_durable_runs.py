@@ -70,7 +70,7 @@ def test_every_file_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(recipe
 def test_a_run_is_finished_after_everything_else_is_on_the_disk(recipe, pretrain, events):
     run = pretrain(recipe)
     del events[:]
-    finish(run.job, run.progress, run.validation)
+    finish(run.job, run.found)
     order = [path.name for kind, path, _ in events if kind == "name" and path.parent == run.path]
     assert order == ["final", "losses.npy", "stats.json"]
     records = position(events, "sync", run.job.run.metrics_file), position(events, "sync", run.job.run.samples_file)

@@ -16,7 +16,7 @@ from gpt2x import files
 from gpt2x.checkpoints.format import list_checkpoints, newest_checkpoint
 from gpt2x.config import to_yaml
 from gpt2x.errors import UserError
-from gpt2x.runs.lock import locked
+from gpt2x.runs.directory import locked
 
 # Killed there, a run of 12 steps that saves every four has at least the checkpoint of step 4.
 POINTS = [
@@ -96,8 +96,8 @@ def test_killed_at_a_point_of_a_save_or_a_step_it_ends_as_if_it_had_not_been(
 PHASES = {
     "step": ("gpt2x.training.loop:optimizer_step:before:3:SIGTERM", 3),
     "evaluation": ("gpt2x.evaluation.validation:_batch_sums:before:1:SIGTERM", 6),
-    "sampling": ("gpt2x.training.loop:sample_texts:before:1:SIGTERM", 6),
-    "save": ("gpt2x.training.save_points:whole_state:before:2:SIGTERM", 5),
+    "sampling": ("gpt2x.training.evaluators:sample_texts:before:1:SIGTERM", 6),
+    "save": ("gpt2x.training.trainer:Trainer.whole_state:before:2:SIGTERM", 5),
 }
 
 
@@ -121,7 +121,7 @@ def test_sigterm_in_any_phase_saves_that_step_and_the_same_command_ends_alike(
         "gpt2x.training.checks:open_file_source:before:1",
         "gpt2x.training.trainee:make_model:after:1",
         "gpt2x.training.steps:count_targets:after:1",
-        "gpt2x.training.finish:save_final_model:before:1",
+        "gpt2x.training.finish:write_final:before:1",
     ],
 )
 def test_where_there_is_nothing_to_save_ctrl_c_leaves_in_one_line(runs, write_recipe, tmp_path, point):

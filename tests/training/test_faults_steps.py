@@ -14,17 +14,15 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from gpt2x import preflight
-from gpt2x.checkpoints.host_copies import HostCopies
+from gpt2x.checkpoints.saver import HostCopies
 from gpt2x.errors import UserError
+from gpt2x.training import evaluators, steps
 from gpt2x.training import finish as finish_module
-from gpt2x.training import loop, steps
+from gpt2x.training.anomalies import WINDOW, SpikeDetector
 from gpt2x.training.disk import Room, check_room, measure_room
-from gpt2x.training.failures import Failures
 from gpt2x.training.finish import finish
 from gpt2x.training.loop import train
-from gpt2x.training.recording import Recorder
-from gpt2x.training.signals import StopRequest
-from gpt2x.training.spikes import WINDOW, SpikeDetector
+from gpt2x.training.recording import Failures
 
 # --- not finite ------------------------------------------------------------------------------------------------------
 
@@ -77,9 +75,9 @@ def test_what_is_not_finite_stops_the_run_with_the_state_before_the_step_saved(
 
 def test_a_skipped_step_leaves_weights_and_optimizer_alone_and_is_counted(recipe, changed, start, spoil):
     spoil(1, gradient=math.nan)
-    job, progress = start(changed(recipe, train={"on_non_finite": "skip"}))
+    job, _ = start(changed(recipe, train={"on_non_finite": "skip"}))
     before = {name: weight.clone() for name, weight in job.plain_model.state_dict().items()}
-    outcome = steps.optimizer_step(job, progress, job.batches.step(0).micro_batches)
+    outcome = steps.optimizer_step(job, job.batches.step(0).micro_batches)
     assert outcome.obstacle == "gradient norm is nan"
     assert all(torch.equal(weight, before[name]) for name, weight in job.plain_model.state_dict().items())
     assert [dict(optimizer.state) for optimizer in job.optimizers] == [{}]
@@ -139,6 +137,7 @@ def test_a_spike_stands_six_deviations_above_the_median_of_the_last_losses():
     for _ in range(300):
         loss = 3 + 0.1 * torch.randn((), generator=generator).item()
         assert not detector.is_spike(loss)
+        detector.count(loss)
         losses.append(loss)
     median = sorted(losses[-WINDOW:])[WINDOW // 2]
     deviation = 1.4826 * statistics.median(abs(loss - median) for loss in losses[-WINDOW:])
@@ -148,16 +147,23 @@ def test_a_spike_stands_six_deviations_above_the_median_of_the_last_losses():
     assert detector.is_spike(median + 7 * deviation)
 
 
+def is_next_a_spike(detector, loss):
+    """As the loop asks: of a loss that is not yet among the last ones."""
+    found = detector.is_spike(loss)
+    detector.count(loss)
+    return found
+
+
 def test_one_spike_does_not_hide_the_next():
     detector = SpikeDetector()
     for number in range(100):
-        detector.is_spike(3 + 0.01 * (number % 7))
-    assert [detector.is_spike(loss) for loss in (9.0, 9.0, 3.0, 4.0)] == [True, True, False, True]
+        detector.count(3 + 0.01 * (number % 7))
+    assert [is_next_a_spike(detector, loss) for loss in (9.0, 9.0, 3.0, 4.0)] == [True, True, False, True]
 
 
 def test_the_first_losses_are_never_a_spike():
     detector = SpikeDetector()
-    assert not any(detector.is_spike(loss) for loss in [3.0, 9.0] * 10)
+    assert not any(is_next_a_spike(detector, loss) for loss in [3.0, 9.0] * 10)
 
 
 def test_a_spike_is_written_down_with_its_worst_samples(recipe, changed, pretrain, monkeypatch):
@@ -195,19 +201,18 @@ def test_the_mean_loss_of_a_suspect_is_that_of_its_own_tokens(recipe, changed, s
 
 def test_a_failing_tracker_sampler_and_plot_end_no_run_and_are_listed(recipe, changed, start, monkeypatch, capsys):
     """Fault 25, as far as training goes."""
-    job, progress = start(changed(recipe, train={"max_steps": 6}, evaluation={"sample_steps": 3, "eval_steps": None}))
+    job, _ = start(changed(recipe, train={"max_steps": 6}, evaluation={"sample_steps": 3, "eval_steps": None}))
 
     def broken(*_arguments, **_options):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(Accelerator, "log", broken)
-    monkeypatch.setattr(loop, "sample_texts", broken)
+    monkeypatch.setattr(evaluators, "sample_texts", broken)
     monkeypatch.setattr(finish_module, "write_plots", broken)
-    recorder = Recorder(job)
-    validation = train(job, progress, recorder, StopRequest())
-    recorder.close()
-    finish(job, progress, validation)
-    assert job.failures.summary() == [
+    with job.recorder:
+        found = train(job)
+    finish(job, found)
+    assert job.recorder.failures.summary() == [
         "tracker failed 7 x, last: ConnectionError: no route to host",
         "sampling failed 2 x, last: ConnectionError: no route to host",
         "plots failed 1 x, last: ConnectionError: no route to host",
@@ -219,10 +224,11 @@ def test_a_failing_tracker_sampler_and_plot_end_no_run_and_are_listed(recipe, ch
 
 
 def test_only_what_is_tolerated_is_tolerated():
-    failures, said = Failures(), []
-    with failures.tolerated("push", say=said.append):
+    said = []
+    failures = Failures(said.append)
+    with failures.tolerated("push"):
         raise OSError("413")
-    with pytest.raises(KeyboardInterrupt), failures.tolerated("push", say=said.append):
+    with pytest.raises(KeyboardInterrupt), failures.tolerated("push"):
         raise KeyboardInterrupt
     assert (said, failures.summary()) == (
         ["push failed (OSError: 413); the run goes on."],
@@ -231,14 +237,14 @@ def test_only_what_is_tolerated_is_tolerated():
 
 
 def test_metrics_that_cannot_be_written_end_the_run_with_the_file_and_the_reason(recipe, start):
-    job, progress = start(recipe)
+    job, _ = start(recipe)
     job.run.metrics_file.mkdir()
     with pytest.raises(UserError, match=r"tiny/metrics.jsonl could not be written \(Is a directory\); mend that"):
-        Recorder(job).record(progress, {"train/loss": 1.0})
+        job.recorder.record({"train/loss": 1.0})
 
 
 def test_waiting_for_data_is_said_once_a_minute(recipe, start, capsys):
-    recorder = Recorder(start(recipe)[0])
+    recorder = start(recipe)[0].recorder
     for waited_s, seconds in ((0.4, 0.5), (0.6, 10.0), (2.5, 5.0), (2.5, 5.0)):
         recorder.note_waiting(waited_s, seconds)
     said = [line for line in capsys.readouterr().out.splitlines() if "waits" in line]
@@ -292,9 +298,9 @@ SAVING = {
 def test_the_plan_says_what_a_save_takes_of_memory(recipe, changed, start, monkeypatch, name):
     save_steps, is_sharded, end = SAVING[name]
     larger = {"hidden_size": 80}
-    job, progress = start(changed(recipe, train={"save_steps": save_steps}, model=larger))
+    job, _ = start(changed(recipe, train={"save_steps": save_steps}, model=larger))
     monkeypatch.setattr(preflight, "is_sharded", lambda model: is_sharded)
-    (line,) = [line for line in preflight.describe(job, progress).splitlines() if line.startswith("saving:")]
+    (line,) = [line for line in preflight.describe(job).splitlines() if line.startswith("saving:")]
     assert line.endswith(end), line
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from gpt2x.models import load_for_inference
 from gpt2x.tokenizers.bpe import load_tokenizer
 from gpt2x.training.cpu_attention import register_chunked_causal
 from gpt2x.training.loop import train
-from gpt2x.training.recording import Recorder
 from gpt2x.training.signals import StopRequest
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
@@ -58,6 +58,11 @@ def items_file(tmp_path_factory):
 def scored(recipe, changed, items_file):
     """The recipe with nine of eighteen items: five batches of two, of which two processes make three each."""
     return changed(recipe, evaluation={"hellaswag": str(items_file), "hellaswag_items": 9})
+
+
+def hellaswag_of(job):
+    (evaluator,) = [evaluator for evaluator in job.evaluators if evaluator.name == "hellaswag"]
+    return evaluator
 
 
 def records_of(run_dir):
@@ -102,7 +107,7 @@ def test_the_log_probabilities_are_those_of_the_saved_model(scored, pretrain, it
     model = load_for_inference(str(directory), dtype=torch.float32)
     items = load_hellaswag(items_file, num_items=9)
     expected = evaluate_hellaswag(model, load_tokenizer(directory), items, batch_size=9)
-    found = run.job.hellaswag.latest
+    found = hellaswag_of(run.job).latest
     assert np.ptp(found.log_probs) > 1
     np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-5)
     assert (found.acc, found.acc_norm) == (expected.acc, expected.acc_norm)
@@ -118,14 +123,14 @@ def test_it_leaves_random_numbers_and_mode_alone(scored, start):
     job, _ = start(scored)
     job.model.train()
     before = torch.get_rng_state()
-    job.hellaswag.score(job.model, job.accelerator, lambda: False)
+    hellaswag_of(job).run(job.model, job.accelerator, lambda: False)
     assert torch.equal(torch.get_rng_state(), before)
     assert job.model.training
     assert job.plain_model.config._attn_implementation == register_chunked_causal()
 
 
 def test_by_default_nothing_is_scored(finished):
-    assert finished.job.hellaswag is None
+    assert [evaluator.name for evaluator in finished.job.evaluators] == ["validation", "samples"]
     assert records_of(finished.path) == {}
     assert "evaluation" not in json.loads((finished.path / "stats.json").read_text())
 
@@ -145,8 +150,9 @@ class StopOnceValidated(StopRequest):
 
 def test_a_stop_among_the_items_ends_the_run_which_makes_them_all_when_it_goes_on(scored, start, pretrain, changed):
     job, progress = start(scored)
-    stop, recorder = StopOnceValidated(job.run.metrics_file), Recorder(job)
-    assert train(job, progress, recorder, stop) is None
+    stop = StopOnceValidated(job.run.metrics_file)
+    with job.recorder:
+        assert train(replace(job, stop=stop)) is None
     assert (progress.step, stop.times_asked) == (10, 2)
     assert records_of(job.run.path) == {}
     assert job.model.training
@@ -160,12 +166,12 @@ def test_the_recipes_mixed_precision_is_used_and_named(scored, changed, pretrain
     recipe = changed(scored, train={"mixed_precision": "bf16", "max_steps": 1}, evaluation={"eval_steps": None})
     run = pretrain(recipe, finishes=True)
     assert set(json.loads((run.path / "stats.json").read_text())["evaluation"]) == {"hellaswag_9_items_mixed_bf16"}
-    questions, plain = run.job.hellaswag.questions, GPT2XForCausalLM(run.job.plain_model.config)
+    questions, plain = hellaswag_of(run.job).questions, GPT2XForCausalLM(run.job.plain_model.config)
     plain.load_state_dict(run.job.plain_model.state_dict())
     in_float32 = score_hellaswag(plain, questions).log_probs
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = score_hellaswag(plain, questions).log_probs
-    found = run.job.hellaswag.latest.log_probs
+    found = hellaswag_of(run.job).latest.log_probs
     assert np.abs(found - in_float32).max() > 1e-4
     np.testing.assert_allclose(found, mixed, atol=1e-5)
 
@@ -215,11 +221,11 @@ def test_adapters_are_scored_with_their_base(items_file, shards_dir):
 
 
 def test_a_pass_holds_no_more_tokens_than_one_of_the_validation(scored, changed, start):
-    found = start(scored)[0].hellaswag
+    found = hellaswag_of(start(scored)[0])
     longest = max(found.questions.num_tokens)
     assert found.batch_size == 16 * 16 // longest > 1
     small = changed(scored, run={"name": "small"}, evaluation={"batch_size": 1})
-    assert start(small)[0].hellaswag.batch_size == 1
+    assert hellaswag_of(start(small)[0]).batch_size == 1
 
 
 @pytest.mark.parametrize(
@@ -256,7 +262,7 @@ from torch.distributed.fsdp import fully_shard
 from gpt2x.evaluation.hellaswag import HellaSwagQuestions, score_hellaswag
 from gpt2x.evaluation.hellaswag_items import load_hellaswag
 from gpt2x.tokenizers.bpe import load_tokenizer
-from gpt2x.distributed.flags import Vote, agree
+from gpt2x.distributed.ranks import Vote, agree
 from modeling_gpt2x import GPT2XForCausalLM
 from ranks import leave
 

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2x.checkpoints import host_copies
-from gpt2x.checkpoints.host_copies import HostCopies
+from gpt2x.checkpoints import saver
+from gpt2x.checkpoints.saver import HostCopies
 from gpt2x.training.disk import measure_room
-from gpt2x.training.save_points import whole_state
 from gpt2x.training.steps import optimizer_step
 
 
@@ -53,7 +52,7 @@ def test_copies_of_a_gpus_tensors_are_page_locked_as_one_block_and_let_go_of_aga
         cudaHostUnregister=lambda *arguments: calls.append(("unregister", *arguments)),
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    memory = host_copies._memory(100, is_page_locked=True)
+    memory = saver._memory(100, is_page_locked=True)
     address = memory.ctypes.data
     part = torch.frombuffer(memory, dtype=torch.float32, count=3, offset=64)
     del memory
@@ -63,9 +62,9 @@ def test_copies_of_a_gpus_tensors_are_page_locked_as_one_block_and_let_go_of_aga
 
 
 def test_the_copies_of_a_run_take_the_memory_that_is_announced(recipe, start):
-    job, progress = start(recipe)
-    optimizer_step(job, progress, job.batches.step(0).micro_batches)
-    tensors = dict(whole_state(job, progress).tensors())
+    job, _ = start(recipe)
+    optimizer_step(job, job.batches.step(0).micro_batches)
+    tensors = dict(job.whole_state().tensors())
     copies = {copy.data_ptr(): copy for copy in HostCopies().take(tensors.items()).values()}
     ends = [address + copy.nbytes for address, copy in copies.items()]
     announced = measure_room(job).checkpoint_bytes

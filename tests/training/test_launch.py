@@ -13,11 +13,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from gpt2x.distributed.accelerators import compute_device
-from gpt2x.distributed.deepspeed import check_zero
+from gpt2x.distributed.devices import compute_device
 from gpt2x.distributed.launch import (
     asks_for_sharding,
-    asks_for_zero,
     check_launch,
     check_launch_of_adapters,
     num_data_ranks,
@@ -31,9 +29,7 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 HARDWARE = {"compute_environment", "distributed_type", "use_cpu", "num_machines", "num_processes", "machine_rank"} | {
     f"main_process_{part}" for part in ("ip", "port")
 }
-HARDWARE |= {"gpu_ids", "rdzv_backend", "same_network", "fsdp_config", "parallelism_config", "deepspeed_config"}
-# Of DeepSpeed what is hardware; micro-batch, accumulation and clipping are the recipe's.
-ZERO = {"zero_stage", "offload_optimizer_device", "offload_param_device", "zero3_init_flag"}
+HARDWARE |= {"gpu_ids", "rdzv_backend", "same_network", "fsdp_config", "parallelism_config"}
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
@@ -52,7 +48,6 @@ def test_configurations_speak_of_hardware_alone(config_file):
     given = yaml.safe_load(config_file.read_text())
     assert set(given) <= HARDWARE
     assert given.get("fsdp_config", {}).get("fsdp_activation_checkpointing", False) is False
-    assert set(given.get("deepspeed_config", {})) <= ZERO
 
 
 def test_sizes_of_a_parallelism_multiply_to_the_processes(config_file):
@@ -71,9 +66,6 @@ def test_the_launcher_takes_every_configuration_and_lets_its_numbers_be_overridd
     assert found.num_processes == 4
     assert found.use_fsdp == (given["distributed_type"] == "FSDP")
     assert found.num_machines == given["num_machines"]
-    assert found.use_deepspeed == (given["distributed_type"] == "DEEPSPEED")
-    if found.use_deepspeed:
-        assert (found.zero_stage, found.offload_optimizer_device, found.gradient_clipping) == (2, "none", None)
     if found.use_fsdp:
         assert (found.fsdp_version, found.fsdp_auto_wrap_policy) == (2, "TRANSFORMER_BASED_WRAP")
 
@@ -132,12 +124,6 @@ def test_processes_that_know_nothing_of_each_other_are_refused(name):
         check_launch({name: "4"})
 
 
-def zero(**given):
-    """What the launcher tells a process of DeepSpeed."""
-    named = {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in given.items()}
-    return {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"} | named
-
-
 def sizes(*, world, **given):
     """What the launcher tells a process of the sizes of parallelism."""
     named = {f"PARALLELISM_CONFIG_{kind.upper()}_SIZE": str(size) for kind, size in given.items()}
@@ -150,9 +136,10 @@ def sizes(*, world, **given):
     [
         ({"RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"fsdp_version \(1\) must be 2"),
         ({"RANK": "0", "ACCELERATE_USE_MEGATRON_LM": "true"}, r"distributed_type \(MEGATRON_LM\) must be FSDP or"),
-        (zero(ZERO_STAGE="3"), r"zero_stage \(3\) must be 2, as in deepspeed_zero2\.yaml; fsdp2\.yaml does more"),
-        (zero(OFFLOAD_OPTIMIZER_DEVICE="cpu"), r"offload_optimizer_device \(cpu\) must be none"),
-        (zero(CONFIG_FILE="own.json"), r"deepspeed_config_file \(own\.json\) must be none"),
+        (
+            {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
+            r"^distributed_type \(DEEPSPEED\) must be FSDP; use accelerate_configs/fsdp2\.yaml, which does more\.$",
+        ),
         (sizes(cp=2, world=2), r"parallelism_config_cp_size \(2\) must be 1: every process reads whole rows"),
         (sizes(sp=2, world=2), r"parallelism_config_sp_size \(2\) must be 1"),
         (sizes(tp=2, dp_shard=4, world=6), r"\(1 x 4 x 2\) must be num_processes \(6\); .*dp_shard_size 3"),
@@ -177,7 +164,7 @@ def test_what_a_configuration_asks_for_and_is_not_done_is_refused(environment, m
         {"ACCELERATE_MIXED_PRECISION": "no"},
         {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
         {"RANK": "0", "SLURM_STEP_NUM_TASKS": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-        zero(ZERO_STAGE="2", OFFLOAD_OPTIMIZER_DEVICE="none", CONFIG_FILE="none"),
+        {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "false"},
         sizes(tp=2, dp_shard=1, world=2),
         sizes(tp=2, dp_shard=2, dp_replicate=2, world=8),
     ],
@@ -190,7 +177,6 @@ LEFTOVERS = {
     "ACCELERATE_DYNAMO_BACKEND": "EAGER",
     "ACCELERATE_MIXED_PRECISION": "fp8",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
-    "ACCELERATE_GRADIENT_CLIPPING": "0.5",
 }
 
 
@@ -200,7 +186,6 @@ def test_what_a_launch_configuration_says_and_the_recipe_decides_is_told(recipe)
         "dynamo_backend (eager)",
         "mixed_precision (fp8)",
         "gradient_accumulation_steps (4)",
-        "gradient_clipping (0.5)",
     ]
     assert lines[0].endswith("the recipe's train.torch_compile (false) counts.")
     defaults = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no"}
@@ -275,30 +260,11 @@ def test_processes_of_a_tensor_parallel_group_are_one_rank_of_the_data(environme
     assert num_data_ranks(environment) == expected
 
 
-def test_only_deepspeed_is_zero():
-    assert asks_for_zero(zero())
-    assert not asks_for_zero({"ACCELERATE_USE_DEEPSPEED": "false"})
-    assert not asks_for_zero({})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"optimizer": {"name": "muon"}}, r"optimizer\.name \(muon\) must be adamw under DeepSpeed, .* flat pieces"),
-        ({"train": {"mixed_precision": "fp16"}}, r"mixed_precision \(fp16\) must be bf16 or no under DeepSpeed"),
-    ],
-)
-def test_what_deepspeed_cannot_do_is_refused(recipe, changed, changes, message):
-    with pytest.raises(UserError, match=message):
-        check_zero(changed(recipe, **changes))
-
-
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_adapters_are_not_trained_beside_a_cut_model(name):
+def test_adapters_are_not_trained_beside_a_cut_model():
     check_launch_of_adapters({})
     message = "lora needs the whole model on every device, and the launch configuration cuts it; use ddp.yaml"
     with pytest.raises(UserError, match=f"^{message}"):
-        check_launch_of_adapters({name: "true"})
+        check_launch_of_adapters({"ACCELERATE_USE_FSDP": "true"})
 
 
 def test_only_fsdp_is_sharding():

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2x import save_stock
 from gpt2x.checkpoints.progress import Progress, seed_step
 from gpt2x.training import loop
-from gpt2x.training.steps import accumulate_gradients, clip_gradients, count_targets, optimizer_step
+from gpt2x.training.steps import accumulate_losses, clip_gradients, count_targets, optimizer_step
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 SHAPE = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -63,7 +64,7 @@ def test_ragged_samples_give_the_same_gradient_however_they_are_cut(model, accel
     reference.load_state_dict(model.state_dict())
     expected_loss = naive_loss(reference)
     expected_loss.backward()
-    loss = accumulate_gradients(accelerator, model, micro_batches(size))
+    loss = accumulate_losses(accelerator, model, micro_batches(size)).shares.sum()
     expected = flat_gradient(reference)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
     assert (flat_gradient(model) - expected).norm() / expected.norm() < 1e-6
@@ -80,7 +81,7 @@ def test_targets_are_counted_after_the_shift():
 
 
 def test_the_norm_recorded_is_that_before_clipping_and_the_gradients_are_scaled(model, accelerator):
-    accumulate_gradients(accelerator, model, micro_batches(16))
+    accumulate_losses(accelerator, model, micro_batches(16))
     before = flat_gradient(model).clone()
     norm = clip_gradients(accelerator, model, 0.1)
     assert norm == pytest.approx(before.norm().item(), rel=1e-5)
@@ -89,14 +90,14 @@ def test_the_norm_recorded_is_that_before_clipping_and_the_gradients_are_scaled(
 
 
 def test_gradients_below_the_limit_are_left_alone(model, accelerator):
-    accumulate_gradients(accelerator, model, micro_batches(16))
+    accumulate_losses(accelerator, model, micro_batches(16))
     before = flat_gradient(model).clone()
     clip_gradients(accelerator, model, 1e4)
     assert torch.equal(flat_gradient(model), before)
 
 
 def test_without_a_limit_nothing_is_clipped_and_the_norm_is_still_told(model, accelerator):
-    accumulate_gradients(accelerator, model, micro_batches(16))
+    accumulate_losses(accelerator, model, micro_batches(16))
     for parameter in model.parameters():
         parameter.grad *= 1e6
     before = flat_gradient(model).clone()
@@ -121,9 +122,9 @@ def test_a_step_moves_the_weights_by_the_clipped_gradient(recipe, changed, start
         recipe, optimizer={"adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 1e3, "weight_decay": 0.0}
     )
     recipe = changed(recipe, optimizer={"warmup_steps": 0}, train={"max_grad_norm": 0.01})
-    job, progress = start(recipe)
+    job, _ = start(recipe)
     before = torch.cat([parameter.detach().flatten().clone() for parameter in job.model.parameters()])
-    norm = optimizer_step(job, progress, job.batches.step(0).micro_batches).metrics["grad_norm"]
+    norm = optimizer_step(job, job.batches.step(0).micro_batches).metrics["grad_norm"]
     after = torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()])
     # With this epsilon AdamW divides every gradient by the same 1000, so the step is as long as the gradient.
     assert norm > 0.1
@@ -179,7 +180,7 @@ def test_the_same_recipe_trains_a_model_of_transformers_to_the_same_losses(recip
     """The loop, the data order and the loss, against a plain loop over the stock class."""
     run = pretrain(changed(recipe, optimizer={"weight_decay": 0.0}, evaluation={"eval_steps": None}))
     torch.manual_seed(recipe.run.seed)
-    GPT2XForCausalLM(run.job.plain_model.config).save_stock(tmp_path / "stock")
+    save_stock(GPT2XForCausalLM(run.job.plain_model.config), tmp_path / "stock")
     stock = GPT2LMHeadModel.from_pretrained(tmp_path / "stock")
     assert isinstance(stock.config, GPT2Config)
     optimizer = torch.optim.AdamW(stock.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)

@@ -227,5 +227,6 @@ def test_samples_of_conversations_answer_their_beginnings(recipe, changed, start
         length = learned[0] if learned.size else end - begin  # which no end of text ends
         beginnings.append(job.tokenizer.decode(shard.tokens[begin : begin + length]))
     job.batches.close()
-    assert len(job.prompts) == 3
-    assert set(job.prompts) <= set(beginnings)
+    samples = job.evaluators[-1]
+    assert len(samples.prompts) == 3
+    assert set(samples.prompts) <= set(beginnings)

@@ -11,17 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2x.checkpoints.final_model import damage_of_final, write_final
+from gpt2x.checkpoints.format import damage_of_final, write_final
 from gpt2x.config import RunSection
 from gpt2x.errors import UserError
 from gpt2x.runs import directory as run_directory
-from gpt2x.runs.directory import RunDirectory, open_run_directory
-from gpt2x.runs.lock import locked
-from gpt2x.training import loop
+from gpt2x.runs.directory import RunDirectory, locked, open_run_directory
 from gpt2x.training.finish import finish
-from gpt2x.training.recording import Recorder
-from gpt2x.training.signals import StopRequest
-from gpt2x.training.start import make_job
+from gpt2x.training.loop import train
+from gpt2x.training.start import make_trainer
+from gpt2x.training.trainer import Trainer
 
 
 def contents(directory):
@@ -154,11 +152,10 @@ def test_a_damaged_final_is_made_again_from_the_last_checkpoint(run, start, dama
     assert damage_of_final(path / "final") is None
     damage(path / "final")
     assert damage_of_final(path / "final") is not None
-    job, progress = start(recipe)
-    recorder = Recorder(job)
-    validation = loop.train(job, progress, recorder, StopRequest())
-    recorder.close()
-    finish(job, progress, validation)
+    job, _ = start(recipe)
+    with job.recorder:
+        found = train(job)
+    finish(job, found)
     assert contents(path / "final") == expected
     assert json.loads((path / "stats.json").read_text())["evaluation"] == {"other": {"acc": 0.5}}
     kept = [] if damage is delete else ["final.kept-1"]
@@ -182,7 +179,7 @@ def test_a_final_of_an_older_version_is_looked_at_as_far_as_it_can_be(run):
     (final / "manifest.json").unlink()
     assert damage_of_final(final) is None
     cut(final)
-    assert "model.safetensors cannot be read" in damage_of_final(final)
+    assert "model.safetensors is cut or damaged" in damage_of_final(final)
     (final / "model.safetensors").unlink()
     assert damage_of_final(final) == "it holds no model"
 
@@ -263,19 +260,19 @@ def test_a_directory_that_is_moved_or_removed_under_a_run_ends_it_and_is_not_mad
     recipe, changed, pretrain, monkeypatch, is_removed
 ):
     """Between two records, so that a save is the first to notice."""
-    path, original, hold = recipe.run.dir / "tiny", loop.reserve_copies, ExitStack()
+    path, original, hold = recipe.run.dir / "tiny", Trainer.reserve_copies, ExitStack()
 
-    def moving(job, progress):
-        original(job, progress)
-        if progress.step == 5:
+    def moving(job):
+        original(job)
+        if job.progress.step == 5:
             job.saver.wait()
             shutil.rmtree(path) if is_removed else path.rename(path.with_name("moved"))
 
-    def make_held_job(recipe, run, accelerator):
-        return make_job(recipe, replace(run, hold=hold.enter_context(locked(run.path))), accelerator)
+    def make_held_trainer(recipe, run, **options):
+        return make_trainer(recipe, replace(run, hold=hold.enter_context(locked(run.path))), **options)
 
-    monkeypatch.setattr(loop, "reserve_copies", moving)
-    monkeypatch.setitem(pretrain.__globals__, "make_job", make_held_job)
+    monkeypatch.setattr(Trainer, "reserve_copies", moving)
+    monkeypatch.setitem(pretrain.__globals__, "make_trainer", make_held_trainer)
     recipe = changed(recipe, train={"logging_steps": 50, "save_steps": 2}, evaluation={"eval_steps": None})
     with hold, pytest.raises(UserError, match=r"runs/tiny was moved or removed while the run was writing to it"):
         pretrain(recipe)

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from gpt2x.checkpoints.format import (
-    checkpoint_dir,
     list_checkpoints,
     newest_checkpoint,
     read_trainer,
     write_checkpoint,
 )
 from gpt2x.checkpoints.progress import Progress
-from gpt2x.checkpoints.retention import Retention, note_validation
+from gpt2x.checkpoints.retention import note_validation, prune
+from gpt2x.config import TrainSection
+from gpt2x.runs.layout import checkpoint_dir
 
 WSD = {"lr_scheduler_type": "wsd", "decay_ratio": 0.4, "warmup_steps": 0}
 
@@ -33,12 +34,17 @@ def steps(run_dir):
     return [int(path.name[5:]) for path in list_checkpoints(run_dir)]
 
 
+def keep(**rules):
+    """A recipe's rules of what is kept."""
+    return TrainSection(max_steps=6, save_steps=1, **rules)
+
+
 RULES = {
-    "newest": ({"newest": 2}, {}, [5, 6]),
-    "all": ({"newest": None}, {}, [1, 2, 3, 4, 5, 6]),
-    "every third": ({"newest": 1, "every": 3}, {}, [3, 6]),
-    "best": ({"newest": 2, "keeps_best": True}, {"best_step": 2}, [2, 5, 6]),
-    "best, not asked for": ({"newest": 2}, {"best_step": 2}, [5, 6]),
+    "newest": ({"save_total_limit": 2}, {}, [5, 6]),
+    "all": ({"save_total_limit": None}, {}, [1, 2, 3, 4, 5, 6]),
+    "every third": ({"save_total_limit": 1, "keep_steps": 3}, {}, [3, 6]),
+    "best": ({"save_total_limit": 2, "save_best": True}, {"best_step": 2}, [2, 5, 6]),
+    "best, not asked for": ({"save_total_limit": 2}, {"best_step": 2}, [5, 6]),
 }
 
 
@@ -47,14 +53,14 @@ def test_what_the_rules_do_not_keep_is_deleted(tmp_path, rule):
     rules, trainer, kept = RULES[rule]
     for step in range(1, 7):
         newest = write(tmp_path, step, **trainer)
-    Retention(**rules).prune(tmp_path, newest)
+    prune(tmp_path, newest, keep(**rules))
     assert steps(tmp_path) == kept
 
 
 def test_what_killed_saves_left_is_deleted(tmp_path):
     newest = write(tmp_path, 4)
     (tmp_path / "checkpoints" / "step-000003.tmp-01234567").mkdir()
-    Retention(newest=None).prune(tmp_path, newest)
+    prune(tmp_path, newest, keep(save_total_limit=None))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
 
 
@@ -62,14 +68,14 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path):
     for step in (1, 2, 3):
         newest = write(tmp_path, step)
     (checkpoint_dir(tmp_path, 3) / "manifest.json").unlink()
-    Retention(newest=1).prune(tmp_path, newest)
+    prune(tmp_path, newest, keep(save_total_limit=1))
     assert steps(tmp_path) == [2]
 
 
 def test_the_last_checkpoint_before_the_decay_is_kept_and_those_of_another_decay_are_not(tmp_path):
     for step, decays_to in ((2, None), (4, None), (5, 8), (6, 20), (7, 20), (8, 20)):
         newest = write(tmp_path, step, decays_to=decays_to)
-    Retention(newest=2).prune(tmp_path, newest)
+    prune(tmp_path, newest, keep(save_total_limit=2))
     assert steps(tmp_path) == [4, 7, 8]
 
 
@@ -153,7 +159,7 @@ def test_an_older_checkpoint_that_is_damaged_is_told_once_and_left(tmp_path, cap
     trainer = checkpoint_dir(tmp_path, 1) / "state" / "trainer.json"
     trainer.write_bytes(trainer.read_bytes().replace(b"step", b"st\xe9p"))
     for _ in range(2):
-        Retention(newest=1).prune(tmp_path, newest)
+        prune(tmp_path, newest, keep(save_total_limit=1))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000003"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path}/checkpoints/step-000001 is damaged (")
@@ -171,9 +177,9 @@ def test_links_strange_files_and_other_digits_are_neither_deleted_nor_in_the_way
     (checkpoints / "step-٠٠٠٠١٣").mkdir()
     before = {path.name for path in checkpoints.iterdir()}
     assert steps(tmp_path) == [1, 2, 3]
-    Retention(newest=2).prune(tmp_path, newest)
+    prune(tmp_path, newest, keep(save_total_limit=2))
     assert steps(tmp_path) == [1, 2, 3]
-    Retention(newest=1).prune(tmp_path, newest)
+    prune(tmp_path, newest, keep(save_total_limit=1))
     assert {path.name for path in checkpoints.iterdir()} == before - {"step-000002"}
     assert (elsewhere / "manifest.json").exists()
     assert newest_checkpoint(tmp_path) == (checkpoint_dir(tmp_path, 3), [LINE.format(checkpoint_dir(tmp_path, 9))])
@@ -191,7 +197,7 @@ def test_a_checkpoint_that_may_not_be_deleted_is_told_once_and_stays_whole(tmp_p
 
     monkeypatch.setattr(Path, "rename", refuse)
     for _ in range(2):
-        Retention(newest=1).prune(tmp_path, newest)
+        prune(tmp_path, newest, keep(save_total_limit=1))
     assert steps(tmp_path) == [1, 2]
     assert capsys.readouterr().err.count("step-000001 could not be removed (Permission denied)") == 1
 

@@ -90,7 +90,7 @@ def test_what_is_gone_on_with_although_it_has_changed_is_told(recipe, changed, p
     """Fault 14."""
     pretrain(recipe, stop_after=6)
     changes = {"optimizer": {"learning_rate": 0.01}, "train": {"save_steps": 5}, "data": {"num_workers": 0}}
-    plan = describe(*start(changed(recipe, **changes, resume=True)))
+    plan = describe(start(changed(recipe, **changes, resume=True))[0])
     lines = plan.splitlines()
     start_of_table = lines.index("changed:   field                    was    is")
     assert lines[start_of_table + 1 : start_of_table + 4] == [

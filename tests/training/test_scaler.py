@@ -54,8 +54,8 @@ def weights_of(job):
     return {name: weight.clone() for name, weight in job.plain_model.state_dict().items()}
 
 
-def take(job, progress, number):
-    return steps.optimizer_step(job, progress, job.batches.step(number).micro_batches)
+def take(job, number):
+    return steps.optimizer_step(job, job.batches.step(number).micro_batches)
 
 
 def scaler_state(run_dir):
@@ -67,11 +67,11 @@ def scaler_state(run_dir):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_scaled_step_is_the_step_of_float32_gradients_unscaled_and_clipped_once(recipe, changed, start, name):
     """Against torch: the same gradients, not scaled, clipped by torch, in optimizers that know of no scaler."""
-    job, progress = start(changed(recipe, optimizer={"name": name}, train={"max_grad_norm": 0.05}))
+    job, _ = start(changed(recipe, optimizer={"name": name}, train={"max_grad_norm": 0.05}))
     model, optimizers = job.plain_model, [optimizer.optimizer for optimizer in job.optimizers]
     before = weights_of(job)
     states = [optimizer.state_dict() for optimizer in optimizers]
-    outcome = take(job, progress, 0)
+    outcome = take(job, 0)
     found, rates = weights_of(job), [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
     model.load_state_dict(before)
@@ -98,15 +98,15 @@ def test_where_one_gradient_overflows_no_optimizer_moves_and_the_scale_is_halved
     recipe, changed, start, spoil, name, where
 ):
     spoil(2, where=where)
-    job, progress = start(changed(recipe, optimizer={"name": name}))
-    assert not take(job, progress, 0).has_overflowed
+    job, _ = start(changed(recipe, optimizer={"name": name}))
+    assert not take(job, 0).has_overflowed
     before, moments = weights_of(job), [str(optimizer.state_dict()) for optimizer in job.optimizers]
-    outcome = take(job, progress, 1)
+    outcome = take(job, 1)
     assert (outcome.has_overflowed, outcome.obstacle, outcome.metrics["grad_norm"]) == (True, None, math.inf)
     assert all(torch.equal(weight, before[key]) for key, weight in weights_of(job).items())
     assert [str(optimizer.state_dict()) for optimizer in job.optimizers] == moments
     assert job.accelerator.scaler.get_scale() == INIT_SCALE / 2
-    assert not take(job, progress, 2).has_overflowed
+    assert not take(job, 2).has_overflowed
     assert all(not torch.equal(weight, before[key]) for key, weight in weights_of(job).items() if weight.ndim == 2)
 
 
@@ -172,12 +172,10 @@ def test_a_step_that_the_scale_has_nothing_to_do_with_leaves_weights_and_scale_a
         return losses
 
     monkeypatch.setattr(steps, "accumulate_losses", spoiled)
-    job, progress = start(changed(recipe, optimizer={"name": "muon"}))
+    job, _ = start(changed(recipe, optimizer={"name": "muon"}))
     before = weights_of(job)
     for number in range(GROWTH_INTERVAL + 1):  # each finds the gradients of its own scale
-        assert (
-            take(job, progress, number).obstacle == {"no target": "no token to predict", "loss": "loss is nan"}[what]
-        )
+        assert take(job, number).obstacle == {"no target": "no token to predict", "loss": "loss is nan"}[what]
     assert all(torch.equal(weight, before[key]) for key, weight in weights_of(job).items())
     state = job.accelerator.scaler.state_dict()
     assert (state["scale"], state["_growth_tracker"]) == (INIT_SCALE, 0)

@@ -7,8 +7,7 @@ import pytest
 
 from gpt2x.checkpoints.progress import Progress
 from gpt2x.config import OptimizerSection, TrainSection
-from gpt2x.training.budget import make_budget
-from gpt2x.training.schedules import learning_rate_factor
+from gpt2x.training.schedules import learning_rate_factor, make_budget
 
 
 def factors(schedule, train):

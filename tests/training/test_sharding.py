@@ -14,7 +14,7 @@ from test_two_processes import read
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from gpt2x.checkpoints.optimizer_state import load_optimizer_tensors, optimizer_tensors, parameter_names
+from gpt2x.checkpoints.state import load_optimizer_tensors, optimizer_tensors, parameter_names
 from gpt2x.config import to_yaml
 from gpt2x.distributed.devices import make_accelerator, make_fsdp_plugin
 from gpt2x.distributed.sharding import gather, is_sharded, whole_weights

@@ -58,7 +58,7 @@ def test_a_second_signal_leaves_at_once_whatever_else_is_running():
 def test_sigusr1_asks_to_save_once_and_to_go_on(capfd):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGUSR1)
-        assert [stop.takes_save_request(), stop.takes_save_request(), stop.is_asked()] == [True, False, False]
+        assert [stop.take_save_request(), stop.take_save_request(), stop.is_asked()] == [True, False, False]
     assert capfd.readouterr().err.strip() == "SIGUSR1: saving after this step, and going on."
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from gpt2x.checkpoints.format import list_checkpoints
-from gpt2x.checkpoints.soundness import first_not_finite
+from gpt2x.checkpoints.state import first_not_finite
 from gpt2x.errors import UserError
 from gpt2x.training import loop, steps
-from gpt2x.training.giving_up import find_unsound
+from gpt2x.training.anomalies import find_unsound
 
 # Every step is saved, and only the newest kept: a save that should not be would take the last good one.
 EACH = {"save_steps": 1, "save_total_limit": 1}
@@ -27,8 +27,8 @@ def blow_up(monkeypatch):
     def install(number, value):
         original, calls = loop.optimizer_step, []
 
-        def blowing(job, progress, micro_batches):
-            outcome = original(job, progress, micro_batches)
+        def blowing(job, micro_batches):
+            outcome = original(job, micro_batches)
             calls.append(None)
             if len(calls) == number:
                 with torch.no_grad():
@@ -96,8 +96,8 @@ def test_without_an_older_checkpoint_the_same_command_starts_anew(recipe, change
 
 
 def test_an_optimizer_that_is_not_finite_is_not_sound(recipe, start):
-    job, progress = start(recipe)
-    steps.optimizer_step(job, progress, job.batches.step(0).micro_batches)
+    job, _ = start(recipe)
+    steps.optimizer_step(job, job.batches.step(0).micro_batches)
     assert find_unsound(job) is None
     weight = next(job.plain_model.parameters())
     job.optimizers[0].state[weight]["exp_avg_sq"][0, 0] = math.inf

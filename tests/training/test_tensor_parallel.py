@@ -17,7 +17,8 @@ from gpt2x.config import to_yaml
 from gpt2x.distributed.ranks import data_rank
 from gpt2x.distributed.tensor_parallel import TensorParallelism, check_sizes, check_version, cut_weights
 from gpt2x.errors import UserError
-from gpt2x.training.spikes import StepLosses, suspects
+from gpt2x.training.anomalies import suspects
+from gpt2x.training.steps import StepLosses
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 # Everything that is not cut evenly, or is tied, or has an own gradient on each device.

@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from gpt2x.batches.validation import HeldOut, ValidationBatches
 from gpt2x.evaluation.validation import validate
 from gpt2x.shards.index import load_index
-from gpt2x.distributed.flags import Vote, agree
-from gpt2x.training.steps import accumulate_gradients, clip_gradients
+from gpt2x.distributed.ranks import Vote, agree
+from gpt2x.training.steps import accumulate_losses, clip_gradients
 from modeling_gpt2x import GPT2XForCausalLM
 from ranks import leave
 
@@ -41,7 +41,8 @@ rank = accelerator.process_index
 model = accelerator.prepare(GPT2XForCausalLM.from_pretrained(directory / "model"))
 rows = {name: tensor.chunk(2)[rank] for name, tensor in load_file(directory / "rows.safetensors").items()}
 ids, labels = rows["ids"].split(4), rows["labels"].split(4)
-loss = accumulate_gradients(accelerator, model, [{"input_ids": i, "labels": t} for i, t in zip(ids, labels)])
+losses = accumulate_losses(accelerator, model, [{"input_ids": i, "labels": t} for i, t in zip(ids, labels)])
+loss = accelerator.reduce(losses.shares.sum(), reduction="mean")
 gradients = {name: p.grad.clone() for name, p in accelerator.unwrap_model(model).named_parameters()}
 norm = clip_gradients(accelerator, model, 1e9)
 batches = ValidationBatches(

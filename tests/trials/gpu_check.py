@@ -51,17 +51,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gpt2x.checkpoints.host_copies import HostCopies
+from gpt2x.checkpoints.saver import HostCopies
 from gpt2x.config import OptimizerSection
-from gpt2x.distributed.accelerators import compute_device, forked_rng, on_device
-from gpt2x.distributed.devices import make_fsdp_plugin
+from gpt2x.distributed.devices import compute_device, forked_rng, make_fsdp_plugin, on_device
 from gpt2x.evaluation.continuations import Question, score_continuations
 from gpt2x.evaluation.samples import generate
 from gpt2x.evaluation.validation import validate
 from gpt2x.training.optimizers import make_optimizers, orthogonalize
 from gpt2x.training.start import compile_layers
 from gpt2x.training.steps import MicroBatch, accumulate_losses, clip_gradients
-from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, loss_gpt2x
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM, linear_gpt2x
 
 SMALL = {"vocab_size": 503, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODERN = {
@@ -146,20 +145,20 @@ def where_loss(logits: Tensor, target: Tensor, softcap: float | None, needs_grad
     if needs_gradient:
         gradient = torch.exp(capped - lse) - (torch.arange(z.shape[1], device=z.device) == target).float()
         gradient = gradient if softcap is None else gradient * (1 - (capped / softcap).square())
-        logits.copy_(gradient * (loss_gpt2x.FLOAT16_STRETCH if logits.dtype == torch.float16 else 1.0))
+        logits.copy_(gradient * (linear_gpt2x.FLOAT16_STRETCH if logits.dtype == torch.float16 else 1.0))
     return loss
 
 
 @contextmanager
 def fused_loss(num_rows: int) -> Iterator[None]:
     """Puts where_loss, compiled, in the place of the present function, for so many rows at a time."""
-    before = loss_gpt2x._cross_entropy_and_gradient_, loss_gpt2x._rows_per_chunk
-    loss_gpt2x._cross_entropy_and_gradient_ = torch.compile(where_loss, dynamic=False, fullgraph=True)
-    loss_gpt2x._rows_per_chunk = lambda num_tokens, _vocab_size: min(num_rows, num_tokens)
+    before = linear_gpt2x._cross_entropy_and_gradient_, linear_gpt2x._rows_per_chunk
+    linear_gpt2x._cross_entropy_and_gradient_ = torch.compile(where_loss, dynamic=False, fullgraph=True)
+    linear_gpt2x._rows_per_chunk = lambda num_tokens, _vocab_size: min(num_rows, num_tokens)
     try:
         yield
     finally:
-        loss_gpt2x._cross_entropy_and_gradient_, loss_gpt2x._rows_per_chunk = before
+        linear_gpt2x._cross_entropy_and_gradient_, linear_gpt2x._rows_per_chunk = before
 
 
 # --- correctness -----------------------------------------------------------------------------------------------------
@@ -198,13 +197,13 @@ def head_and_loss(check: Check) -> None:
         for name, loss in (("present", nullcontext()), ("fused", fused_loss(2048))):
             own = [tensor.to(check.device, copy=True).requires_grad_() for tensor in (hidden, weight)]
             with loss, torch.autocast(check.device, dtype, enabled=dtype is not None):
-                loss_gpt2x.chunked_linear_cross_entropy(*own, labels.to(check.device)).backward()
+                linear_gpt2x.chunked_linear_cross_entropy(*own, labels.to(check.device)).backward()
             off = [distance(tensor.grad, other.grad) for tensor, other in zip(own, exact)]
             check.say(f"loss {name} {dtype}", hidden=off[0], weight=off[1], ok=max(off) < tolerance)
     # rows of one token, whose sum is beyond float16 before it is divided by their number
     hidden, labels = torch.full((512, 64), 200.0), torch.zeros(512, dtype=torch.long)
     weight = torch.zeros(503, 64, dtype=torch.float16, device=check.device, requires_grad=True)
-    loss = loss_gpt2x.chunked_linear_cross_entropy(hidden.half().to(check.device), weight, labels)
+    loss = linear_gpt2x.chunked_linear_cross_entropy(hidden.half().to(check.device), weight, labels)
     loss.backward()
     off = float(weight.grad[0, 0]) / (-200 * 502 / 503) - 1
     check.say("loss of sums beyond float16", off=off, ok=abs(off) < 1e-3)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from gpt2x import save_stock
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 pytestmark = [pytest.mark.trial, pytest.mark.filterwarnings("ignore")]
@@ -133,7 +134,7 @@ def test_peft_adapts_every_projection_and_merges_back(options: dict, tmp_path: P
     assert torch.equal(
         merged.generate(tokens[:, :4], max_new_tokens=30, do_sample=False, eos_token_id=None), generated
     )
-    merged.save_stock(tmp_path)
+    save_stock(merged, tmp_path)
 
 
 def test_torchao_quantizes_every_linear_to_int8() -> None:

@@ -34,10 +34,9 @@ from gpt2x.locate import find_model  # noqa: E402
 from gpt2x.preparation.prepare import prepare  # noqa: E402
 from gpt2x.publishing.published_model import PublishedModel  # noqa: E402
 from gpt2x.reporting import read_metrics  # noqa: E402
-from gpt2x.runs.directory import RunDirectory  # noqa: E402
-from gpt2x.runs.files_of import RunFiles  # noqa: E402
-from gpt2x.runs.lock import locked  # noqa: E402
+from gpt2x.runs.directory import RunDirectory, locked  # noqa: E402
 from gpt2x.runs.records import truncate_records  # noqa: E402
+from gpt2x.runs.results import RunFiles  # noqa: E402
 from gpt2x.shards.files import open_shard  # noqa: E402
 from gpt2x.shards.index import load_index  # noqa: E402
 from gpt2x.streams.ledger import read_ledger  # noqa: E402
@@ -203,7 +202,7 @@ def world(runs, tmp_path_factory):
 
 def leave_lock(run_dir):
     """What a killed run leaves: its lock and a lease of a process that is no more."""
-    code = "import sys, time; from pathlib import Path; from gpt2x.runs.lock import locked\n"
+    code = "import sys, time; from pathlib import Path; from gpt2x.runs.directory import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('locked', flush=True)\n    time.sleep(60)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(run_dir)]

@@ -45,7 +45,7 @@ POINTS = [
     ("gpt2x.runs.directory", "append_line", (1, 8, 13)),
     ("gpt2x.evaluation.validation", "_batch_sums", (1, 3)),
     ("gpt2x.runs.directory", "write_file", (1,)),
-    ("gpt2x.training.finish", "save_final_model", (1,)),
+    ("gpt2x.training.finish", "write_final", (1,)),
     ("gpt2x.training.finish", "write_losses", (1,)),
     ("gpt2x.training.finish", "write_stats", (1,)),
 ]
@@ -263,8 +263,8 @@ def test_what_ends_the_launcher_saves_the_run_and_leaves_no_orphan(write_recipe,
 SOAK = """
 import json, os, runpy, sys
 from pathlib import Path
-from gpt2x.training import loop
-found, advance = {}, loop.Progress.advance
+from gpt2x.checkpoints.progress import Progress
+found, advance = {}, Progress.advance
 def usage():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -273,7 +273,7 @@ def watched(self, **arguments):
     advance(self, **arguments)
     if self.step in (200, 1999):
         found[self.step] = usage()
-loop.Progress.advance = watched
+Progress.advance = watched
 script, target = sys.argv[1], sys.argv[2]
 sys.argv = [script, *sys.argv[3:]]
 try:

@@ -1,8 +1,6 @@
 """The same run on other devices: hybrid shards, compiled shards, two launchers, and a run that moves between them."""
 
-import importlib.util
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -14,12 +12,10 @@ from safetensors.torch import load_file
 from test_runs import ROOT, SCRIPT, WORDS, write_recipe
 
 from gpt2x.checkpoints.format import list_checkpoints
-from gpt2x.manifest import step_of
+from gpt2x.runs.layout import step_of
 
 FOUR = ("hsdp.yaml", "--num_processes=4", "--parallelism_config_dp_shard_size=2")
 CUT = ("fsdp2_tp.yaml", "--num_processes=4", "--parallelism_config_dp_shard_size=2")
-ZERO = ("deepspeed_zero2.yaml", "--num_processes=2")
-COPIES = ("cpu_2_processes.yaml",)
 TWO = ("fsdp2.yaml", "--num_processes=2")
 
 
@@ -61,12 +57,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(base, runs_dir, *, config=None, options=(), starter=None):
+def run(base, runs_dir, *, config=None, options=()):
     whole = command(base, runs_dir, config=config, port=free_port(), options=options)
-    if starter is not None:
-        whole.insert(whole.index(str(SCRIPT)), str(starter))
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    finished = subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
+    finished = subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert finished.returncode == 0, finished.stderr
     return runs_dir / "tiny"
 
@@ -142,84 +135,3 @@ def test_two_launchers_that_find_each_other_train_as_one_process_does(base, one,
     said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert_same_run(tmp_path / "tiny", one)
-
-
-# Runs a script where DeepSpeed finds no compiler; if asked, rank 1 has a loss that is not a number in its third step.
-STARTER = """
-import os
-import runpy
-import sys
-
-import torch
-from gpt2x.training import steps
-
-if {uses_zero}:
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-original, calls = steps.accumulate_losses, []
-
-
-def poisoned(accelerator, model, micro_batches):
-    calls.append(None)
-    weight = next(model.parameters())
-    kept = weight.detach().clone()
-    if os.environ["RANK"] == "1" and len(calls) == 3:
-        with torch.no_grad():
-            weight.fill_(torch.nan)
-    losses = original(accelerator, model, micro_batches)
-    with torch.no_grad():
-        weight.copy_(kept)
-    return losses
-
-
-if {poisons}:
-    steps.accumulate_losses = poisoned
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; pip install deepspeed"
-)
-
-
-def starter(directory, *, uses_zero=True, poisons=False):
-    file = directory / "starter.py"
-    file.write_text(STARTER.format(uses_zero=uses_zero, poisons=poisons))
-    return file
-
-
-@needs_deepspeed
-@pytest.mark.trial
-def test_a_run_moves_from_one_process_to_deepspeed_and_back(base, one, tmp_path):
-    shutil.copytree(one, tmp_path / "tiny")
-    cut_back(tmp_path / "tiny", 5)
-    options = ["--train.save_total_limit=9", "--resume=true"]
-    run(base, tmp_path, config=ZERO, options=options, starter=starter(tmp_path))
-    cut_back(tmp_path / "tiny", 15)
-    assert_same_run(run(base, tmp_path, options=options), one)
-
-
-@needs_deepspeed
-@pytest.mark.trial
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_deepspeed_leaves_out_a_step_that_is_not_finite_as_data_parallel_copies_do(base, tmp_path, precision):
-    options = ["--train.on_non_finite=skip", f"--train.mixed_precision={precision}", "--train.max_grad_norm=0.5"]
-    found = {}
-    for name, config in (("zero", ZERO), ("copies", COPIES)):
-        (tmp_path / name).mkdir()
-        file = starter(tmp_path / name, uses_zero=name == "zero", poisons=True)
-        found[name] = run(base, tmp_path / name, config=config, options=options, starter=file)
-    steps = {
-        name: [
-            (line["train/loss"], line["grad_norm"], line["train/skipped_steps"])
-            for line in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-            if "train/skipped_steps" in line
-        ]
-        for name, directory in found.items()
-    }
-    assert steps["zero"][0] == (None, None, 1)
-    assert len(steps["zero"]) == 17 + 1
-    for place in range(3):
-        values = [[step[place] for step in steps[name][1:]] for name in ("zero", "copies")]
-        assert values[0] == pytest.approx(values[1], rel=1e-5 if precision == "no" else 1e-3)

@@ -171,8 +171,8 @@ if __name__ == "__main__":
 
     from gpt2x.command_line import parse_recipe  # noqa: F401
     from gpt2x.preflight import describe  # noqa: F401
+    from gpt2x.preparation import prepare  # noqa: F401
     from gpt2x.publishing import native, reference  # noqa: F401
-    from gpt2x.shards import preparation  # noqa: F401
     from gpt2x.training import finish, start  # noqa: F401
 
     finish.write_plots = lambda directory: None  # takes longer than the run

@@ -394,7 +394,9 @@ def test_a_rank_that_hangs_ends_the_others_when_they_have_waited_long_enough(
 ):
     """Rank 1 stands still before its sixth step, or its sixth save."""
     command, run_dir = write_recipe(save_steps=save_steps, save_total_limit=1)
-    function = {"step": "gpt2x.training.loop:optimizer_step", "save": "gpt2x.training.loop:reserve_copies"}[where]
+    function = {"step": "gpt2x.training.loop:optimizer_step", "save": "gpt2x.training.trainer:Trainer.reserve_copies"}[
+        where
+    ]
     patch, at = "rank_patches:have_little_patience", f"{function}:before:6:SIGSTOP"
     run = runs.start(*command, patch=patch, at=at, at_rank=1, num_processes=2)
     run.wait_until(lambda: line in run.output())

@@ -66,8 +66,12 @@ def _complaining(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{file}: pyarrow cannot read it ({reason}); copy or save it again.") from None
+        raise UserError(f"{file}: pyarrow cannot read it ({first_line(error)}); copy or save it again.") from None
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, as far as it fits into a message."""
+    return str(error).strip().split("\n")[0]
 
 
 def _check_schema(file: Path, schema: pa.Schema) -> None:

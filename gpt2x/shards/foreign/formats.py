@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2x.errors import UserError
-from gpt2x.shards.foreign.columns import map_arrow, map_parquet
+from gpt2x.shards.foreign.columns import first_line, map_arrow, map_parquet
 
 Mapped = tuple[np.ndarray, Path]
 """(num_tokens,) memory map of some integer dtype, and the file it is a map of."""
@@ -78,23 +78,18 @@ def recorded_tokenizer(file: Path) -> str | None:
     return metadata[0] if metadata and not metadata[0].startswith("Unknown Tokenizer") else None
 
 
-def check_ids_array(file: Path, *, is_integer: bool, num_dimensions: int, size: int) -> None:
-    """Refuses an array that is not a list of ids.
-
-    Raises:
-        UserError: names the file and the rule.
-    """
-    if not is_integer or num_dimensions != 1 or size == 0:
-        raise UserError(f"{file}: token ids must be one array of integers, 1-D and not empty; save it as that.")
-
-
 def _map_numpy(file: Path, vocab_size: int) -> Mapped:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise UserError(f"{file}: numpy cannot map it ({_first_line(error)}); copy or save it again.") from None
-    check_ids_array(file, is_integer=array.dtype.kind in "iu", num_dimensions=array.ndim, size=array.size)
-    return np.asarray(array), file
+        raise UserError(f"{file}: numpy cannot map it ({first_line(error)}); copy or save it again.") from None
+    return _checked_array(file, np.asarray(array)), file
+
+
+def _checked_array(file: Path, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "iu" or array.ndim != 1 or array.size == 0:
+        raise UserError(f"{file}: token ids must be one array of integers, 1-D and not empty; save it as that.")
+    return array
 
 
 def _map_llmc(file: Path, vocab_size: int) -> Mapped:
@@ -126,16 +121,8 @@ def _map_torch(file: Path, vocab_size: int) -> Mapped:
             f"{file}: is broken, or holds more than a tensor, which is not run; save the ids by torch.save as one 1-D "
             f"int64 tensor, in the zip format."
         ) from None
-    is_integer = isinstance(tensor, torch.Tensor) and not (
-        tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
-    )
-    check_ids_array(
-        file,
-        is_integer=is_integer,
-        num_dimensions=tensor.dim() if is_integer else 0,
-        size=tensor.numel() if is_integer else 0,
-    )
-    ids = tensor.numpy()
+    holds_ids = isinstance(tensor, torch.Tensor) and not (tensor.is_floating_point() or tensor.is_complex())
+    ids = _checked_array(file, tensor.numpy() if holds_ids else np.empty(0))
     ids.flags.writeable = False
     return ids, file
 
@@ -215,10 +202,6 @@ def _is_raw(file: Path, head: bytes) -> bool:
     """Whatever is left of the names that raw files have, unless it is text."""
     is_text = len(head) > 64 and head.isascii() and all(byte >= 32 or byte in b"\t\n\r" for byte in head)
     return file.suffix in (".bin", ".npy", ".ds") and not is_text
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 FORMATS = (

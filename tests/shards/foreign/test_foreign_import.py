@@ -180,11 +180,12 @@ def test_a_killed_import_that_is_begun_again_ends_in_the_same_bytes(directory, r
     code = (
         "import time\n"
         "from pathlib import PosixPath\n"
-        "from gpt2x.shards import foreign_import\n"
+        "from gpt2x.preparation.importing import import_tokens\n"
+        "from gpt2x.shards import writer\n"
         "from gpt2x.config.importing import ImportRecipe\n"
-        "write = foreign_import.write_shard\n"
-        "foreign_import.write_shard = lambda *place, **parts: (write(*place, **parts), time.sleep(0.2))[0]\n"
-        f"foreign_import.import_tokens({recipe!r})\n"
+        "write = writer.write_shard\n"
+        "writer.write_shard = lambda *place, **parts: (write(*place, **parts), time.sleep(0.2))[0]\n"
+        f"import_tokens({recipe!r})\n"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     killed = subprocess.Popen([sys.executable, "-c", code], env=environment)

@@ -1,20 +1,82 @@
-"""Writing a split's shards, one document after the other."""
+"""Writing token shards: one, or those of a split, document after document, in memory that does not grow with them."""
 
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gpt2x.errors import UserError
 from gpt2x.files import make_directory, unwritable
-from gpt2x.preparation.plan import Plan
 from gpt2x.shards.files import DTYPES, token_dtype, write_shard
-from gpt2x.shards.index import ShardEntry, split_directory
+from gpt2x.shards.index import ShardEntry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a shard says of the tokenizer that made it."""
+
+    size: int
+    """Every id is below it."""
+    eos_token_id: int
+    """The end of text."""
+    fingerprint: str
+    """Of the tokenizer."""
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast") -> "Vocabulary":
+        """That of a tokenizer; the fingerprint of a large one takes a fifth of a second."""
+        from gpt2x.tokenizers.bpe import tokenizer_fingerprint, vocabulary_size  # imports transformers
+
+        return cls(
+            size=vocabulary_size(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            fingerprint=tokenizer_fingerprint(tokenizer),
+        )
+
+
+def write_documents(
+    file: Path,
+    vocabulary: Vocabulary,
+    *,
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    num_bytes: int,
+    targets: np.ndarray | None = None,
+) -> ShardEntry:
+    """Writes a shard.
+
+    Args:
+        file: where to.
+        vocabulary: that the ids are of.
+        tokens: (num_tokens,) of the vocabulary's token_dtype.
+        starts: (num_documents + 1,) int64, where each document starts, and the end.
+        num_bytes: of the documents in UTF-8.
+        targets: (num_tokens,) uint8, 1 where a token is learned; None where all of them are.
+    """
+    metadata = {
+        "format": "gpt2x.tokens.1",
+        "tokenizer_fingerprint": vocabulary.fingerprint,
+        "vocab_size": str(vocabulary.size),
+        "eos_token_id": str(vocabulary.eos_token_id),
+    }
+    sha256 = write_shard(file, tokens=tokens, documents=starts, metadata=metadata, targets=targets)
+    return ShardEntry(
+        file=file.name,
+        num_tokens=tokens.size,
+        num_documents=starts.size - 1,
+        num_bytes=num_bytes,
+        sha256=sha256,
+    )
 
 
 class Spool:
@@ -58,22 +120,30 @@ class ShardWriter:
     their targets in a second such file, and end as their template ends them.
     """
 
-    def __init__(self, plan: Plan, split: str, numbers: Iterable[int]) -> None:
-        self.directory = split_directory(plan.output_dir, split)
-        make_directory(self.directory)
-        self.numbers = iter(numbers)
-        self.tokens_per_shard = plan.recipe.tokens_per_shard
-        self.vocab_size, self.eos_token_id = plan.vocab_size, plan.tokenizer.eos_token_id
-        self.dtype = token_dtype(self.vocab_size)
-        self.metadata = {
-            "format": "gpt2x.tokens.1",
-            "tokenizer_fingerprint": plan.fingerprint,
-            "vocab_size": str(self.vocab_size),
-            "eos_token_id": str(self.eos_token_id),
-        }
+    def __init__(
+        self,
+        directory: Path,
+        vocabulary: Vocabulary,
+        *,
+        tokens_per_shard: int,
+        numbers: Iterator[int],
+        has_targets: bool = False,
+    ) -> None:
+        """Begins with no document.
+
+        Args:
+            directory: of the split; it need not be there yet.
+            vocabulary: that the ids are of.
+            tokens_per_shard: at most, unless a single document has more.
+            numbers: of the shards, one after the other.
+            has_targets: whether the documents are conversations.
+        """
+        make_directory(directory)
+        self.directory, self.vocabulary = directory, vocabulary
+        self.tokens_per_shard, self.numbers = tokens_per_shard, numbers
         self.entries: list[ShardEntry] = []
-        self.spool = Spool(self.directory, self.dtype)
-        self.targets = Spool(self.directory, DTYPES["U8"]) if plan.recipe.chat is not None else None
+        dtypes = [token_dtype(vocabulary.size), *([DTYPES["U8"]] if has_targets else [])]
+        self.has_targets, self.spools = has_targets, [Spool(directory, dtype) for dtype in dtypes]
         # Of the documents that are whole, and of the one that is being added.
         self.lengths, self.num_tokens, self.num_bytes = array("q"), 0, 0
         self.open_length, self.open_bytes = 0, 0
@@ -82,12 +152,8 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for spool in self._spools:
+        for spool in self.spools:
             spool.close()
-
-    @property
-    def _spools(self) -> list[Spool]:
-        return [self.spool, *([self.targets] if self.targets is not None else [])]
 
     def add(self, name: str, ids: np.ndarray, num_bytes: int, *, targets: np.ndarray | None = None) -> None:
         """Appends ids to the document at hand.
@@ -101,24 +167,22 @@ class ShardWriter:
         Raises:
             UserError: for an id outside the vocabulary, which the cast to the shard's dtype would wrap silently.
         """
-        if ids.size and (ids.max() >= self.vocab_size or ids.min() < 0):
-            outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if ids.size and (ids.max() >= self.vocabulary.size or ids.min() < 0):
+            outside = ids[(ids < 0) | (ids >= self.vocabulary.size)]
             raise UserError(
-                f"{name}: the tokenizer gives id {outside[0]}, outside its vocabulary of {self.vocab_size}; "
+                f"{name}: the tokenizer gives id {outside[0]}, outside its vocabulary of {self.vocabulary.size}; "
                 f"repair the tokenizer or use another."
             )
-        assert (targets is None) == (self.targets is None), "conversations, and nothing else, have targets"
-        self.spool.write(ids)
-        if self.targets is not None and targets is not None:
-            self.targets.write(targets)
+        for spool, values in zip(self.spools, [ids] if targets is None else [ids, targets], strict=True):
+            spool.write(values)
         self.open_length += ids.size
         self.open_bytes += num_bytes
 
     def end_document(self) -> None:
         """Appends the end of text, if it is no conversation. A shard ends before the document that would make it too
         long."""
-        if self.targets is None:
-            self.spool.write(np.array([self.eos_token_id]))
+        if not self.has_targets:
+            self.spools[0].write(np.array([self.vocabulary.eos_token_id]))
             self.open_length += 1
         length, num_bytes = self.open_length, self.open_bytes
         self.open_length, self.open_bytes = 0, 0
@@ -136,23 +200,16 @@ class ShardWriter:
 
     def _write(self) -> None:
         """Writes the whole documents as a shard; what stands after them in the spool begins the next."""
-        name = f"tokens_part_{next(self.numbers):05d}.safetensors"
-        sha256 = write_shard(
-            self.directory / name,
-            tokens=self.spool.beginning(self.num_tokens),
-            documents=np.fromiter(accumulate(self.lengths, initial=0), np.int64, len(self.lengths) + 1),
-            metadata=self.metadata,
-            targets=None if self.targets is None else self.targets.beginning(self.num_tokens),
+        tokens, *targets = (spool.beginning(self.num_tokens) for spool in self.spools)
+        entry = write_documents(
+            self.directory / f"tokens_part_{next(self.numbers):05d}.safetensors",
+            self.vocabulary,
+            tokens=tokens,
+            starts=np.fromiter(accumulate(self.lengths, initial=0), np.int64, len(self.lengths) + 1),
+            num_bytes=self.num_bytes,
+            targets=targets[0] if targets else None,
         )
-        self.entries.append(
-            ShardEntry(
-                file=name,
-                num_tokens=self.num_tokens,
-                num_documents=len(self.lengths),
-                num_bytes=self.num_bytes,
-                sha256=sha256,
-            )
-        )
-        for spool in self._spools:
+        self.entries.append(entry)
+        for spool in self.spools:
             spool.forget_beginning(self.num_tokens)
         self.lengths, self.num_tokens, self.num_bytes = array("q"), 0, 0

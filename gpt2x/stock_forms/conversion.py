@@ -1,23 +1,17 @@
 """Stock forms <-> gpt2x, lossless both ways: pure functions on configs and state dicts.
 
-GPT2X is an implementation, not a format. A model whose options some class of transformers shares is saved in the form
-of that class, and everything that reads transformers checkpoints reads it.
-
-Shapes: H heads, D = 2 * E width of a head, C hidden size.
+Shapes: H heads, E half the width of a head.
 """
 
 import copy
-import json
 import re
 from collections.abc import Mapping
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_gpt2x import GPT2XConfig
+from modeling_gpt2x import GPT2XConfig
 
 STOCK_CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -55,27 +49,23 @@ _IMPLIED: dict[str, dict[str, Any]] = {
 }
 
 # gpt2x option -> field of the stock config.
-_SHARED_FIELDS = {
-    name: name
-    for name in (
-        *("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings"),
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
-    )
-}
-_LLAMA_FIELDS = {
-    **_SHARED_FIELDS,
-    **{
-        name: name
-        for name in (
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-            *("max_position_embeddings", "hidden_act", "attention_bias", "attention_dropout", "rope_parameters"),
-        )
-    },
-    "norm_eps": "rms_norm_eps",
-}
+_SHARED_FIELDS = (
+    *("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+_LLAMA_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("max_position_embeddings", "hidden_act", "attention_bias", "attention_dropout", "rope_parameters"),
+)
+
+
+def _llama_fields(*names: str) -> dict[str, str]:
+    return {name: name for name in (*_SHARED_FIELDS, *_LLAMA_FIELDS, *names)} | {"norm_eps": "rms_norm_eps"}
+
+
 _FIELDS: dict[str, dict[str, str]] = {
     "gpt2": {
-        **_SHARED_FIELDS,
+        **{name: name for name in _SHARED_FIELDS},
         "hidden_size": "n_embd",
         "intermediate_size": "n_inner",
         "num_hidden_layers": "n_layer",
@@ -87,14 +77,9 @@ _FIELDS: dict[str, dict[str, str]] = {
         "hidden_dropout": "resid_pdrop",
         "embedding_dropout": "embd_pdrop",
     },
-    "llama": {**_LLAMA_FIELDS, "head_dim": "head_dim", "mlp_bias": "mlp_bias"},
-    "qwen3": {
-        **_LLAMA_FIELDS,
-        "head_dim": "head_dim",
-        "layer_types": "layer_types",
-        "sliding_window": "sliding_window",
-    },
-    "nanochat": {**_LLAMA_FIELDS, "final_logit_softcapping": "final_logit_softcapping"},
+    "llama": _llama_fields("head_dim", "mlp_bias"),
+    "qwen3": _llama_fields("head_dim", "layer_types", "sliding_window"),
+    "nanochat": _llama_fields("final_logit_softcapping"),
 }
 
 # Fields of stock configs that change the computation in a way GPT2X has no option for.
@@ -161,19 +146,6 @@ def to_stock_config(config: GPT2XConfig) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, dtype=config.dtype, **fields)
 
 
-def save_config(config: PreTrainedConfig, directory: str | PathLike) -> None:
-    """Writes config.json, with RoPE also at its top level: transformers 4 and mistral.rs read it there only."""
-    config.save_pretrained(directory)
-    config_file = Path(directory) / "config.json"
-    fields = json.loads(config_file.read_text(encoding="utf-8"))
-    rope = fields.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        fields["rope_theta"] = rope["rope_theta"]
-        if rope["rope_type"] != "default":
-            fields["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-        config_file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def from_stock_config(stock_config: PreTrainedConfig) -> GPT2XConfig:
     """The GPT2XConfig that computes the same as `stock_config`.
 
@@ -215,7 +187,7 @@ def to_stock_state_dict(state_dict: Mapping[str, torch.Tensor], config: GPT2XCon
     weights = _without_duplicates(state_dict, config)
     if model_type == "gpt2":
         return _to_gpt2(weights)
-    return _to_nanochat(weights, config) if model_type == "nanochat" else weights
+    return _nanochat(weights, config, _NANOCHAT_MODULES) if model_type == "nanochat" else weights
 
 
 def from_stock_state_dict(state_dict: Mapping[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
@@ -224,7 +196,7 @@ def from_stock_state_dict(state_dict: Mapping[str, torch.Tensor], config: GPT2XC
     weights = _without_duplicates(state_dict, config)
     if model_type == "gpt2":
         return _from_gpt2(weights)
-    return _from_nanochat(weights, config) if model_type == "nanochat" else weights
+    return _nanochat(weights, config, _reversed(_NANOCHAT_MODULES)) if model_type == "nanochat" else weights
 
 
 def _without_duplicates(state_dict: Mapping[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
@@ -283,8 +255,7 @@ def _to_gpt2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _from_gpt2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    modules = {stock: own for own, stock in _GPT2_MODULES.items()}
-    layer_modules = {stock: own for own, stock in _GPT2_LAYER_MODULES.items()}
+    modules, layer_modules = _reversed(_GPT2_MODULES), _reversed(_GPT2_LAYER_MODULES)
     converted = {}
     for name, tensor in weights.items():
         module, kind = name.rsplit(".", 1)
@@ -306,41 +277,27 @@ def _transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ nanochat
-def _to_nanochat(weights: dict[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
-    renamed = {
-        name.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj", "mlp.fc2"): w for name, w in weights.items()
-    }
-    return _with_swapped_halves(renamed, config)
+_NANOCHAT_MODULES = {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}
 
 
-def _from_nanochat(weights: dict[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
-    renamed = {
-        name.replace("mlp.fc1", "mlp.up_proj").replace("mlp.fc2", "mlp.down_proj"): w for name, w in weights.items()
-    }
-    return _with_swapped_halves(renamed, config)
-
-
-def _with_swapped_halves(weights: dict[str, torch.Tensor], config: GPT2XConfig) -> dict[str, torch.Tensor]:
-    """Swaps the halves of every query and key head.
+def _nanochat(
+    weights: dict[str, torch.Tensor], config: GPT2XConfig, modules: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """Renames modules and swaps the halves of every query and key head.
 
     NanoChat's RoPE turns by the negative angle, which is the positive angle on (b, a) in place of (a, b). As queries
     and keys swap alike, their products stay the same. The swap is its own inverse.
     """
-    swapped = dict(weights)
+    converted = {}
     for name, tensor in weights.items():
+        for module, renamed in modules.items():
+            name = name.replace(module, renamed)
         if re.search(r"\.(q|k)_proj\.(weight|bias)$", name):
             halves_H2E = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
-            swapped[name] = halves_H2E.flip(1).reshape(tensor.shape)
-    return swapped
+            tensor = halves_H2E.flip(1).reshape(tensor.shape)
+        converted[name] = tensor
+    return converted
 
 
-__all__ = [
-    "STOCK_CLASSES",
-    "check_model_type",
-    "from_stock_config",
-    "from_stock_state_dict",
-    "save_config",
-    "stock_model_type",
-    "to_stock_config",
-    "to_stock_state_dict",
-]
+def _reversed(names: dict[str, str]) -> dict[str, str]:
+    return {value: key for key, value in names.items()}

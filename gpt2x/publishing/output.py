@@ -1,4 +1,4 @@
-"""Exports appear whole or not at all, and take nothing's place but that of an export of the same model."""
+"""What stands against an export, told before torch is imported, and where it appears: whole, or not at all."""
 
 import glob
 import os
@@ -7,17 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpt2x.config.publishing import ExportRecipe
 from gpt2x.errors import UserError
-from gpt2x.files import (
-    DamagedError,
-    locked,
-    make_directory,
-    read_json,
-    remove_leftovers,
-    unwritable,
-    whole_directory,
-)
+from gpt2x.files import DamagedError, locked, make_directory, read_json, remove_leftovers, unwritable, whole_directory
+from gpt2x.manifest import MANIFEST
+from gpt2x.prerequisites import check_installed, check_model, model_type_of
+from gpt2x.runs.layout import MODEL, RunLayout
 
+GGUF_TYPES = ("gpt2", "llama", "qwen3")
+"""The forms that llama.cpp computes."""
 # In which the configs of two precisions of one model may differ.
 _INCIDENTAL = {"dtype", "torch_dtype", "transformers_version", "transformers.js_config", "_name_or_path"}
 
@@ -65,8 +63,10 @@ def check_output(output_dir: Path, *, source: str | None = None) -> None:
 def _is_export(directory: Path) -> bool:
     """Whether a directory looks like an export, and not like the model of a run, which has gpt2x's form too."""
     place = Path(os.path.realpath(directory))
-    of_a_run = {"final": "config.yaml", "model": "manifest.json"}
-    if place.name in of_a_run and os.path.lexists(place.parent / of_a_run[place.name]):
+    run = RunLayout(place.parent)
+    if place == run.final_dir and os.path.lexists(run.config_file):
+        return False
+    if place.name == MODEL and os.path.lexists(place.parent / MANIFEST):
         return False
     is_native = (place / "config.json").is_file() and (place / "modeling_gpt2x.py").is_file()
     return is_native or any(place.glob("onnx/*.onnx")) or any(place.glob("*.gguf"))
@@ -93,3 +93,28 @@ def _check_same_model(output_dir: Path, partial: Path) -> None:
 def size_bytes(directory: Path, pattern: str = "**/*") -> int:
     """Bytes of the files of a directory, or of those that match a pattern."""
     return sum(path.stat().st_size for path in directory.glob(pattern) if path.is_file())
+
+
+def check_export(recipe: ExportRecipe) -> str:
+    """The directory of the model that is exported, or its Hub id.
+
+    Raises:
+        UserError: where there is no whole model, where the form cannot hold one of its type, where something else
+            is at the output, and where a library that the form needs is not installed.
+    """
+    if recipe.to != "native":
+        check_installed(recipe.to, what=f"--to {recipe.to}")
+    found = check_model(recipe.model)
+    check_output(recipe.output_dir, source=found)
+    if recipe.to == "gguf" and Path(found).is_dir():
+        check_gguf_type(model_type_of(Path(found)))
+    return found
+
+
+def check_gguf_type(model_type: str) -> None:
+    """Raises UserError for a type of models that GGUF cannot hold."""
+    if model_type not in GGUF_TYPES:
+        raise UserError(
+            f"model_type ({model_type}) must be gpt2, llama or qwen3, the forms that llama.cpp computes; export to "
+            f"onnx instead."
+        )

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .configuration_gpt2x import GPT2XConfig
-from .conversion_gpt2x import from_stock_state_dict
+from gpt2x.stock_forms.conversion import from_stock_state_dict
+from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 # Where training scripts keep the weights in what they save, and what wrappers put before each name.
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict")
@@ -24,10 +24,10 @@ MASK_BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")
 LAYER_MODULES = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 
-def read_nanogpt(
+def from_nanogpt(
     path: str | PathLike, *, num_attention_heads: int | None = None, hidden_act: str = "gelu"
-) -> tuple[GPT2XConfig, dict[str, torch.Tensor]]:
-    """Reads a nanoGPT `ckpt.pt`, or a state dict with GPT-2's names.
+) -> GPT2XForCausalLM:
+    """Loads a nanoGPT `ckpt.pt`, or a state dict with GPT-2's names.
 
     The shape is read off the tensors. Biases which the model was trained without are zeros, so that it is exactly a
     GPT-2. Matrices may lie as in nanoGPT's Linear or as in transformers' Conv1D.
@@ -37,20 +37,19 @@ def read_nanogpt(
         num_attention_heads: needed where the file has no `model_args`, as no tensor's shape tells it.
         hidden_act: nanoGPT's is `gelu`; OpenAI's weights, minGPT and nanoGPT of early 2023 use `gelu_new`.
 
-    Returns:
-        The config, and the weights under GPT2X's names.
-
     Raises:
-        ValueError: if the file is missing, holds more than tensors and plain values, is no GPT-2, or leaves the
-            number of heads open.
+        ValueError: if the file is missing, holds more than tensors and plain values (nothing is executed), is no
+            GPT-2, or leaves the number of heads open.
     """
-    checkpoint = _load(Path(path))
+    path = Path(path)
+    checkpoint = _load(path)
     model_args = checkpoint.get("model_args", {})
-    weights = _gpt2_weights(checkpoint, Path(path))
-    heads = _num_heads(num_attention_heads, model_args.get("n_head"), Path(path))
-    weights = _completed(weights, Path(path))
+    weights = _gpt2_weights(checkpoint, path)
+    heads = _num_heads(num_attention_heads, model_args.get("n_head"), path)
+    weights = _completed(weights, path)
     config = _config(weights, heads, hidden_act=hidden_act, dropout=model_args.get("dropout", 0.0))
-    return config, from_stock_state_dict(weights, config)
+    state_dict = from_stock_state_dict(weights, config)
+    return GPT2XForCausalLM.from_pretrained(None, config=config, state_dict=state_dict, dtype=config.dtype)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -139,6 +138,3 @@ def _config(weights: dict[str, torch.Tensor], heads: int, *, hidden_act: str, dr
         eos_token_id=end_of_text,
         dtype=embedding.dtype,
     )
-
-
-__all__ = ["read_nanogpt"]

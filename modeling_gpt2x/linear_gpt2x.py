@@ -1,13 +1,16 @@
-"""The next-token loss straight from the hidden states: head and cross-entropy in chunks of tokens.
+"""Products with large weights: head and loss in chunks of tokens, and packed weights for decoding on a CPU.
 
 Shapes: N tokens, C hidden size, V vocabulary, P vocabulary and padding, R rows of one chunk.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 IGNORE_INDEX = -100
 # 50,304 rows instead of GPT-2's 50,257 make the weight's gradient 1.4x faster on AVX-512 cores; tensor cores want 8.
@@ -15,9 +18,30 @@ ROW_ALIGNMENT = 64
 # float16 ends at 6e-8, where probabilities of a large vocabulary do not. d loss / d logits is at most 1, so between it
 # and the largest float16, 65504, there is room.
 FLOAT16_STRETCH = 2.0**15
+# Rows of one decoding step: beyond, arithmetic counts more than reading.
+MAX_ROWS = 64
+# Packing a weight takes as long as it saves in 10 (bfloat16) to 40 (float32, one row) steps; a short text packs none.
+STEPS_BEFORE_PACKING = 24
+MAX_PACKED_BYTES = 4 * 2**30
 
 
-def shift_labels_left(labels: torch.Tensor) -> torch.Tensor:
+def to_matmul_dtype(x: torch.Tensor) -> torch.Tensor:
+    """Casts once to the autocast dtype, where autocast would cast again for every projection reading `x`."""
+    device_type = x.device.type
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` is x @ weight.T + bias and no more: no LoRA, quantization, DTensor, hooks, other forward."""
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+# ---------------------------------------------------------------------------------------------------------- loss
+
+
+def shift_left(labels: torch.Tensor) -> torch.Tensor:
     """The label of each position's next token, (B, T); the last position of a row predicts nothing."""
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
@@ -32,7 +56,7 @@ def chunked_linear_cross_entropy(
     chunk_size: int | None = None,
     vocab_size: int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of `hidden @ weight.T` against `labels`, without ever holding all logits.
+    """Cross-entropy of `hidden @ weight.T` against `labels` without ever holding all logits: a float32 scalar.
 
     The gradients with respect to `hidden` and `weight` are computed together with the loss, chunk by chunk, so that
     there are three matrix products in all and nothing is recomputed. The products run in the autocast dtype, the
@@ -44,13 +68,9 @@ def chunked_linear_cross_entropy(
         weight: (V, C), the head's weight.
         labels: (...), the token which each row of `hidden` predicts (already shifted); -100 is ignored.
         softcap: cap c of c * tanh(logits / c), arXiv:2408.00118.
-        num_items_in_batch: what the summed loss is divided by; `None` divides by the number of labels not ignored.
+        num_items_in_batch: what the summed loss is divided by; `None` takes the labels not ignored, or 1.
         chunk_size: rows per chunk; `None` chooses one.
-        vocab_size: rows of `weight` that are tokens; the padding rows behind them get neither probability nor
-            gradient.
-
-    Returns:
-        The loss, a float32 scalar. It is 0 if all labels are ignored.
+        vocab_size: rows of `weight` that are tokens; padding rows behind get neither probability nor gradient.
     """
     hidden_NC = hidden.reshape(-1, hidden.shape[-1])
     labels_N = labels.reshape(-1).to(hidden.device)
@@ -59,42 +79,21 @@ def chunked_linear_cross_entropy(
         num_items_in_batch = valid_N.sum().clamp(min=1)
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(hidden.device)
-    hidden_NC, labels_N = _without_ignored(hidden_NC, labels_N, valid_N)
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Ignored rows are dropped where that costs neither a device's synchronization nor a graph break.
+        kept = valid_N.nonzero().squeeze(1)
+        if 0 < len(kept) < 0.9 * len(valid_N):
+            hidden_NC, labels_N = hidden_NC.index_select(0, kept), labels_N.index_select(0, kept)
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    loss_sum = _ChunkedLinearCrossEntropy.apply(
-        hidden_NC,
-        weight,
-        labels_N,
-        softcap,
-        chunk_size or _rows_per_chunk(len(labels_N), vocab_size),
-        vocab_size,
-        needs_gradient,
-    )
-    return loss_sum / num_items_in_batch
-
-
-def _without_ignored(
-    hidden_NC: torch.Tensor, labels_N: torch.Tensor, valid_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drops ignored rows where that saves work and costs neither a device's synchronization nor a graph break."""
-    if hidden_NC.device.type != "cpu" or torch.compiler.is_compiling():
-        return hidden_NC, labels_N
-    kept = valid_N.nonzero().squeeze(1)
-    if not 0 < len(kept) < 0.9 * len(valid_N):
-        return hidden_NC, labels_N
-    return hidden_NC.index_select(0, kept), labels_N.index_select(0, kept)
+    vocab_size = vocab_size or weight.shape[0]
+    chunk_size = chunk_size or _rows_per_chunk(len(labels_N), vocab_size)
+    options = (softcap, chunk_size, vocab_size, needs_gradient)
+    return _ChunkedLinearCrossEntropy.apply(hidden_NC, weight, labels_N, *options) / num_items_in_batch
 
 
 def _rows_per_chunk(num_tokens: int, vocab_size: int) -> int:
     """A quarter of the tokens, at most 128 MiB of bfloat16 logits; fewer than 512 would starve the products."""
     return max(512, min(2**26 // vocab_size, math.ceil(num_tokens / 4)))
-
-
-def _matmul_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which autocast would multiply `tensor`."""
-    device_type = tensor.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -111,8 +110,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         needs_gradient: bool,
     ) -> torch.Tensor:
-        dtype = _matmul_dtype(hidden_NC)
-        h_NC, w_PC = hidden_NC.to(dtype), _aligned_copy(weight_VC[:vocab_size], dtype)
+        h_NC = to_matmul_dtype(hidden_NC)
+        w_PC = _aligned_copy(weight_VC[:vocab_size], h_NC.dtype)
         valid_N1 = (labels_N != IGNORE_INDEX).unsqueeze(1)
         target_N1 = labels_N.unsqueeze(1).masked_fill(~valid_N1, 0)
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
@@ -126,7 +125,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if needs_gradient:
                 # Rows of ignored labels are zeroed here, where they are C wide, and not in the V wide gradient.
                 grad_h_chunks.append(_product(logits_RP, w_PC).mul_(valid_N1[rows]))
-                grad_w_PC = _accumulated(grad_w_PC, logits_RP, h_NC[rows] * valid_N1[rows])
+                h_RC = h_NC[rows] * valid_N1[rows]
+                if grad_w_PC is None:
+                    grad_w_PC = _product(logits_RP.T, h_RC).float()
+                elif h_RC.dtype == torch.float32:
+                    grad_w_PC.addmm_(logits_RP.T, h_RC)
+                else:
+                    grad_w_PC.add_(_product(logits_RP.T, h_RC))
         if grad_w_PC is not None:
             ctx.save_for_backward(torch.cat(grad_h_chunks), grad_w_PC[:vocab_size])
         ctx.num_padding_rows = weight_VC.shape[0] - vocab_size
@@ -145,11 +150,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _aligned_copy(weight_VC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight in the dtype of the products, with rows of zeros up to a multiple of what matrix kernels tile by.
-
-    The padding exists in this copy alone, so that no parameter, optimizer state or checkpoint ever has padding rows.
-    Its logits and gradients are zeros.
-    """
+    """The weight for the products; this copy alone has rows of zeros up to a multiple of what kernels tile by."""
     num_padding_rows = -weight_VC.shape[0] % ROW_ALIGNMENT
     if weight_VC.shape[0] < 64 * ROW_ALIGNMENT or num_padding_rows == 0:
         return weight_VC.to(dtype)
@@ -163,8 +164,7 @@ def _cross_entropy_and_gradient_(
 ) -> torch.Tensor:
     """Returns the (R, 1) float32 losses, and overwrites the logits by the gradient of their sum.
 
-    Eager CPU code goes through the rows in blocks that fit the cache, as every pass over a larger float32 copy costs
-    more than the arithmetic; a compiler fuses the passes by itself.
+    Eager CPU code does so in blocks that fit the cache, where passes are cheap; a compiler fuses them by itself.
     """
     in_blocks = logits_RV.device.type == "cpu" and not torch.compiler.is_compiling()
     block_size = max(1, 2**18 // logits_RV.shape[1]) if in_blocks else logits_RV.shape[0]
@@ -181,15 +181,6 @@ def _cross_entropy_and_gradient_(
     return torch.cat(losses)
 
 
-def _accumulated(grad_w_VC: torch.Tensor | None, grad_logits_RV: torch.Tensor, h_RC: torch.Tensor) -> torch.Tensor:
-    """Adds the weight gradient of one chunk to the float32 sum of those before."""
-    if grad_w_VC is None:
-        return _product(grad_logits_RV.T, h_RC).float()
-    if h_RC.dtype == torch.float32:
-        return grad_w_VC.addmm_(grad_logits_RV.T, h_RC)
-    return grad_w_VC.add_(_product(grad_logits_RV.T, h_RC))
-
-
 def _product(grad_logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Of the gradient of the logits with another matrix; in float32 where that gradient is a stretched float16."""
     if grad_logits.dtype != torch.float16:
@@ -202,4 +193,52 @@ def _product(grad_logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return product.div_(FLOAT16_STRETCH)
 
 
-__all__ = ["chunked_linear_cross_entropy", "shift_labels_left"]
+# ------------------------------------------------------------------------------------------------------ decoding
+@contextmanager
+def packed_linears(model: nn.Module) -> Iterator[None]:
+    """Lets plain Linear modules on the CPU decode with packed weights inside the block, in which no weight may change.
+
+    A decoding step takes as long as reading every weight once: at about half of the memory's speed by torch's linear,
+    up to twice as fast in oneDNN's layout (`scripts/benchmark.py generate`), which is a second copy of the weights.
+    Results differ by rounding. What needs gradients or compiles stays as it is; so does a model of more than 4 GiB.
+    """
+    modules = [module for module in model.modules() if is_packable(module)]
+    if sum(module.weight.nbytes for module in modules) > MAX_PACKED_BYTES:
+        modules = []
+    try:
+        for module in modules:
+            module.__dict__["forward"] = _packing_forward(module)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether oneDNN can take the place of this module's own forward pass."""
+    if not is_plain_linear(module) or module.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if module.weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return module.weight.dtype == torch.float32
+
+
+def _packing_forward(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward pass for `module` that packs its weight once it has seen a few decoding steps."""
+    packed: torch.Tensor | None = None
+    steps = 0
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        nonlocal packed, steps
+        rows = x.numel() // x.shape[-1]
+        is_plain = type(x) is torch.Tensor and x.dtype == module.weight.dtype and not torch.is_autocast_enabled("cpu")
+        is_step = is_plain and rows <= MAX_ROWS and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        if is_step:
+            steps += 1
+        if not is_step or steps < STEPS_BEFORE_PACKING:
+            return F.linear(x, module.weight, module.bias)
+        if packed is None:
+            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")
+
+    return forward

@@ -1,13 +1,42 @@
-"""The state of optimizers as named tensors, as a checkpoint holds it, and back."""
+"""What a checkpoint is made of: named tensors of a model and its optimizers, there and back; whether they are sound.
+
+One that is not must never take the place of one that is.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpt2x.checkpoints.format import TrainerState, list_checkpoints
 from gpt2x.distributed.sharding import state_in_shards
 from gpt2x.errors import UserError
+from gpt2x.runs.layout import step_of
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What a checkpoint is made of.
+
+    Attributes:
+        model: the weights by name, of the whole model.
+        optimizer: tensors of the optimizer's state by name.
+        trainer: what else a resumed run needs, as JSON; its ``step`` names the checkpoint.
+    """
+
+    model: NamedTensors
+    optimizer: NamedTensors
+    trainer: TrainerState
+
+    def tensors(self) -> NamedTensors:
+        """All of them, under ``model:`` and ``optimizer:``."""
+        yield from ((f"model:{name}", tensor) for name, tensor in self.model)
+        yield from ((f"optimizer:{name}", tensor) for name, tensor in self.optimizer)
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -60,3 +89,23 @@ def load_optimizer_tensors(
             f"the checkpoint has optimizer state for {next(iter(saved))}, which this run does not train; "
             f"resume with the recipe that made it."
         )
+
+
+def first_not_finite(tensors: NamedTensors) -> str | None:
+    """The name of the first tensor that holds NaN or infinity; None where none does."""
+    return next((name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)), None)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum reads every number once and copies none; it may overflow where none of them is infinite.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def not_saved(run_dir: Path, step: int, reason: str) -> str:
+    """One line: why the state after a step is no checkpoint, and from where to go on, with what."""
+    older = [checkpoint for checkpoint in list_checkpoints(run_dir) if step_of(checkpoint) < step]
+    way_on = f"goes on from {older[-1]}" if older else "starts anew"
+    return (
+        f"{reason}; the state after step {step} is not saved, and no checkpoint was deleted: with a lower learning "
+        f"rate (optimizer.learning_rate) and --resume the same command {way_on}."
+    )

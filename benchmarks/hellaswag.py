@@ -23,10 +23,10 @@ from transformers.utils import logging
 from benchmarks.contest import interleave, print_table
 from gpt2x.command_line import parse_recipe
 from gpt2x.config import Recipe
+from gpt2x.distributed.devices import keep_freed_memory
 from gpt2x.distributed.launch import usable_cores
 from gpt2x.evaluation.hellaswag import evaluate_hellaswag
 from gpt2x.evaluation.hellaswag_items import HellaSwagItem, item_texts, load_hellaswag
-from gpt2x.evaluation.side_by_side import keep_freed_memory
 from gpt2x.models import make_config
 from gpt2x.stock_forms import to_stock_config
 from gpt2x.tokenizers.bpe import load_tokenizer

@@ -24,10 +24,9 @@ def main(recipe: HellaSwagRecipe) -> None:
     from accelerate import Accelerator
     from transformers.utils import logging
 
-    from gpt2x.distributed.devices import compute_device
+    from gpt2x.distributed.devices import compute_device, keep_freed_memory
     from gpt2x.evaluation.hellaswag import HellaSwag, evaluate_hellaswag, print_scores, result_record
     from gpt2x.evaluation.quantization import num_bytes, quantize_int8
-    from gpt2x.evaluation.side_by_side import keep_freed_memory
     from gpt2x.models import load_for_inference
     from gpt2x.runs.results import record_results
     from gpt2x.tokenizers.bpe import load_tokenizer

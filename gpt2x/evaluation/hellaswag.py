@@ -3,8 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -13,18 +11,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gpt2x.evaluation.continuations import Question, check_lengths, score_continuations
+from gpt2x.evaluation.continuations import (
+    Question,
+    check_lengths,
+    encode,
+    encode_questions,
+    fitting_batch_size,
+    score_continuations,
+)
 from gpt2x.evaluation.hellaswag_items import (
     NUM_VALIDATION_ITEMS,
     HellaSwagItem,
     Style,
     item_texts,
 )
-
-# Of the residual stream: about a core's second cache in float32.
-_CACHED_ACTIVATIONS = 3 * 2**17
-# Enough passes for all cores, also where items are few.
-_MOST_ON_A_CPU = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,50 +93,34 @@ class HellaSwagQuestions:
         labels = [item.label for item in items]
         return cls(style=style, questions=questions, lengths=np.array(lengths), labels=labels)
 
-    @cached_property
+    @property
     def num_tokens(self) -> list[int]:
         """Of each item in a forward pass, at most."""
-        return [len(question.context) + sum(map(len, question.continuations)) for question in self.questions]
+        return [question.num_tokens for question in self.questions]
 
-    def items_per_pass(self, model: PreTrainedModel, device: torch.device) -> int:
-        """How many suit the model on a device; on a CPU the activations of a layer then stay in a core's cache."""
-        if device.type != "cpu":
-            return 32
-        width = model.config.get_text_config().hidden_size
-        return min(max(round(_CACHED_ACTIVATIONS / (width * mean(self.num_tokens))), 1), _MOST_ON_A_CPU)
+    def items_per_pass(self, device: torch.device) -> int:
+        """How many suit a device."""
+        return fitting_batch_size(self.questions, device)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises UserError where an ending is longer than what the model takes."""
-        check_lengths(model, self.questions)
+        check_lengths(model, self.questions, name="HellaSwag")
 
 
 def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[HellaSwagItem], style: Style) -> list[Question]:
-    """Token ids of contexts and endings.
-
-    ``hellaswag`` encodes context and ending together and cuts after as many tokens as the context alone has, with the
-    spaces at the context's end counted to the ending; ``hellaswag_completion`` encodes them apart.
-    """
+    """Token ids of contexts and endings: encoded together in ``hellaswag``, apart in ``hellaswag_completion``."""
     texts = [item_texts(item, style) for item in items]
-    contexts = [context for context, _ in texts]
-    if style == "hellaswag_completion":
-        endings = [f" {ending}" for _, item_endings in texts for ending in item_endings]
-        encoded = iter(_ids(tokenizer, endings, add_special_tokens=False))
-        starts = [0] * len(texts)
-    else:
-        wholes = [f"{context} {ending}" for context, item_endings in texts for ending in item_endings]
-        encoded = iter(_ids(tokenizer, wholes))
-        contexts = [context.rstrip() for context in contexts]
-        starts = []
-    encoded_contexts = _ids(tokenizer, contexts)
-    starts = starts or [len(ids) for ids in encoded_contexts]
+    spaced = [(context, [f" {ending}" for ending in endings]) for context, endings in texts]
+    if style == "hellaswag":
+        return encode_questions(tokenizer, spaced)
+    contexts = encode(tokenizer, [context for context, _ in spaced])
+    endings = iter(
+        encode(tokenizer, [ending for _, endings in spaced for ending in endings], add_special_tokens=False)
+    )
     return [
-        Question(context=ids, continuations=[next(encoded)[start:] for _ in endings])
-        for ids, start, (_, endings) in zip(encoded_contexts, starts, texts, strict=True)
+        Question(context=ids, continuations=[next(endings) for _ in item_endings])
+        for ids, (_, item_endings) in zip(contexts, spaced, strict=True)
     ]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> list[list[int]]:
-    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)["input_ids"]
 
 
 def evaluate_hellaswag(
@@ -173,15 +157,15 @@ def score_hellaswag(
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> HellaSwag | None:
     """evaluate_hellaswag with items that are encoded; is_stopped and None as in score_continuations."""
-    plain = model if accelerator is None else accelerator.unwrap_model(model)
+    questions.check(model if accelerator is None else accelerator.unwrap_model(model))
     scores = score_continuations(
         model,
         questions.questions,
-        batch_size=batch_size or questions.items_per_pass(plain, next(model.parameters()).device),
+        batch_size=batch_size or questions.items_per_pass(next(model.parameters()).device),
         accelerator=accelerator,
         is_stopped=is_stopped,
     )
-    return None if scores is None else _result(torch.stack(scores), questions)
+    return None if scores is None else _result(torch.stack([each.log_probs for each in scores]), questions)
 
 
 def _result(scores: Tensor, questions: HellaSwagQuestions) -> HellaSwag:

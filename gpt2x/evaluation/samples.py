@@ -37,38 +37,19 @@ def sample_texts(
     model.eval()
     with forked_rng(model.device), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
-        texts = [_continue(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+        nucleus = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+        ids = [_continue(model, tokenizer, prompt, max_new_tokens, **nucleus) for prompt in prompts]
     model.train(was_training)
-    return texts
-
-
-def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
-    input_ids, max_new_tokens = _encode(model, tokenizer, prompt, max_new_tokens)
-    output = generate(
-        model,
-        input_ids,
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=0.8,
-        top_p=0.95,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+    return [tokenizer.decode(continuation, skip_special_tokens=True) for continuation in ids]
 
 
 def stream_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: GenerationRecipe
 ) -> None:
     """Prints the continuation of a prompt while it is being written."""
-    input_ids, max_new_tokens = _encode(model, tokenizer, prompt, options.max_new_tokens)
-    generate(
-        model,
-        input_ids,
-        max_new_tokens=max_new_tokens,
-        **sampling_arguments(options),
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = sampling_arguments(options)
+    _continue(model, tokenizer, prompt, options.max_new_tokens, **sampling, streamer=streamer)
 
 
 def generate(model: PreTrainedModel, input_ids: Tensor, **options: Any) -> Any:
@@ -87,10 +68,10 @@ def sampling_arguments(options: GenerationRecipe) -> dict[str, Any]:
     }
 
 
-def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
-) -> tuple[torch.Tensor, int]:
-    """Token ids (1, T) of a prompt, and how long its continuation may be.
+def _continue(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, **options: Any
+) -> Tensor:
+    """Token ids (T,) of a prompt's continuation.
 
     Where the two would not fit the model, the prompt's beginning is cut off, down to half of what the model takes;
     then the continuation is shortened.
@@ -98,4 +79,11 @@ def _encode(
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     limit = model.config.max_position_embeddings
     ids = ids[-max(limit - max_new_tokens, limit // 2) :]
-    return torch.tensor([ids], device=model.device), min(max_new_tokens, limit - len(ids))
+    output = generate(
+        model,
+        torch.tensor([ids], device=model.device),
+        max_new_tokens=min(max_new_tokens, limit - len(ids)),
+        pad_token_id=tokenizer.eos_token_id,
+        **options,
+    )
+    return output[0, len(ids) :]

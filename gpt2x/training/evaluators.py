@@ -123,7 +123,7 @@ class HellaSwagItems(Evaluator):
         super().__init__(self.questions.style, every_steps=section.eval_steps)
         # at most the tokens of a validation batch, which fits into the memory
         fitting = section.batch_size * recipe.data.sequence_length // max(self.questions.num_tokens)
-        self.batch_size = max(min(fitting, self.questions.items_per_pass(model, accelerator.device)), 1)
+        self.batch_size = max(min(fitting, self.questions.items_per_pass(accelerator.device)), 1)
         self.precision = "float32" if mixed_precision == "no" else f"mixed_{mixed_precision}"
         self.latest: HellaSwag | None = None
 

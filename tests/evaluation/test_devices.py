@@ -3,6 +3,8 @@
 The meta device stands for one that is not here: it computes shapes and dtypes, and whatever is fetched from it raises.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,3 +126,28 @@ def test_validation_whose_lengths_are_the_trainings_keeps_cudnn(model, accelerat
     model.register_forward_pre_hook(lambda *_: states.append(torch.backends.cuda.cudnn_sdp_enabled()))
     validate(model, [BATCH], num_bytes={"one": 1}, accelerator=accelerator)
     assert states == [True]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+PASSES = """
+import resource, torch
+from gpt2x.distributed.devices import keep_freed_memory
+keep_freed_memory()
+def work():
+    parts = [torch.ones(3 * 2**20) for _ in range(3)]
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.trial
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux gives memory back at once")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    command = [sys.executable, "-c", PASSES]
+    page_faults = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    # of twenty passes; without keep_freed_memory most ask for all that they need
+    assert page_faults < 3 * (3 * 3 * 2**20 * 4 / 4096)

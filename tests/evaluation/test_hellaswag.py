@@ -2,11 +2,12 @@
 
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
-from hellaswag_text import completion_log_probs, lm_eval_log_probs, rows, shares
+from hellaswag_text import completion_log_probs, lm_eval_log_probs, log_prob, rows, shares
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BloomConfig,
@@ -28,9 +29,15 @@ from transformers import (
 
 from gpt2x.errors import UserError
 from gpt2x.evaluation.continuations import Question, score_continuations, shares_contexts
-from gpt2x.evaluation.hellaswag import encode_items, evaluate_hellaswag, print_scores, result_record
+from gpt2x.evaluation.hellaswag import (
+    HellaSwagQuestions,
+    encode_items,
+    evaluate_hellaswag,
+    print_scores,
+    result_record,
+    score_hellaswag,
+)
 from gpt2x.evaluation.hellaswag_items import load_hellaswag
-from gpt2x.evaluation.packed import packed_weights
 from gpt2x.training.cpu_attention import register_chunked_causal
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
@@ -93,8 +100,46 @@ def test_every_kind_of_model_gets_the_scores_of_lm_eval(name, bpe, items):
     assert (found.acc, found.acc_norm) == shares(expected, lengths, [item.label for item in items])
 
 
-def test_models_whose_attention_can_be_replaced_read_a_context_once():
-    assert {name for name in MODELS if not shares_contexts(make(name))} == {"bloom", "mamba"}
+def test_contexts_are_shared_where_a_mask_decides_all_that_a_token_sees():
+    question = Question(context=[1, 2, 3], continuations=[[4], [5, 6]])
+    longer = Question(context=[1, 2, 3], continuations=[[4], [5, 6, 7]])
+    none, windows = {"bloom", "mamba"}, {"gpt2x sliding", "qwen3 sliding", "mistral sliding"}
+    assert {name for name in MODELS if not shares_contexts(make(name), [question])} == none
+    assert {name for name in MODELS if not shares_contexts(make(name), [question, longer])} == none | windows
+
+
+# of contexts and continuations that have one, two, three and five parts, some of them of no token that is read
+LENGTHS = [(5, [4]), (1, [1, 5]), (7, [3, 7, 2]), (2, [1, 1, 4, 1, 3]), (3, [1, 1])]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_questions_of_one_pass_do_not_see_each_other_nor_do_continuations(name):
+    model, draw = make(name), np.random.default_rng(0)
+    questions = [
+        Question(
+            context=draw.integers(300, size=context).tolist(),
+            continuations=[draw.integers(300, size=length).tolist() for length in lengths],
+        )
+        for context, lengths in LENGTHS
+    ]
+    for question, found in zip(questions, score_continuations(model, questions, batch_size=5), strict=True):
+        expected = [log_prob(model, question.context, ids, 10_000) for ids in question.continuations]
+        assert found.log_probs.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_continuation_is_greedy_where_each_of_its_tokens_is_the_likeliest(name):
+    model, context = make(name), [5, 9, 2, 7]
+    with torch.no_grad():
+        first, last = (model(torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in (context, [*context, 8]))
+    greedy = [int(first.argmax())]
+    others = [[8, int(last.argmax())], [int(first.argmin())], greedy]
+    (found,) = score_continuations(model, [Question(context=context, continuations=[greedy, *others])], batch_size=1)
+    assert found.is_greedy.tolist() == [True, greedy == [8], False, True]
+    expected = first.double().log_softmax(-1)
+    assert found.log_probs[[0, 2]].tolist() == pytest.approx(
+        [expected[greedy[0]].item(), expected[others[1][0]].item()], rel=1e-5
+    )
 
 
 def test_the_completion_style_gets_the_scores_of_llm_c(model, tokenizer, items):
@@ -147,28 +192,9 @@ def test_the_model_is_left_as_it_was(bpe, items):
     evaluate_hellaswag(model, bpe, items)
     assert model.training
     assert model.config._attn_implementation == "eager"
-    assert not model.lm_head._forward_pre_hooks
-    assert not [module for module in model.modules() if "forward" in module.__dict__]
 
 
-def test_packed_weights_compute_conv1d_and_linear():
-    model, ids = make("gpt2"), torch.arange(12)[None]
-    with torch.no_grad():
-        expected = model(ids).logits
-        with packed_weights(model):
-            assert "forward" in model.transformer.h[0].mlp.c_fc.__dict__
-            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_packed_weights_leave_autocast_its_own_precision():
-    model, ids = make("llama"), torch.arange(12)[None]
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = model(ids, use_cache=False).logits
-        with packed_weights(model):
-            assert torch.equal(model(ids, use_cache=False).logits, expected)
-
-
-def test_the_attention_of_a_training_gives_way_to_that_of_branches(bpe, items):
+def test_the_attention_of_a_training_gives_way_to_one_that_takes_the_mask(bpe, items):
     model = make("gpt2x")
     expected = evaluate_hellaswag(model, bpe, items).log_probs
     model.set_attn_implementation(register_chunked_causal())
@@ -178,11 +204,46 @@ def test_the_attention_of_a_training_gives_way_to_that_of_branches(bpe, items):
 
 def test_an_ending_longer_than_the_model_is_refused(model):
     question = Question(context=[1], continuations=[[2], [3] * 65])
+    questions = HellaSwagQuestions(style="hellaswag", questions=[question], lengths=np.ones((1, 2)), labels=[0])
     line = (
         "an ending of the HellaSwag items has 65 tokens, and the model takes 64; give items with shorter endings, or "
     )
     with pytest.raises(UserError, match=line):
-        score_continuations(model, [question], batch_size=1)
+        score_hellaswag(model, questions)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_cores_that_take_passes_of_their_own_find_the_same_and_get_all_cores_back(cores, bpe, items):
+    model, before = make("gpt2"), torch.get_num_threads()
+    expected = evaluate_hellaswag(model, bpe, items, batch_size=100).log_probs
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append((threading.get_ident(), torch.get_num_threads())))
+    torch.set_num_threads(cores)
+    try:
+        found = evaluate_hellaswag(model, bpe, items, batch_size=3).log_probs
+        assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    assert len(seen) == 7
+    assert {threads for _, threads in seen} == {1}
+    assert (threading.get_ident() in {thread for thread, _ in seen}) == (cores == 1)
+
+
+def test_what_fails_in_a_pass_fails_here(bpe, items):
+    model, before = make("gpt2"), torch.get_num_threads()
+
+    def fails(*_):
+        raise ValueError("the pass")
+
+    model.register_forward_pre_hook(fails)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="the pass"):
+            evaluate_hellaswag(model, bpe, items, batch_size=3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_accelerator_alone_changes_nothing(accelerator, bpe, items):

@@ -280,7 +280,7 @@ def evaluation(check: Check) -> None:
         accelerator = SimpleNamespace(**ONE_PROCESS, device=torch.device(device))
         model = check.model(MODERN).to(device)
         nats = validate(model, batches, num_bytes={"": 1}, accelerator=accelerator).loss
-        scores = torch.cat(score_continuations(model, questions, batch_size=2))
+        scores = torch.cat([each.log_probs for each in score_continuations(model, questions, batch_size=2)])
         found.append(torch.cat([scores, torch.tensor([nats], dtype=torch.float64)]))
     off = distance(found[1], found[0])
     with synchronizing_raises(check):

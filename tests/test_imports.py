@@ -201,6 +201,8 @@ def test_a_script_hides_no_other_module():
 def test_what_travels_to_the_hub_is_flat_and_small():
     files = [FILES[module] for module in modules_of("modeling_gpt2x")]
     assert {file.parent for file in files} == {ROOT / "modeling_gpt2x"}
+    assert len(files) <= 6
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 1350
 
 
 def test_no_package_of_gpt2x_is_too_large_a_part_of_the_whole():
@@ -210,3 +212,8 @@ def test_no_package_of_gpt2x_is_too_large_a_part_of_the_whole():
         if room(module) in packages:
             packages[room(module)] += lines[module]
     assert {name for name, count in packages.items() if count > LARGEST_SHARE * sum(lines.values())} == set()
+
+
+def test_no_folder_holds_more_than_sixteen_modules():
+    folders = [file.parent for file in FILES.values() if file.name != "__init__.py"]
+    assert {str(folder): folders.count(folder) for folder in folders if folders.count(folder) > 16} == {}

@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from gpt2x.errors import UserError
 from gpt2x.publishing.comparison import Difference, Reference, compare, sample_batch
-from gpt2x.publishing.onnx_generation import FILES, OnnxDecoder
+from gpt2x.publishing.onnx_decoder import FILES, OnnxDecoder
 from gpt2x.publishing.onnx_readers import write_configs
 
 # LayerNormalization came with 17; what came later helps none of these models and shuts out older runtimes.

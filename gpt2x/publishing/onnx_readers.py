@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir
 from transformers import PreTrainedModel
 
-from gpt2x.publishing.onnx_generation import FILES
+from gpt2x.publishing.onnx_decoder import FILES
 from gpt2x.stock_forms import save_config
 
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p")

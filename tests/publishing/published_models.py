@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from transformers import (
     GPT2Config,
@@ -58,3 +59,17 @@ def random_model(form: str, **options: object) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.ndim == 2 else 0.05)
     return model
+
+
+def greedy_on_onnx(decoder, prompts, length):
+    """The likeliest continuations of prompts, read as one left-padded batch, then a token at a time from the cache."""
+    width = max(map(len, prompts))
+    ids = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    cache, found = decoder.empty_cache(len(prompts)), []
+    for _ in range(length):
+        logits, cache = decoder.step(ids, mask, cache)
+        ids = logits[:, -1:].argmax(-1)
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+        found.append(ids)
+    return np.concatenate(found, axis=1).tolist()

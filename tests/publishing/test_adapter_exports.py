@@ -47,7 +47,7 @@ def logits_of_gguf(export):
 
 
 def logits_of_onnx(export):
-    from gpt2x.publishing.onnx_generation import OnnxDecoder
+    from gpt2x.publishing.onnx_decoder import OnnxDecoder
 
     decoder = OnnxDecoder(export.path.parents[1], num_threads=1)
     return torch.from_numpy(decoder.step(IDS.numpy(), np.ones_like(IDS.numpy()), decoder.empty_cache(1))[0])

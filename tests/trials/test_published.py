@@ -12,7 +12,7 @@ from gpt2x.tokenizers.bpe import train_tokenizer, write_tokenizer
 
 PUBLISHING = Path(__file__).parents[1] / "publishing"
 sys.path.insert(0, str(PUBLISHING))
-from published_models import VOCAB_SIZE, random_model  # noqa: E402
+from published_models import VOCAB_SIZE, greedy_on_onnx, random_model  # noqa: E402
 
 pytestmark = pytest.mark.trial
 
@@ -70,14 +70,13 @@ def greedy(model, ids, length):
 @pytest.mark.parametrize(("form", "options"), ONNX_MODELS.values(), ids=ONNX_MODELS)
 def test_onnx_runtime_writes_the_same_text_as_transformers(export, tokenizer, form, options):
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    from gpt2x.publishing.onnx_generation import OnnxDecoder, generate
+    from gpt2x.publishing.onnx_decoder import OnnxDecoder
 
     model, exported = export(form, "onnx", "float32", **options)
     decoder = OnnxDecoder(exported.path.parents[1])
-    decoder.eos_token_ids = []
     ids = tokenizer(PROMPT)["input_ids"]
     assert exported.difference.largest < 1e-3
-    assert generate(decoder, [ids], max_new_tokens=48) == [greedy(model, ids, 48)]
+    assert greedy_on_onnx(decoder, [ids], 48) == [greedy(model, ids, 48)]
 
 
 @pytest.mark.parametrize("form", ["gpt2", "nanochat"])

@@ -150,6 +150,16 @@ def test_what_is_not_needed_is_not_reached():
     assert reached == set()
 
 
+def test_data_is_prepared_without_torch():
+    """transformers' tokenizers need none; its models, and torch, take seconds to import."""
+    rooms = {"corpus", "tokenizers", "shards", "preparation"}
+    direct = {
+        module: {top(name) for name in IMPORTS[module]} for module in modules_of("gpt2x") if room(module) in rooms
+    }
+    # which imports it where a file of torch.save is read
+    assert {module for module, tops in direct.items() if "torch" in tops} == {"gpt2x.shards.foreign.formats"}
+
+
 def test_the_command_line_loads_neither_torch_nor_transformers():
     code = "import sys, gpt2x.command_line, gpt2x.locate; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"

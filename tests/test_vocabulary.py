@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from gpt2x import save_stock
 from gpt2x.config import DataSection, FinetuneRecipe, TrainSection
 from gpt2x.errors import UserError
-from gpt2x.models import make_model, save_model
-from gpt2x.tokenizers.bpe import adopt_tokenizer
+from gpt2x.models import adopt_tokenizer, make_model, save_model
 from modeling_gpt2x import GPT2XConfig, GPT2XForCausalLM
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}

@@ -14,9 +14,9 @@ from gpt2x.config import FinetuneRecipe, LoraSection
 from gpt2x.distributed.devices import forked_rng
 from gpt2x.errors import UserError
 from gpt2x.locate import find_model, from_pretrained
-from gpt2x.models import load_for_inference
+from gpt2x.models import adopt_tokenizer, check_tokenizer, load_for_inference
 from gpt2x.prerequisites import check_adaptable, check_installed, refuse_adapters
-from gpt2x.tokenizers.bpe import adopt_tokenizer, check_tokenizer, vocabulary_size
+from gpt2x.tokenizers.bpe import vocabulary_size
 
 if TYPE_CHECKING:
     from peft import PeftModel

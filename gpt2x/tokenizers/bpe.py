@@ -1,4 +1,4 @@
-"""Tokenizers: training a byte-level BPE, saving, the fingerprint of what determines ids, a model's vocabulary."""
+"""Tokenizers: training a byte-level BPE, saving, the fingerprint of what determines ids."""
 
 import dataclasses
 import hashlib
@@ -7,18 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from gpt2x.addresses import without_secrets
 from gpt2x.config import CorpusSection, TokenizerSection
 from gpt2x.errors import UserError
 from gpt2x.files import DamagedError, make_directory, read_json, whole_directory, write_file
-from gpt2x.locate import find_tokenizer, holds_tokenizer, local_path, say
+from gpt2x.locate import local_path, say
 from gpt2x.tokenizers.encoding import text_reader
 from gpt2x.tokenizers.loading import load_tokenizer as load_tokenizer
-from gpt2x.tokenizers.loading import open_tokenizer
 
 # Beside a tokenizer that was trained here: on what.
 TRAINING_FILE = "training.json"
@@ -158,46 +156,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     parts = {part: backend[part] for part in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     parts["eos_token_id"] = tokenizer.eos_token_id
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def check_tokenizer(directory: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses data whose ids mean something else to a model; one without a tokenizer is taken at its word.
-
-    Args:
-        directory: of the model, or its Hub id.
-        tokenizer: the data's, which may have more tokens than the model's own.
-
-    Raises:
-        UserError: names a token that differs.
-    """
-    found = find_tokenizer(directory)
-    if not holds_tokenizer(found):
-        return
-    own = open_tokenizer(found).get_vocab()
-    ids = tokenizer.get_vocab()
-    differ = [token for token, number in own.items() if ids.get(token) != number]
-    if differ:
-        differing = min(differ, key=own.__getitem__)
-        raise UserError(
-            f"the data's tokenizer is not that of {directory}, which has {differing!r} as {own[differing]}, not as "
-            f"{ids.get(differing)}; prepare the data again with tokenizer.path {directory}."
-        )
-
-
-def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a model a row for every token, each new row the mean of the others, and the tokenizer's special tokens.
-
-    Its texts then end at the tokenizer's end of text, and still where they ended before.
-    """
-    rows, needed = model.config.vocab_size, vocabulary_size(tokenizer)
-    if needed > rows:
-        model.resize_token_embeddings(needed, mean_resizing=False)
-        with torch.no_grad():
-            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-                module.weight[rows:] = module.weight[:rows].mean(0)  # the same twice where they are tied
-    before = model.generation_config.eos_token_id
-    others = before if isinstance(before, list) else [before]
-    ends = [tokenizer.eos_token_id, *(end for end in others if end not in (None, tokenizer.eos_token_id))]
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -84,10 +84,11 @@ def test_a_run_whose_stream_breaks_is_saved_first_and_goes_on_when_it_is_mended(
     shutil.rmtree(stream.cache_dir)
     pretrain(streaming, stop_after=2)
     (tmp_path / "rows.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    (tmp_path / "rows.jsonl").write_text("no row\n")
     shutil.rmtree(stream.cache_dir / "train")
     with pytest.raises(UserError, match=r"stream 'train' .*rows.jsonl"):
         pretrain(streaming)
-    (tmp_path / "elsewhere.jsonl").rename(tmp_path / "rows.jsonl")
+    (tmp_path / "elsewhere.jsonl").replace(tmp_path / "rows.jsonl")
     assert checksums(pretrain(streaming)) == checksums(straight)
 
 
